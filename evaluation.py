@@ -1,0 +1,86 @@
+"""Evaluation: batched greedy generation, predictions on disk, and scores per task."""
+
+import json
+import os
+
+import torch
+from accelerate.utils import gather_object
+from tqdm import tqdm
+
+from data import pad_left
+from metrics import SCORERS, mean, score
+from utils import atomic_path
+
+
+def generate(model, tokenizer, batch, max_new_tokens):
+    """Greedy continuations of left-padded prompts, as texts without prompt and special tokens.
+
+    `batch` holds input_ids and attention_mask (batch, seq) on the model's device.
+    """
+    prompt_length = batch["input_ids"].shape[1]
+    tokens = model.generate(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"],
+                            max_new_tokens=max_new_tokens, do_sample=False, num_beams=1,
+                            use_cache=True)  # (batch, seq + new)
+    texts = tokenizer.batch_decode(tokens[:, prompt_length:], skip_special_tokens=True)
+    return [text.strip() for text in texts]
+
+
+@torch.no_grad()
+def evaluate(run, rows, path):
+    """Predict all test `rows`, write them to the file `path` and return the predicted rows.
+
+    Each process generates every n-th batch; batches hold prompts of similar length, the longest
+    first. Predictions reach `path`.partial as they come, and `path` itself, in the order of `rows`,
+    once all are there. Every process gets all of them.
+    """
+    accelerator, args = run.accelerator, run.args
+    order = sorted(range(len(rows)), key=lambda row: -len(rows[row]["input_ids"]))
+    size, processes = args.eval_batch_size, accelerator.num_processes
+    batches = [order[first:first + size] for first in range(0, len(order), size)]
+    partial = path.with_name(path.name + ".partial")
+    predicted = {}
+    run.model.eval()
+    with (run.stream(partial) as file,
+          tqdm(total=len(rows), desc=f"evaluate {path.stem}", unit="item", leave=False,
+               disable=not accelerator.is_main_process) as bar):
+        for first in range(0, len(batches), processes):
+            # One batch for each process; the last round may have none for some of them.
+            mine = batches[first:first + processes][accelerator.process_index:][:1]
+            texts = [pair for batch in mine for pair in _predict(run, rows, batch)]
+            for index, text in gather_object(texts):
+                predicted[index] = scored(rows[index], text)
+                file.write(json.dumps(predicted[index], ensure_ascii=False) + "\n")
+                bar.update()
+            file.flush()
+    done = [predicted[index] for index in range(len(rows))]
+    if accelerator.is_main_process:
+        with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in done)
+        os.remove(partial)
+    return done
+
+
+def _predict(run, rows, batch):
+    """(row number, text) for one batch of row numbers."""
+    prompts = pad_left([rows[index]["input_ids"] for index in batch], run.tokenizer.pad_token_id)
+    prompts = {key: tensor.to(run.accelerator.device) for key, tensor in prompts.items()}
+    run.method.before_forward(prompts)
+    with run.accelerator.autocast():
+        texts = generate(run.model, run.tokenizer, prompts, run.args.max_new_tokens)
+    return list(zip(batch, texts, strict=True))
+
+
+def scored(row, prediction):
+    """A test row with its prediction, scored by every metric against best and first reference."""
+    kept = {key: row[key] for key in ("task", "id", "prompt", "references")}
+    scores = {metric: score(prediction, row["references"], metric) for metric in SCORERS}
+    return kept | {"prediction": prediction, "scores": scores}
+
+
+def task_scores(predictions, metric_of, reference):
+    """Mean score per task by its metric; `reference` is "best" or "first"."""
+    by_task = {}
+    for row in predictions:
+        value = row["scores"][metric_of[row["task"]]][reference]
+        by_task.setdefault(row["task"], []).append(value)
+    return {task: mean(values) for task, values in by_task.items()}

@@ -1,0 +1,34 @@
+"""Types for argparse: numbers that are checked where they are read."""
+
+import argparse
+import math
+
+
+def _number(kind, text, accepts, wanted):
+    try:
+        value = kind(text)
+    except ValueError:
+        value = None
+    if value is None or not math.isfinite(value) or not accepts(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
+    return value
+
+
+def positive_int(text):
+    return _number(int, text, lambda value: value > 0, "a whole number above 0")
+
+
+def natural(text):
+    return _number(int, text, lambda value: value >= 0, "a whole number, 0 or more")
+
+
+def positive(text):
+    return _number(float, text, lambda value: value > 0, "a finite number above 0")
+
+
+def non_negative(text):
+    return _number(float, text, lambda value: value >= 0, "a finite number, 0 or more")
+
+
+def fraction(text):
+    return _number(float, text, lambda value: 0 <= value < 1, "a number from 0 to below 1")

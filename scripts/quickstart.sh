@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# BADIT on SmolLM2-135M and the shipped mini suite: a few minutes on two CPU cores, no download
+# but the Python packages. Results in runs/quickstart (then -2, -3, ...).
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source scripts/setup.sh
+output=runs/quickstart n=1
+while [ -e "$output" ]; do n=$((n + 1)) output=runs/quickstart-$n; done
+.venv/bin/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no \
+  --dynamo_backend no --num_cpu_threads_per_process "$(nproc)" train.py --method badit \
+  --model smollm2-135m --suite mini --setting mixed --epochs 2 --max_train_per_task 24 \
+  --learning_rate 5e-4 --max_new_tokens 20 --eval_before --output_dir "$output"
+.venv/bin/python report.py "$output"
