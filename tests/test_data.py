@@ -14,12 +14,13 @@ import subprocess
 import sys
 import threading
 
-import data
 import pytest
 import torch
-from errors import InputError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+import data
+from errors import InputError
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 REAL = ROOT.parent / "shared" / "data" / "SuperNI"
@@ -488,8 +489,10 @@ def numbered(tmp_path):
         (["T363"], {"task363_x"}),
         (["363", "T073"], {"task363_x", "task073_y"}),
         (["073", "task1729_z", "T7"], {"task073_y", "task1729_z", "task7_w"}),
-        (["plain", "T1729", "363", "073", "7"], set("plain task1729_z task363_x".split())
-         | {"task073_y", "task7_w"}),
+        (
+            ["plain", "T1729", "363", "073", "7"],
+            set("plain task1729_z task363_x".split()) | {"task073_y", "task7_w"},
+        ),
     ],
 )
 def test_select_tasks(numbered, names, expected):
@@ -741,7 +744,9 @@ def test_left_out_training_instances(tmp_path):
     kept = [row["id"] for row in encoded.train["alpha"]]
     assert kept == ["short", "exact", "empty and exact"]
     assert sorted(map(tuple, encoded.left_out)) == [
-        ("alpha", "empty and over"), ("alpha", "over"), ("beta", "over")
+        ("alpha", "empty and over"),
+        ("alpha", "over"),
+        ("beta", "over"),
     ]
     for name in ("alpha", "beta"):
         assert [row["id"] for row in encoded.test[name]] == ["t1", "t2"]
@@ -782,9 +787,7 @@ def test_chat_template(tmp_path, bos, cut):
         tmp_path / "s", "alpha", [item("abcdefgh", "blue")], [item("x" * 13, ["u", "v"])]
     )
     wrapping = len("[user][/][bot]")
-    encoded = encode(
-        root, tokenizer, bos + wrapping + FRAME + 8 + 5 - cut, chat_template=True
-    )
+    encoded = encode(root, tokenizer, bos + wrapping + FRAME + 8 + 5 - cut, chat_template=True)
     (train_row,), (test_row,) = encoded.train["alpha"], encoded.test["alpha"]
     prompt_ids, target_ids = split_target(train_row)
     assert target_ids == [*tokenizer("blue", add_special_tokens=False).input_ids, 1]
@@ -822,10 +825,12 @@ def test_cache_returns_the_same(tmp_path):
     options = {"cache_dir": str(tmp_path / "cache")}
     first = plain(encode(root, byte_tokenizer(), FRAME + 9, **options))
     assert first[2:] == ([("alpha", "over")], {"train": 1, "test": 1})
-    assert any(path.is_file() for path in (tmp_path / "cache").rglob("*"))
+    written = set((tmp_path / "cache").rglob("*"))
+    assert any(path.is_file() for path in written)
     assert plain(encode(root, byte_tokenizer(), FRAME + 9, **options)) == first
     copied = shutil.copytree(root, tmp_path / "elsewhere")
     assert plain(encode(copied, byte_tokenizer(), FRAME + 9, **options)) == first
+    assert set((tmp_path / "cache").rglob("*")) == written  # found by content, not made again
     assert plain(encode(root, byte_tokenizer(), FRAME + 9, cache_dir=str(tmp_path / "n"))) == first
 
 
@@ -929,7 +934,11 @@ def test_plan_is_the_same_in_every_process():
     environment = {**os.environ, "PYTHONHASHSEED": "7"}
     done = subprocess.run(
         [sys.executable, "-c", script],
-        cwd=ROOT, env=environment, capture_output=True, text=True, check=True,
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     expected = data.plan_epoch(draw_lengths(100), 8, 3, "task002", 2)
     assert json.loads(done.stdout.splitlines()[-1]) == expected
@@ -1032,8 +1041,13 @@ def test_collated_loss_equals_row_by_row_loss():
     """Section 7: on a tiny Llama, summed target loss over the given count, gradients finite."""
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=12, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
-        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=32,
+        vocab_size=12,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=32,
     )
     model = LlamaForCausalLM(config).double()
     rows = [*ROWS["mixed lengths"], *ROWS["pad id as text and target"], None]

@@ -7,10 +7,11 @@ import math
 import random
 import sys
 
-import metrics
 import pytest
 from rouge_score import rouge_scorer
 from rouge_score.tokenizers import DefaultTokenizer
+
+import metrics
 
 ORDER = ["beta", "alpha", "gamma"]  # not sorted: columns follow the order, not the names
 ALONE = {"alpha": 55.0, "gamma": 88.0, "beta": 75.0}
