@@ -346,17 +346,19 @@ def train_stage(run, stage, log, regroup_log):
     """Algorithm 1, steps 2 to 4, on the tasks of one stage, with its own optimizer and schedule."""
     args, accelerator, method = run.args, run.accelerator, run.method
     set_seed(stable_seed("stage", args.seed, stage.name) % 2**32, device_specific=True)
+    loader = accelerator.prepare(stage_loader(run, stage))
+    method.start_task(stage, loader)  # may add weights, so before the optimizer
     weights = [weight for weight in run.model.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=args.learning_rate, weight_decay=0.0)
     schedule = get_cosine_schedule_with_warmup(
         optimizer, math.ceil(args.warmup_ratio * stage.steps), stage.steps)
     # The schedule is not prepared: Accelerate would step it once for every process.
-    model, optimizer, loader = accelerator.prepare(run.model, optimizer, stage_loader(run, stage))
-    method.start_task(stage, loader)
+    model, optimizer = accelerator.prepare(run.model, optimizer)
     model.train()
     bar = TrainingBar(run, stage)
     step, loss_sum = 0, 0.0
     for epoch in range(stage.epochs):                                    # Alg. 1: for each epoch
+        loader.set_epoch(epoch)
         for batch in loader:                                             # Alg. 1: for each batch
             num_tokens = batch.pop("num_tokens")
             with accelerator.accumulate(model):
@@ -386,8 +388,8 @@ def train_stage(run, stage, log, regroup_log):
                 bar.update(record)
                 loss_sum = 0.0
     bar.close()
-    method.end_task(stage, loader)
     run.model = accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+    method.end_task(stage, loader)
     accelerator.free_memory()
 
 
