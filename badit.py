@@ -179,12 +179,14 @@ class BankLinear(nn.Module):
     def forward(self, x):
         """(..., in) -> (..., out)."""
         y = F.linear(x, self.residual, self.bias)  # (..., out)
-        routing = self.route(x)
-        weight, active = self.per_component(routing)  # (tokens, N)
-        u = self.dropout(x).to(y.dtype)  # one mask for all experts
-        bank = RoutedBank.apply(u.reshape(-1, u.shape[-1]), self.lora_A.to(y.dtype),
-                                self.lora_B.to(y.dtype), weight.to(y.dtype), active)
-        return y + bank.view_as(y)
+        return y + self.bank(x, y.dtype).view_as(y)
+
+    def bank(self, x, dtype):
+        """What the experts add: x (..., in) -> (tokens, out), computed in `dtype`."""
+        weight, active = self.per_component(self.route(x))  # (tokens, N)
+        u = self.dropout(x).to(dtype)  # (..., in): one mask for all experts
+        return RoutedBank.apply(u.reshape(-1, u.shape[-1]), self.lora_A.to(dtype),
+                                self.lora_B.to(dtype), weight.to(dtype), active)
 
     def per_component(self, routing):
         """Expand a Routing from experts to components: s * weight and active, (tokens, N)."""
@@ -227,7 +229,39 @@ def frozen(tensor):
     return nn.Parameter(tensor.detach(), requires_grad=False)
 
 
-class BaditLinear(BankLinear):
+class InitialBank:
+    """Mixin of a layer with a decomposed base: residual = W0 - s B0 A0.
+
+    The frozen initial bank `lora_A0`, `lora_B0` is part of the adapter: loading rebuilds the
+    residual from it and decomposes nothing again.
+    """
+
+    def add_initial_bank(self):
+        """Reserve the initial bank, all zero until `start_from` or `restore`."""
+        self.lora_A0 = frozen(torch.zeros_like(self.lora_A))
+        self.lora_B0 = frozen(torch.zeros_like(self.lora_B))
+
+    @torch.no_grad()
+    def start_from(self, lora_A0, lora_B0, residual):
+        """Set the initial bank, the bank and the residual, which may be the base's own tensor."""
+        for parameter, value in ((self.lora_A, lora_A0), (self.lora_A0, lora_A0),
+                                 (self.lora_B, lora_B0), (self.lora_B0, lora_B0)):
+            parameter.copy_(value)
+        self.residual.data = residual
+
+    @torch.no_grad()
+    def restore(self, tensors):
+        """Take over saved tensors; the residual is rebuilt from the saved initial bank."""
+        same = all(torch.equal(getattr(self, name), tensors[name].to(self.lora_A))
+                   for name in ("lora_A0", "lora_B0"))
+        if not same:
+            assert not self.lora_A0.any(), "the residual of another decomposition is gone"
+            A0, B0 = (tensors[name].to(self.lora_A) for name in ("lora_A0", "lora_B0"))
+            self.start_from(A0, B0, residual_weight(self.residual, A0, B0, self.scaling))
+        super().restore(tensors)
+
+
+class BaditLinear(InitialBank, BankLinear):
     """A linear layer as K basic abilities plus a frozen residual (Eq. 7).
 
     Token routing, alpha = K softmax(z) and S = the top_k experts by z, u = dropout(x):
@@ -253,31 +287,10 @@ class BaditLinear(BankLinear):
         else:
             self.alpha = nn.Parameter(self.lora_A.new_ones(num_experts))
         self.static = routing == "static"
-        # The initial bank is part of the adapter: the residual is rebuilt from it on loading.
-        self.lora_A0 = frozen(torch.zeros_like(self.lora_A))
-        self.lora_B0 = frozen(torch.zeros_like(self.lora_B))
+        self.add_initial_bank()
         if svd is not None:
             bank = decompose(base.weight.detach(), num_experts, rank, self.scaling, svd)
-            self._start_from(bank.lora_A, bank.lora_B, bank.residual)
-
-    @torch.no_grad()
-    def _start_from(self, lora_A0, lora_B0, residual):
-        """Set the initial bank, the bank and the residual, which may be the base's own tensor."""
-        for parameter, value in ((self.lora_A, lora_A0), (self.lora_A0, lora_A0),
-                                 (self.lora_B, lora_B0), (self.lora_B0, lora_B0)):
-            parameter.copy_(value)
-        self.residual.data = residual
-
-    @torch.no_grad()
-    def restore(self, tensors):
-        """Take over saved tensors; the residual is rebuilt from the saved initial bank."""
-        same = all(torch.equal(getattr(self, name), tensors[name].to(self.lora_A))
-                   for name in ("lora_A0", "lora_B0"))
-        if not same:
-            assert not self.lora_A0.any(), "the residual of another decomposition is gone"
-            A0, B0 = (tensors[name].to(self.lora_A) for name in ("lora_A0", "lora_B0"))
-            self._start_from(A0, B0, residual_weight(self.residual, A0, B0, self.scaling))
-        super().restore(tensors)
+            self.start_from(bank.lora_A, bank.lora_B, bank.residual)
 
     def route(self, x):
         """x (..., in) -> Routing over (..., K)."""
@@ -306,7 +319,7 @@ class BaditLinear(BankLinear):
         """
         if self.static:
             new = grouping.to(self.expert_of.device)
-            rho = self.alpha[self.expert_of] / self.alpha[new]  # (N,)
+            rho = torch.where(new == self.expert_of, 1, self.alpha[self.expert_of] / self.alpha[new])
             low, high = ALPHA_RATIO
             if not ((rho.abs() >= low) & (rho.abs() <= high)).all():  # also for NaN: 0 / 0
                 return f"a ratio of routing weights is outside {low} to {high}"
@@ -467,12 +480,13 @@ def solve_grouping(gram, num_experts, refine=False):
     """Eq. (11) to (14): gram (..., N, N) -> balanced grouping (..., N) and rounds used (...)."""
     labels = spherical_kmeans(gram, num_experts)
     rounds = torch.zeros(labels.shape[:-1], dtype=torch.int64)
+    settled = torch.zeros_like(rounds, dtype=torch.bool)
     for _ in range(ROUNDS):
         previous = labels
         labels = balanced_assignment(orthogonalized_similarity(gram, labels, num_experts))
-        changed = (labels != previous).any(-1)
-        rounds += changed  # a settled layer stays settled: its next round would be the same
-        if not changed.any():
+        rounds += ~settled
+        settled |= (labels == previous).all(-1)  # for good: its next round would be the same
+        if settled.all():
             break
     return refine_grouping(gram, labels, num_experts) if refine else labels, rounds
 
@@ -649,13 +663,14 @@ class Dog:
         records, tokens = [], batch["attention_mask"].bool()
 
         def measure(grouping):
-            def hook(layer, inputs, _output):
-                x = inputs[0][tokens]  # (tokens, in)
-                before = layer.forward(x).float()
+            def hook(layer, inputs, output):
+                x, y = inputs[0][tokens], output[tokens].float()  # (tokens, in), (tokens, out)
+                before = layer.bank(x, output.dtype).float()  # (tokens, out)
                 health = router_health(layer.route(x))
                 skipped = layer.take_grouping(grouping)
-                change = (layer.forward(x).float() - before).norm() / before.norm()
-                records.append(dict(skipped=skipped, regroup_drift=float(change), **health))
+                change = layer.bank(x, output.dtype).float() - before  # (tokens, out)
+                drift = float(change.norm() / y.norm())
+                records.append(dict(skipped=skipped, regroup_drift=drift, **health))
             return hook
 
         handles = [layer.register_forward_hook(measure(grouping))

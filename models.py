@@ -7,7 +7,9 @@ import shutil
 import tempfile
 from pathlib import Path
 
+import huggingface_hub
 import torch
+from huggingface_hub.errors import HTTPError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -80,6 +82,7 @@ def locate(name_or_path):
     if name_or_path == EMBEDDED:
         return embedded_model()
     if name_or_path in MODELS:
+        _check_hub(name_or_path, MODELS[name_or_path])
         return MODELS[name_or_path]
     if Path(name_or_path).is_dir():
         return str(name_or_path)
@@ -87,15 +90,24 @@ def locate(name_or_path):
                      "the path of a folder with a checkpoint")
 
 
+def _check_hub(name, repository):
+    """Fail at once where the hub cannot be reached or says no, instead of after many retries."""
+    if isinstance(huggingface_hub.try_to_load_from_cache(repository, "config.json"), str):
+        return
+    with _one_line_errors(name, repository):
+        huggingface_hub.auth_check(repository)
+
+
 @contextlib.contextmanager
 def _one_line_errors(name, source):
     """Say in one line what to do about a checkpoint that is gated, unreachable or damaged."""
     try:
         yield
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, HTTPError, ValueError, KeyError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        advice = (f"accept its licence at https://huggingface.co/{source} and run `hf auth login`, "
-                  "or pass --model the path of a folder that holds it" if name in MODELS
+        advice = (f"if it is gated, accept its licence at https://huggingface.co/{source} and run "
+                  "`hf auth login`; offline, pass --model the path of a folder that holds it"
+                  if name in MODELS
                   else "the folder must hold config.json, tokenizer and safetensors")
         raise InputError(f"cannot load model {name} from {source} ({reason}); {advice}") from error
 

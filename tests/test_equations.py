@@ -13,6 +13,15 @@ import badit
 SHAPES = [(32, 20, 4), (24, 30, 3), (12, 9, 3)]  # (N, D, K)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Matrices this small only lose time to a second thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def randn(seed, *shape):
     """Fixed float64 normal numbers."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)

@@ -14,6 +14,15 @@ IN, OUT, K, R = 20, 24, 4, 3
 TOKEN_CASES = [(top_k, inactive) for top_k in (1, 2, 3, 4) for inactive in ("keep", "drop")]
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Matrices this small only lose time to a second thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def randn(seed, *shape):
     """Fixed float64 normal numbers."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
