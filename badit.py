@@ -196,6 +196,12 @@ class BankLinear(nn.Module):
             return weight, None
         return weight, routing.active.reshape(-1, K).index_select(1, self.expert_of)
 
+    def active_parameters(self, drops):
+        """Weights that act on one token; `drops`: experts outside the top_k do not act at all."""
+        bank = self.lora_A.numel() + self.lora_B.numel()
+        routed = sum(weight.numel() for weight in self.parameters() if weight.requires_grad) - bank
+        return routed + (bank * self.top_k // self.num_experts if drops else bank)
+
     def restore(self, tensors):
         """Take over saved adapter tensors, named as in this layer's state_dict."""
         for name, tensor in self.state_dict().items():
@@ -318,8 +324,8 @@ class BaditLinear(InitialBank, BankLinear):
         a *= sqrt|rho| leave the output as it was. Returns the reason where that is not possible.
         """
         if self.static:
-            new = grouping.to(self.expert_of.device)
-            rho = torch.where(new == self.expert_of, 1, self.alpha[self.expert_of] / self.alpha[new])
+            old, new = self.expert_of, grouping.to(self.expert_of.device)
+            rho = torch.where(new == old, 1, self.alpha[old] / self.alpha[new])  # (N,)
             low, high = ALPHA_RATIO
             if not ((rho.abs() >= low) & (rho.abs() <= high)).all():  # also for NaN: 0 / 0
                 return f"a ratio of routing weights is outside {low} to {high}"
@@ -560,8 +566,13 @@ def grouping_report(gram, old, new, rounds, K):
 
 
 def router_health(routing):
-    """Share of tokens that select each expert, and how even alpha is, of a Routing (tokens, K)."""
+    """Share of tokens that select each expert, and how even alpha is, of a Routing (tokens, K).
+
+    All None where there is no token: a micro-batch of nothing but fillers.
+    """
     alpha = routing.alpha.float()
+    if not len(alpha):
+        return dict.fromkeys(("expert_share", "alpha_mean", "alpha_max", "alpha_entropy"))
     share = torch.ones_like(alpha) if routing.active is None else routing.active.float()
     p = alpha.abs() / alpha.abs().sum(-1, keepdim=True)
     return dict(expert_share=share.mean(0).tolist(), alpha_mean=alpha.mean(0).tolist(),
@@ -669,7 +680,7 @@ class Dog:
                 health = router_health(layer.route(x))
                 skipped = layer.take_grouping(grouping)
                 change = layer.bank(x, output.dtype).float() - before  # (tokens, out)
-                drift = float(change.norm() / y.norm())
+                drift = float(change.norm() / y.norm()) if len(y) else None
                 records.append(dict(skipped=skipped, regroup_drift=drift, **health))
             return hook
 
@@ -748,6 +759,10 @@ class Badit(Method):
             return LoraMoeLinear(linear, **shared)
         return BaditLinear(linear, **shared, routing=read["routing"], inactive=read["inactive"],
                            router_noise=read["router_noise"], svd=read["svd"] if fresh else None)
+
+    def active_parameters(self):
+        drops = self.settings["no_bad"] or self.settings["inactive"] == "drop"
+        return sum(layer.active_parameters(drops) for layer in self.layers.values())
 
     def wrap(self, model, fresh=True):
         super().wrap(model, fresh)

@@ -421,10 +421,13 @@ def collate(rows, pad_token_id, num_target_tokens):
 
 
 def collate_micro_batch(batches, pad_token_id):
-    """A DataLoader's collate function for an EpochPlan: `collate`, plus the int num_tokens."""
+    """A DataLoader's collate function for an EpochPlan: `collate`, plus what is not for the model.
+
+    That is the int num_tokens, and tasks: the task of every row, None for a filler.
+    """
     (batch,) = batches
     return collate(batch.rows, pad_token_id, batch.num_target_tokens) | {
-        "num_tokens": batch.num_tokens}
+        "num_tokens": batch.num_tokens, "tasks": [row and row["task"] for row in batch.rows]}
 
 
 def pad_left(sequences, pad_token_id):

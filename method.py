@@ -48,6 +48,7 @@ class Method:
     name: str  # its value for --method
     reads: tuple[str, ...] = ()
     trains = True  # False for the untrained base model
+    row_tasks = ()  # set before each training forward: the task of every row, None for a filler
 
     def __init__(self, **settings):
         unknown = set(settings) ^ set(self.reads)
@@ -66,6 +67,9 @@ class Method:
     @classmethod
     def check(cls, settings, given):
         """Refuse flags (`given`: those typed by the user) that contradict each other."""
+
+    def check_tasks(self, tasks):
+        """Raise InputError where the names of the suite's `tasks` do not fit the settings."""
 
     # --- set-up ---------------------------------------------------------------------------------
 
@@ -104,7 +108,11 @@ class Method:
         """Called with every batch, before the forward pass and before generation."""
 
     def penalty(self):
-        """A scalar tensor added to the loss once per optimizer step, or 0.0."""
+        """A scalar tensor added to the loss, or 0.0.
+
+        Called after the forward pass of every micro-batch; an optimizer step sees the mean over its
+        micro-batches and processes.
+        """
         return 0.0
 
     def after_backward(self):
@@ -117,7 +125,11 @@ class Method:
     def end_task(self, task, loader):
         """Called after the last step of a stage, before its evaluation."""
 
-    # --- adapter state --------------------------------------------------------------------------
+    # --- counts and adapter state ---------------------------------------------------------------
+
+    def active_parameters(self):
+        """Adapter weights that act on one token; here all that are trained."""
+        return sum(weight.numel() for weight in self.model.parameters() if weight.requires_grad)
 
     def state_dict(self):
         """All tensors of the adapter by name: what a frozen base needs to become this model."""

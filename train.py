@@ -36,6 +36,7 @@ import evaluation
 import metrics
 import models
 from baselines import METHODS
+from baselines.lora import matching_rank
 from errors import InputError
 from flags import fraction, natural, positive, positive_int
 from method import Stage, load_adapter, method_of, read_adapter_config, save_adapter
@@ -131,6 +132,8 @@ def build_parser():
     add("--dropout", type=fraction, default=0.05, help="on the adapter's input (default: 0.05)")
     add("--num_experts", type=positive_int, default=8, help="K (default: 8)")
     add("--top_k", type=positive_int, default=4, help="experts per token (default: 4)")
+    add("--match_parameters", choices=("badit",),
+        help="the --rank whose trainable parameters come nearest to BADIT's (34 for K = 8, r = 4)")
     add("--svd", choices=("exact", "fast"), default="exact",
         help="decomposition: LAPACK's, or a randomised one for large weights (default: exact)")
     for name, method in METHODS.items():
@@ -280,7 +283,12 @@ def check_model(run):
         raise InputError(f"--max_length {args.max_length} + --max_new_tokens {args.max_new_tokens} "
                          f"is more than the model's {limit} positions")
     if not args.eval_only:
-        new_method(args).check_model(skeleton)
+        if args.match_parameters:
+            args.rank = matching_rank(skeleton, args.target_modules)
+            run.print(f"--match_parameters {args.match_parameters}: rank {args.rank}")
+        method = new_method(args)
+        method.check_tasks(run.order)
+        method.check_model(skeleton)
 
 
 def new_method(args):
@@ -310,7 +318,8 @@ def load_model(run):
 def parameter_counts(run):
     trainable = sum(weight.numel() for weight in run.model.parameters() if weight.requires_grad)
     stored = sum(tensor.numel() for tensor in run.method.state_dict().values())
-    return {"trainable": trainable, "stored": stored, "total": run.base_parameters}
+    return {"trainable": trainable, "stored": stored, "active": run.method.active_parameters(),
+            "total": run.base_parameters}
 
 
 # --- training -----------------------------------------------------------------------------------
@@ -356,28 +365,31 @@ def train_stage(run, stage, log, regroup_log):
     model, optimizer = accelerator.prepare(run.model, optimizer)
     model.train()
     bar = TrainingBar(run, stage)
-    step, loss_sum = 0, 0.0
+    micro_batches = accelerator.num_processes * args.gradient_accumulation_steps
+    step, loss_sum, penalty_sum = 0, 0.0, 0.0
     for epoch in range(stage.epochs):                                    # Alg. 1: for each epoch
         loader.set_epoch(epoch)
         for batch in loader:                                             # Alg. 1: for each batch
-            num_tokens = batch.pop("num_tokens")
+            num_tokens, method.row_tasks = batch.pop("num_tokens"), batch.pop("tasks")
             with accelerator.accumulate(model):
                 method.before_forward(batch)
                 loss = model(**batch, use_cache=False).loss              # Eq. (1)
                 penalty = method.penalty()
                 accelerator.backward(whole_batch_loss(run, loss) + penalty)
                 loss_sum += loss.detach()
+                penalty_sum += torch.as_tensor(penalty, device=loss.device).detach()
                 if accelerator.sync_gradients:
                     method.after_backward()                              # Alg. 1: Eq. (8)
                     norm = accelerator.clip_grad_norm_(weights, args.max_grad_norm)
-                    loss_sum = accelerator.reduce(loss_sum)
+                    loss_sum, penalty_sum = accelerator.reduce([loss_sum, penalty_sum])
                     refuse_non_finite(stage, step + 1, loss_sum, norm)
                 optimizer.step()                                         # Alg. 1: update
                 optimizer.zero_grad()
             if accelerator.sync_gradients:
                 step += 1
                 record = dict(stage=stage.name, epoch=epoch + 1, step=step, loss=float(loss_sum),
-                              penalty=float(penalty), learning_rate=schedule.get_last_lr()[0],
+                              penalty=float(penalty_sum) / micro_batches,
+                              learning_rate=schedule.get_last_lr()[0],
                               gradient_norm=float(norm), tokens=num_tokens)
                 schedule.step()
                 with run.timed("regroup"):
@@ -386,7 +398,7 @@ def train_stage(run, stage, log, regroup_log):
                 run.regroupings += regrouped
                 write_lines(log, [record])
                 bar.update(record)
-                loss_sum = 0.0
+                loss_sum, penalty_sum = 0.0, 0.0
     bar.close()
     run.model = accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     method.end_task(stage, loader)
@@ -700,7 +712,7 @@ def execute(args, argv):
     load_model(run)
     counts = parameter_counts(run)
     run.print(f"parameters: {counts['trainable']:,} trainable, {counts['stored']:,} stored, "
-              f"{counts['total']:,} in the base model")
+              f"{counts['active']:,} active per token, {counts['total']:,} in the base model")
     with accelerator.main_process_first():
         if accelerator.is_main_process:
             prepare_output_dir(args)

@@ -1,15 +1,20 @@
-"""The LoRAMoE layer (Dou et al. 2024): a trained per-token router over randomly initialised LoRAs.
+"""LoRAMoE (Dou et al. 2024): a trained per-token router over randomly initialised LoRA experts.
 
-Used by BADIT's ablation `--no_bad`. Axis names as in badit.py.
+Axis names as in badit.py. Its layer is also that of BADIT's ablation `--no_bad`.
 """
 
+import argparse
 import math
+import re
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from badit import BankLinear, Routing, select_experts
+from badit import BankLinear, Dog, Routing, check_bank_size, select_experts
+from errors import InputError
+from flags import fraction, non_negative
+from method import Method, find_targets
 
 
 class LoraMoeLinear(BankLinear):
@@ -17,6 +22,8 @@ class LoraMoeLinear(BankLinear):
 
     The weights of the top_k experts are renormalised to sum to 1, the others are 0; `top_k` equal
     to `num_experts` is the dense original. A and the router R start Kaiming-uniform, B at zero.
+    u = dropout(x), for the router x itself. Deviation: one mask for all experts, not one for each.
+    While `gates` is a list, every forward pass appends its g (batch, seq, K) to it.
     """
 
     def __init__(self, base, num_experts=8, rank=4, alpha=32, dropout=0.05, top_k=4):
@@ -24,15 +31,170 @@ class LoraMoeLinear(BankLinear):
         self.router = nn.Parameter(self.lora_A.new_empty(num_experts, base.in_features))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         nn.init.kaiming_uniform_(self.router, a=math.sqrt(5))
+        self.gates = None
 
     def route(self, x):
         """x (..., in) -> Routing over (..., K)."""
         with torch.autocast(x.device.type, enabled=False):  # the router is float32 always
             logits = F.linear(x.to(self.router.dtype), self.router)  # (..., K)
             if self.top_k == self.num_experts:
-                g = logits.softmax(dim=-1)
-                return Routing(g, g, None)
-            active = select_experts(logits, self.top_k)
-            g = logits.masked_fill(~active, -torch.inf).softmax(dim=-1)  # renormalised top_k
+                active, g = None, logits.softmax(dim=-1)
+            else:
+                active = select_experts(logits, self.top_k)
+                g = logits.masked_fill(~active, -torch.inf).softmax(dim=-1)  # renormalised top_k
+        if self.gates is not None:
+            self.gates.append(g)
         # No mask for the gradient: weight 0 already stops it.
         return Routing(g, g, active)
+
+
+# --- localized balancing constraint -------------------------------------------------------------
+
+
+def expert_importance(g, mask):
+    """Q (rows, K): what the tokens of each row give to every expert; g (rows, seq, K).
+
+    Deviation: padding, False in mask (rows, seq), is left out, and the sum over a row's tokens is
+    divided by their number: with rows of different lengths no router could bring the loss to zero.
+    """
+    inside = torch.where(mask[..., None], g, 0)  # (rows, seq, K)
+    return inside.sum(1) / mask.sum(1, keepdim=True)  # (rows, K)
+
+
+def importance_coefficients(types, K, delta):
+    """I (rows, K): 1 + delta where the type of a row is that of the expert, else 1 - delta.
+
+    types (rows,) of 0 and 1. The first half of the experts has type 1, as in the released code.
+    """
+    first_half = torch.arange(K, device=types.device) < K // 2  # (K,)
+    return torch.where(types.bool()[:, None] == first_half, 1 + delta, 1 - delta)
+
+
+def balancing_loss(Q, I):  # noqa: E741 (the paper's letter)
+    """L_lbc = var(Z) / mean(Z) with Z = I * Q, both (rows, K); the variance is the unbiased one.
+
+    The paper's formula; the released code divides by the square of the mean.
+    """
+    Z = I * Q  # (rows, K)
+    return Z.var() / Z.mean()
+
+
+# --- the method ---------------------------------------------------------------------------------
+
+
+def task_type(text):
+    """Check a TASK=TYPE pair for argparse; it stays a string, as the adapter's settings need it."""
+    if not re.fullmatch(r".+=[01]", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not TASK=0 or TASK=1")
+    return text
+
+
+def type_of(task, pairs):
+    """The type of `task` by pairs TASK=TYPE of folder names or T-numbers. Raises InputError."""
+    found = []
+    for name, kind in (pair.rsplit("=", 1) for pair in pairs):
+        number = re.fullmatch(r"[Tt]?0*(\d+)", name)
+        if name == task or (number and re.match(rf"task0*{number[1]}_", task)):
+            found.append(int(kind))
+    if len(found) != 1:
+        raise InputError(f"--balance_types gives task {task} {len(found)} types, it needs one: "
+                         "0 for knowledge questions, 1 for the rest")
+    return found[0]
+
+
+class LoraMoe(Method):
+    """LoRAMoE; with --balance_weight also its localized balancing constraint."""
+
+    name = "loramoe"
+    reads = ("target_modules", "num_experts", "rank", "alpha", "dropout", "top_k", "regroup_every",
+             "balance_weight", "balance_delta", "balance_types")
+
+    @staticmethod
+    def add_flags(group):
+        group.add_argument("--balance_weight", type=non_negative, default=0.0, metavar="BETA",
+                           help="of the balancing loss, summed over layers (default: 0)")
+        group.add_argument("--balance_delta", type=fraction, default=0.1, metavar="DELTA",
+                           help="how far experts lean to their own type of task (default: 0.1)")
+        group.add_argument("--balance_types", nargs="+", type=task_type, metavar="TASK=TYPE",
+                           help="0 (knowledge questions) or 1 for every task, by name or T-number")
+
+    @classmethod
+    def check(cls, settings, given):
+        K = settings["num_experts"]
+        if settings["top_k"] > K:
+            raise InputError(f"--top_k {settings['top_k']} is above --num_experts {K}")
+        if settings["balance_weight"] == 0:
+            for flag in sorted(given & {"balance_delta", "balance_types"}):
+                raise InputError(f"--{flag} is not read with --balance_weight 0")
+            return
+        if settings["balance_types"] is None:
+            raise InputError("--balance_weight needs --balance_types: which task has which type")
+        if K % 2:
+            raise InputError(f"--num_experts {K} must be even with --balance_weight: one half of "
+                             "the experts for each type")
+
+    def check_tasks(self, tasks):
+        """Raise InputError unless every task has a type, where the types are read."""
+        if self.settings["balance_weight"] > 0:
+            for task in tasks:
+                type_of(task, self.settings["balance_types"])
+
+    def check_model(self, model):
+        super().check_model(model)
+        for linear in find_targets(model, self.settings["target_modules"]).values():
+            check_bank_size(self.settings["num_experts"], self.settings["rank"],
+                            linear.weight.shape)
+
+    def build_layer(self, linear, fresh):
+        return LoraMoeLinear(linear, **{key: self.settings[key] for key in (
+            "num_experts", "rank", "alpha", "dropout", "top_k")})
+
+    def active_parameters(self):
+        return sum(layer.active_parameters(drops=True) for layer in self.layers.values())
+
+    def wrap(self, model, fresh=True):
+        super().wrap(model, fresh)
+        # Never regroups, so it draws nothing from its seed: it logs what BADIT's does.
+        self.dog = Dog(self.layers, self.settings["regroup_every"], "fixed", refine=False,
+                       seed=None)
+
+    def start_task(self, task, loader):
+        self.check_tasks(task.tasks)
+        self.dog.start(task)
+
+    def before_forward(self, batch):
+        if not self.model.training:
+            return
+        self.batch = batch
+        if self.settings["balance_weight"] > 0:
+            self.gates = []
+            self._collect_gates_in(self.gates)
+
+    def penalty(self):
+        """beta * sum over layers of L_lbc on this micro-batch, 0 where it has no tokens."""
+        read = self.settings
+        if read["balance_weight"] == 0:
+            return 0.0
+        # Closed before the backward pass, in which checkpointing runs the layers a second time.
+        self._collect_gates_in(None)
+        mask = self.batch["attention_mask"].bool()  # (batch, seq)
+        real = mask.any(1)  # (batch,): a filler has no tokens
+        if not real.any():
+            return 0.0
+        types = torch.tensor([type_of(task, read["balance_types"]) for task, kept
+                              in zip(self.row_tasks, real.tolist(), strict=True) if kept],
+                             device=mask.device)  # (rows,)
+        coefficients = importance_coefficients(types, read["num_experts"], read["balance_delta"])
+        return read["balance_weight"] * sum(
+            balancing_loss(expert_importance(g[real], mask[real]), coefficients)
+            for g in self.gates)
+
+    def _collect_gates_in(self, gates):
+        for layer in self.layers.values():
+            layer.gates = gates
+
+    def after_backward(self):
+        self.dog.accumulate()
+
+    def after_step(self):
+        return self.dog.after_step(self.model, self.batch)

@@ -1,0 +1,183 @@
+"""O-LoRA (Wang et al. 2023a): one LoRA branch per task, kept orthogonal to those of past tasks.
+
+Not the QR initialisation that PEFT calls "olora". Axis names as in badit.py; r is the rank of one
+branch, t the number of branches. The paper writes a branch as A B with A on the output's side; here
+`lora_A` reads the input, and the penalty is on it, as in the authors' code.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from accelerate import PartialState
+from torch import nn
+
+from badit import frozen
+from baselines.lora import check_rank, low_rank_update
+from flags import non_negative
+from method import Method, find_targets
+
+
+def orthogonality(A_t, A_old, norm):
+    """Sec. 3.2: how far the current branch is from orthogonal to all past ones, a scalar.
+
+    O = A_old A_t' of A_t (r, in), A_old (r * past, in); "l1": sum |O_jk|, "fro2": sum O_jk^2.
+    """
+    O_t = A_old @ A_t.T  # (r * past, r)
+    return O_t.abs().sum() if norm == "l1" else O_t.square().sum()
+
+
+def size(A_t, B_t):
+    """The code's L2 term, ||A_t||_F + ||B_t||_F, not squared; its gradient at zero is zero."""
+    return torch.linalg.vector_norm(A_t) + torch.linalg.vector_norm(B_t)
+
+
+def mean_cosine(A_t, A_old):
+    """Mean |cosine| between rows of A_t (r, in) and of A_old (r * past, in).
+
+    The penalty can also be lowered by shrinking A_t; this cannot.
+    """
+    return (F.normalize(A_old, dim=1) @ F.normalize(A_t, dim=1).T).abs().mean()
+
+
+def branch_penalty(layers, orth_weight, l2_weight, orth_norm):
+    """lambda1 * orthogonality + lambda2 * size, summed over `layers`; 0.0 without any."""
+    total = 0.0
+    for layer in layers:
+        *past, A_t = layer.lora_A
+        if past and orth_weight:
+            # Deviation: the paper's formula is "fro2", its code runs "l1"; the default is "l1".
+            total = total + orth_weight * orthogonality(A_t, torch.cat(past), orth_norm)
+        if l2_weight:
+            total = total + l2_weight * size(A_t, layer.lora_B[-1])
+    return total
+
+
+class OloraLinear(nn.Module):
+    """y = base(x) + s sum_i B_i A_i dropout(x), s = alpha / rank, with one mask for all branches.
+
+    `lora_A` and `lora_B` hold a branch (r, in), (out, r) per task, of which the last is trained. A
+    branch starts with Kaiming-uniform A and zero B, so adding one changes no output. Raises
+    InputError for a rank outside 1 .. min(in, out).
+    """
+
+    base_tensors = ("residual", "bias")
+
+    def __init__(self, base, rank=4, alpha=32, dropout=0.05):
+        super().__init__()
+        check_rank(rank, base.weight.shape)
+        self.rank, self.scaling = rank, alpha / rank
+        self.dropout = nn.Dropout(dropout)
+        self.residual = frozen(base.weight)  # (out, in), all of W0
+        self.bias = None if base.bias is None else frozen(base.bias)
+        self.lora_A, self.lora_B = nn.ParameterList(), nn.ParameterList()
+        self.add_branch()
+
+    def add_branch(self):
+        """Freeze the branches so far and append a trainable one."""
+        self.requires_grad_(False)
+        out_features, in_features = self.residual.shape
+        kind = dict(dtype=torch.promote_types(self.residual.dtype, torch.float32),
+                    device=self.residual.device)
+        self.lora_A.append(nn.Parameter(torch.empty(self.rank, in_features, **kind)))
+        self.lora_B.append(nn.Parameter(torch.zeros(out_features, self.rank, **kind)))
+        nn.init.kaiming_uniform_(self.lora_A[-1], a=math.sqrt(5))
+
+    def forward(self, x):
+        """(..., in) -> (..., out)."""
+        y = F.linear(x, self.residual, self.bias)  # (..., out)
+        u = self.dropout(x).to(y.dtype)
+        A = torch.cat(list(self.lora_A)).to(y.dtype)  # (t * r, in)
+        B = torch.cat(list(self.lora_B), dim=1).to(y.dtype)  # (out, t * r)
+        return y + low_rank_update(u, A, B, self.scaling)
+
+    def restore(self, tensors):
+        """Take over saved adapter tensors, named as in this layer's state_dict."""
+        self.load_state_dict(tensors, strict=False)  # all but `base_tensors`: those are in place
+
+
+class BranchMethod(Method):
+    """What methods with a branch per task share: when branches are added, and how they load.
+
+    The first branch is there from the start, so that a single task needs no random numbers beyond
+    LoRA's; `started` says whether a task has trained (on) the last one.
+    """
+
+    def check_model(self, model):
+        super().check_model(model)
+        for linear in find_targets(model, self.settings["target_modules"]).values():
+            check_rank(self.settings["rank"], linear.weight.shape)
+
+    def wrap(self, model, fresh=True):
+        self.started = False
+        super().wrap(model, fresh)
+
+    def add_branch(self):
+        """Freeze all branches and append one per layer.
+
+        Processes draw different numbers here; DDP gives all of them the first one's.
+        """
+        for layer in self.layers.values():
+            layer.add_branch()
+
+    def active_parameters(self):
+        past = sum(weight.numel() for layer in self.layers.values()
+                   for branches in (layer.lora_A, layer.lora_B) for weight in branches
+                   if not weight.requires_grad)
+        return super().active_parameters() + past
+
+    def start_task(self, task, loader):
+        if self.started:
+            self.add_branch()
+        self.started = True
+        if task.name == "mixed":
+            PartialState().print(f"{self.name}: mixed training is one task: one branch, and no "
+                                 "past one to protect")
+
+    def grow(self, state):
+        """Add the branches that `state` has, and this does not."""
+        name, layer = next(iter(self.layers.items()))
+        while f"{name}.lora_A.{len(layer.lora_A)}" in state:
+            self.add_branch()
+
+    def load_state_dict(self, state):
+        """As in Method, with all branches of `state`; the next task to start adds one."""
+        self.grow(state)
+        super().load_state_dict(state)
+        self.started = True
+
+
+class Olora(BranchMethod):
+    """A new branch for every task; all of them act on every input, whatever its task."""
+
+    name = "olora"
+    reads = ("target_modules", "rank", "alpha", "dropout", "orth_weight", "l2_weight", "orth_norm")
+
+    @staticmethod
+    def add_flags(group):
+        group.add_argument("--orth_weight", type=non_negative, default=0.5, metavar="LAMBDA1",
+                           help="weight of the orthogonality penalty (default: 0.5)")
+        group.add_argument("--l2_weight", type=non_negative, default=0.0, metavar="LAMBDA2",
+                           help="weight of the new branch's size (default: 0)")
+        group.add_argument("--orth_norm", choices=("l1", "fro2"), default="l1",
+                           help="of the products of branches: sum of magnitudes, as the authors' "
+                                "code runs it, or of squares, as in the paper (default: l1)")
+
+    def build_layer(self, linear, fresh):
+        return OloraLinear(linear, self.settings["rank"], self.settings["alpha"],
+                           self.settings["dropout"])
+
+    def penalty(self):
+        # Deviation: the loop divides this among micro-batches; the code adds it to each in full.
+        read = self.settings
+        return branch_penalty(self.layers.values(), read["orth_weight"], read["l2_weight"],
+                              read["orth_norm"])
+
+    @torch.no_grad()
+    def end_task(self, task, loader):
+        layers = self.layers.values()
+        cosines = [mean_cosine(layer.lora_A[-1], torch.cat(list(layer.lora_A)[:-1]))
+                   for layer in layers if len(layer.lora_A) > 1]
+        if cosines:
+            PartialState().print(f"olora: mean |cosine| of rows of lora_A to past branches' after "
+                                 f"{task.name}: {torch.stack(cosines).mean():.4f}")
