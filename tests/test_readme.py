@@ -1,0 +1,80 @@
+"""The README's claims: its table, its commands and its example method are run."""
+
+import importlib
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from conftest import succeed
+
+import train
+from baselines import METHODS
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def section(title):
+    """The text under one heading."""
+    return README.split(f"\n## {title}\n")[1].split("\n## ")[0]
+
+
+def table_rows():
+    """(paper, functions, tests) of the equation table."""
+    for line in section("From equation to code to test").splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if len(cells) == 3 and "`" in cells[1]:
+            yield cells[0], re.findall(r"`([\w.]+)`", cells[1]), re.findall(r"`([\w.]+)`", cells[2])
+
+
+@pytest.mark.parametrize(("paper", "functions", "tests"), list(table_rows()))
+def test_equation_table(paper, functions, tests):
+    """Every function named exists, one of them cites its equation, every test file is there."""
+    documented = []
+    for dotted in functions:
+        parts = dotted.split(".")
+        depth = 2 if parts[0] == "baselines" else 1
+        found = importlib.import_module(".".join(parts[:depth]))
+        for name in parts[depth:]:
+            found = getattr(found, name)
+        documented.append(found.__doc__)
+    number = re.match(r"Eq\. (\d+)", paper)
+    if number:
+        assert any(f"({number[1]})" in text or f"({number[1]})," in text for text in documented)
+    assert all(documented) and tests
+    for file in tests:
+        assert (ROOT / "tests" / file).is_file()
+
+
+def train_commands():
+    """The flags of every train.py command in a code block."""
+    for block in re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL):
+        for line in block.splitlines():
+            words = shlex.split(line, comments=True)
+            if "train.py" in words:
+                yield words[words.index("train.py") + 1:]
+
+
+@pytest.mark.parametrize("flags", [c for c in train_commands() if c and "--help" not in c
+                                   and "--adapter" not in c], ids=" ".join)
+def test_commands_parse(flags):
+    """The README's training commands are accepted."""
+    args, typed = train.parse_flags(flags)
+    assert args.method in METHODS and typed
+
+
+def test_example_method_trains(llama, suite, tmp_path, monkeypatch):
+    """The example under "Add your own method" trains, saves and loads through train.py."""
+    code = re.search(r"```python\n(# baselines/scale.py.*?)```", README, flags=re.DOTALL)[1]
+    namespace = {}
+    exec(compile(code, "scale.py", "exec"), namespace)
+    monkeypatch.setitem(METHODS, "scale", namespace["Scale"])
+    common = ["--model", llama, "--suite", suite, "--max_length", 128, "--max_new_tokens", 4]
+    succeed("--method", "scale", "--epochs", 1, "--learning_rate", 0.5, "--eval_before",
+            "--output_dir", tmp_path / "run", *common)
+    succeed("--eval_only", "--adapter", tmp_path / "run" / "adapter", "--output_dir",
+            tmp_path / "eval", *common)
+    before, after = sorted((tmp_path / "run" / "predictions").iterdir())
+    (loaded,) = (tmp_path / "eval" / "predictions").iterdir()
+    assert after.read_bytes() == loaded.read_bytes() != before.read_bytes()
