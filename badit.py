@@ -115,30 +115,36 @@ def select_experts(logits, top_k):
 
 
 class RoutedBank(torch.autograd.Function):
-    """y = B (w * (A u)): the whole bank in two products, each component weighted by its token.
+    """y + B (w * (A u)): the whole bank in two products, each component weighted by its token.
 
-    u (tokens, in), A (N, in), B (out, N), w (tokens, N); `active` (tokens, N) bool or None for all.
-    Where `active` is False the component still acts on u, but A and B get no gradient from it.
+    y (tokens, out), u (tokens, in), A (N, in), B (out, N), w (tokens, N); `active` (tokens, N) bool
+    or None for all. Where `active` is False the component still acts on u, but A and B get no
+    gradient from it. The narrow products with A and w are in the bank's precision, the wide ones in
+    that of y: under bf16 the leading singular values would otherwise double the rounding error.
     """
 
     @staticmethod
-    def forward(ctx, u, A, B, w, active):
-        h = u @ A.T  # (tokens, N)
-        ctx.save_for_backward(u, A, B, w, active, h)
-        return (h * w) @ B.T  # (tokens, out)
+    def forward(ctx, y, u, A, B, w, active):
+        with torch.autocast(u.device.type, enabled=False):
+            h = u.to(A.dtype) @ A.T  # (tokens, N)
+            ctx.save_for_backward(u, A, B, w, active, h)
+            return torch.addmm(y, (h * w).to(y.dtype), B.to(y.dtype).T)  # (tokens, out)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_y):
         u, A, B, w, active, h = ctx.saved_tensors
-        grad_c = grad_y @ B  # (tokens, N), c = w * h
-        grad_h = grad_c * w
-        grad_u = grad_h @ A if ctx.needs_input_grad[0] else None  # (tokens, in)
-        grad_w = grad_c * h if ctx.needs_input_grad[3] else None
-        trained_w = w if active is None else w * active
-        grad_A = (grad_c * trained_w).T @ u  # (N, in)
-        grad_B = grad_y.T @ (h * trained_w)  # (out, N)
-        return grad_u, grad_A, grad_B, grad_w, None
+        with torch.autocast(u.device.type, enabled=False):
+            grad_c = (grad_y @ B.to(grad_y.dtype)).to(A.dtype)  # (tokens, N), c = w * h
+            grad_u = grad_w = None
+            if ctx.needs_input_grad[1]:
+                grad_u = (grad_c * w).to(u.dtype) @ A.to(u.dtype)  # (tokens, in)
+            if ctx.needs_input_grad[4]:
+                grad_w = grad_c * h
+            trained_w = w if active is None else w * active
+            grad_A = (grad_c * trained_w).T @ u.to(A.dtype)  # (N, in)
+            grad_B = (grad_y.T @ (h * trained_w).to(grad_y.dtype)).to(B.dtype)  # (out, N)
+        return grad_y, grad_u, grad_A, grad_B, grad_w, None
 
 
 class Routing(NamedTuple):
@@ -179,14 +185,13 @@ class BankLinear(nn.Module):
     def forward(self, x):
         """(..., in) -> (..., out)."""
         y = F.linear(x, self.residual, self.bias)  # (..., out)
-        return y + self.bank(x, y.dtype).view_as(y)
+        return self.add_bank(y.reshape(-1, y.shape[-1]), x).view_as(y)
 
-    def bank(self, x, dtype):
-        """What the experts add: x (..., in) -> (tokens, out), computed in `dtype`."""
+    def add_bank(self, y, x):
+        """y (tokens, out) plus what the experts make of x (..., in)."""
         weight, active = self.per_component(self.route(x))  # (tokens, N)
-        u = self.dropout(x).to(dtype)  # (..., in): one mask for all experts
-        return RoutedBank.apply(u.reshape(-1, u.shape[-1]), self.lora_A.to(dtype),
-                                self.lora_B.to(dtype), weight.to(dtype), active)
+        u = self.dropout(x).reshape(-1, x.shape[-1])  # (tokens, in): one mask for all experts
+        return RoutedBank.apply(y, u, self.lora_A, self.lora_B, weight, active)
 
     def per_component(self, routing):
         """Expand a Routing from experts to components: s * weight and active, (tokens, N)."""
@@ -204,6 +209,11 @@ class BankLinear(nn.Module):
 
     def restore(self, tensors):
         """Take over saved adapter tensors, named as in this layer's state_dict."""
+        owned = tensors["expert_of"].clamp(-1, self.num_experts) + 1  # what is out of range counts
+        if owned.bincount(minlength=self.num_experts + 2).tolist() != [
+                0, *[self.rank] * self.num_experts, 0]:
+            raise InputError(f"expert_of of the adapter does not give each of {self.num_experts} "
+                             f"experts {self.rank} components")
         for name, tensor in self.state_dict().items():
             if name not in self.base_tensors:
                 tensor.copy_(tensors[name])
@@ -676,10 +686,10 @@ class Dog:
         def measure(grouping):
             def hook(layer, inputs, output):
                 x, y = inputs[0][tokens], output[tokens].float()  # (tokens, in), (tokens, out)
-                before = layer.bank(x, output.dtype).float()  # (tokens, out)
+                before = layer.add_bank(torch.zeros_like(y), x)  # (tokens, out)
                 health = router_health(layer.route(x))
                 skipped = layer.take_grouping(grouping)
-                change = layer.bank(x, output.dtype).float() - before  # (tokens, out)
+                change = layer.add_bank(torch.zeros_like(y), x) - before  # (tokens, out)
                 drift = float(change.norm() / y.norm()) if len(y) else None
                 records.append(dict(skipped=skipped, regroup_drift=drift, **health))
             return hook
@@ -732,6 +742,8 @@ class Badit(Method):
     @classmethod
     def check(cls, settings, given):
         unread = {
+            f"--top_k {settings['top_k']}": (settings["top_k"] == settings["num_experts"],
+                                             {"router_noise", "inactive"}),
             "--routing static": (settings["routing"] == "static",
                                  {"top_k", "router_noise", "inactive"}),
             "--no_bad": (settings["no_bad"], {"routing", "router_noise", "inactive", "svd"}),

@@ -18,10 +18,6 @@ def positive_int(text):
     return _number(int, text, lambda value: value > 0, "a whole number above 0")
 
 
-def natural(text):
-    return _number(int, text, lambda value: value >= 0, "a whole number, 0 or more")
-
-
 def positive(text):
     return _number(float, text, lambda value: value > 0, "a finite number above 0")
 
@@ -32,3 +28,8 @@ def non_negative(text):
 
 def fraction(text):
     return _number(float, text, lambda value: 0 <= value < 1, "a number from 0 to below 1")
+
+
+def seed(text):
+    return _number(int, text, lambda value: 0 <= value < 2**32,  # what NumPy takes
+                   f"a whole number from 0 to {2**32 - 1}")

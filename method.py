@@ -17,6 +17,9 @@ from errors import InputError
 from utils import atomic_path, write_json
 
 ADAPTER_FORMAT = 1
+# Of settings that several methods read; a saved adapter may hold anything.
+SETTING_TYPES = {"target_modules": list, "rank": int, "alpha": float, "dropout": float,
+                 "num_experts": int, "top_k": int}
 WEIGHTS_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
 
 
@@ -55,6 +58,9 @@ class Method:
         if unknown:
             raise InputError(f"settings {sorted(unknown)} do not fit {type(self).__name__}, "
                              f"which reads {sorted(self.reads)}")
+        for name, kind in SETTING_TYPES.items():
+            if name in settings and not isinstance(settings[name], kind):
+                raise InputError(f"the setting {name} is {settings[name]!r}, which is no {kind}")
         self.settings = settings
         self.model = None
         self.base_sha256 = None
@@ -95,7 +101,7 @@ class Method:
             targets = find_targets(model, self.settings["target_modules"])
             for name, linear in tqdm(targets.items(), desc="adapt layers", unit="layer",
                                      delay=2, leave=False):
-                self.layers[name] = self.build_layer(linear, fresh)
+                self.layers[name] = self.build_layer(linear, fresh).train(linear.training)
                 model.set_submodule(name, self.layers[name])
         model.adapted_by = self
 
@@ -147,7 +153,7 @@ class Method:
 
 
 def check_tensors(state, expected):
-    """Raise InputError unless `state` has exactly the keys, shapes and types of `expected`."""
+    """Raise InputError unless `state` is finite and has `expected`'s keys, shapes and types."""
     missing, extra = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
     if missing or extra:
         raise InputError(f"the adapter does not fit this model: {len(missing)} tensors are missing "
@@ -157,6 +163,8 @@ def check_tensors(state, expected):
         if tensor.shape != want.shape or tensor.is_floating_point() != want.is_floating_point():
             raise InputError(f"the adapter does not fit this model: {key} is {tensor.dtype} "
                              f"{list(tensor.shape)}, expected {want.dtype} {list(want.shape)}")
+        if not torch.isfinite(tensor).all():
+            raise InputError(f"the adapter is damaged: {key} holds a non-finite number")
 
 
 def find_targets(model, target_modules):
@@ -218,6 +226,9 @@ def read_adapter_config(path):
         raise InputError(f"{file} is not an adapter's configuration: it needs {sorted(wanted)}")
     if config["format"] != ADAPTER_FORMAT:
         raise InputError(f"{file} has format {config['format']}, this code reads {ADAPTER_FORMAT}")
+    for key, kind in (("method", str), ("settings", dict), ("base_sha256", str)):
+        if not isinstance(config[key], kind):
+            raise InputError(f"{file}: {key} is {config[key]!r}, not a {kind.__name__}")
     return config
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.util
+import logging
 import os
 import shutil
 import tempfile
@@ -10,6 +11,7 @@ from pathlib import Path
 import huggingface_hub
 import torch
 from huggingface_hub.errors import HTTPError
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -46,7 +48,11 @@ def load(name_or_path, dtype=None):
     tokenizer = load_tokenizer(name_or_path)
     source = locate(name_or_path)
     with _one_line_errors(name_or_path, source):
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype or torch.float32)
+        model, report = AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype or torch.float32, output_loading_info=True)
+    if report["missing_keys"]:
+        raise InputError(f"model {name_or_path}: the checkpoint lacks "
+                         f"{', '.join(sorted(report['missing_keys'])[:3])}")
     for name, weight in model.named_parameters():
         if not torch.isfinite(torch.stack(torch.aminmax(weight.detach()))).all():
             raise InputError(f"model {name_or_path}: the weight {name} holds a non-finite number")
@@ -101,15 +107,20 @@ def _check_hub(name, repository):
 @contextlib.contextmanager
 def _one_line_errors(name, source):
     """Say in one line what to do about a checkpoint that is gated, unreachable or damaged."""
+    verbosity = hf_logging.get_verbosity()
+    hf_logging.set_verbosity(logging.CRITICAL)  # what matters is raised, and said below
     try:
         yield
-    except (OSError, HTTPError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, HTTPError, ValueError, KeyError, TypeError, RuntimeError,
+            SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         advice = (f"if it is gated, accept its licence at https://huggingface.co/{source} and run "
                   "`hf auth login`; offline, pass --model the path of a folder that holds it"
                   if name in MODELS
                   else "the folder must hold config.json, tokenizer and safetensors")
         raise InputError(f"cannot load model {name} from {source} ({reason}); {advice}") from error
+    finally:
+        hf_logging.set_verbosity(verbosity)
 
 
 def embedded_model():

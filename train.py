@@ -36,9 +36,8 @@ import evaluation
 import metrics
 import models
 from baselines import METHODS
-from baselines.lora import matching_rank
 from errors import InputError
-from flags import fraction, natural, positive, positive_int
+from flags import fraction, positive, positive_int, seed
 from method import Stage, load_adapter, method_of, read_adapter_config, save_adapter
 from utils import cache_dir, stable_seed, write_json
 
@@ -79,7 +78,7 @@ def build_parser():
     add("--setting", choices=("mixed", "sequential", "single"), default="mixed",
         help="train all tasks together, one after the other, or each alone from the base model "
              "(default: %(default)s)")
-    add("--seed", type=natural, default=1, help="also decides the task order (default: 1)")
+    add("--seed", type=seed, default=1, help="also decides the task order (default: 1)")
     add("--output_dir", help="default: runs/<method>-<setting>-<model>-seed<seed>")
     add("--overwrite", action="store_true",
         help="reuse an --output_dir that is in use, deleting only what this program wrote there")
@@ -132,8 +131,6 @@ def build_parser():
     add("--dropout", type=fraction, default=0.05, help="on the adapter's input (default: 0.05)")
     add("--num_experts", type=positive_int, default=8, help="K (default: 8)")
     add("--top_k", type=positive_int, default=4, help="experts per token (default: 4)")
-    add("--match_parameters", choices=("badit",),
-        help="the --rank whose trainable parameters come nearest to BADIT's (34 for K = 8, r = 4)")
     add("--svd", choices=("exact", "fast"), default="exact",
         help="decomposition: LAPACK's, or a randomised one for large weights (default: exact)")
     for name, method in METHODS.items():
@@ -283,9 +280,6 @@ def check_model(run):
         raise InputError(f"--max_length {args.max_length} + --max_new_tokens {args.max_new_tokens} "
                          f"is more than the model's {limit} positions")
     if not args.eval_only:
-        if args.match_parameters:
-            args.rank = matching_rank(skeleton, args.target_modules)
-            run.print(f"--match_parameters {args.match_parameters}: rank {args.rank}")
         method = new_method(args)
         method.check_tasks(run.order)
         method.check_model(skeleton)
@@ -351,7 +345,7 @@ def stage_loader(run, stage):
     return DataLoader(plan, batch_size=1, collate_fn=collate, generator=torch.Generator())
 
 
-def train_stage(run, stage, log, regroup_log):
+def train_stage(run, stage, recorder):
     """Algorithm 1, steps 2 to 4, on the tasks of one stage, with its own optimizer and schedule."""
     args, accelerator, method = run.args, run.accelerator, run.method
     set_seed(stable_seed("stage", args.seed, stage.name) % 2**32, device_specific=True)
@@ -364,9 +358,7 @@ def train_stage(run, stage, log, regroup_log):
     # The schedule is not prepared: Accelerate would step it once for every process.
     model, optimizer = accelerator.prepare(run.model, optimizer)
     model.train()
-    bar = TrainingBar(run, stage)
-    micro_batches = accelerator.num_processes * args.gradient_accumulation_steps
-    step, loss_sum, penalty_sum = 0, 0.0, 0.0
+    losses = torch.zeros(2, device=accelerator.device)  # cross-entropy, penalty
     for epoch in range(stage.epochs):                                    # Alg. 1: for each epoch
         loader.set_epoch(epoch)
         for batch in loader:                                             # Alg. 1: for each batch
@@ -374,44 +366,37 @@ def train_stage(run, stage, log, regroup_log):
             with accelerator.accumulate(model):
                 method.before_forward(batch)
                 loss = model(**batch, use_cache=False).loss              # Eq. (1)
-                penalty = method.penalty()
-                accelerator.backward(whole_batch_loss(run, loss) + penalty)
-                loss_sum += loss.detach()
-                penalty_sum += torch.as_tensor(penalty, device=loss.device).detach()
+                penalty = torch.as_tensor(method.penalty(), device=loss.device)
+                accelerator.backward(loss * micro_batches(run) + penalty)
+                losses += torch.stack([loss, penalty / micro_batches(run)]).detach()
                 if accelerator.sync_gradients:
                     method.after_backward()                              # Alg. 1: Eq. (8)
                     norm = accelerator.clip_grad_norm_(weights, args.max_grad_norm)
-                    loss_sum, penalty_sum = accelerator.reduce([loss_sum, penalty_sum])
-                    refuse_non_finite(stage, step + 1, loss_sum, norm)
+                    cross_entropy, penalty = accelerator.reduce(losses).tolist()
+                    refuse_non_finite(stage, recorder.step + 1, cross_entropy, norm)
                 optimizer.step()                                         # Alg. 1: update
                 optimizer.zero_grad()
             if accelerator.sync_gradients:
-                step += 1
-                record = dict(stage=stage.name, epoch=epoch + 1, step=step, loss=float(loss_sum),
-                              penalty=float(penalty_sum) / micro_batches,
-                              learning_rate=schedule.get_last_lr()[0],
-                              gradient_norm=float(norm), tokens=num_tokens)
+                recorder.add_step(dict(
+                    stage=stage.name, epoch=epoch + 1, loss=cross_entropy, penalty=penalty,
+                    learning_rate=schedule.get_last_lr()[0], gradient_norm=float(norm),
+                    tokens=num_tokens))
                 schedule.step()
+                losses.zero_()
                 with run.timed("regroup"):
-                    regrouped = method.after_step()                      # Alg. 1: Eq. (9) to (14)
-                write_lines(regroup_log, regrouped)
-                run.regroupings += regrouped
-                write_lines(log, [record])
-                bar.update(record)
-                loss_sum, penalty_sum = 0.0, 0.0
-    bar.close()
+                    recorder.add_regrouping(method.after_step())         # Alg. 1: Eq. (9) to (14)
     run.model = accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     method.end_task(stage, loader)
     accelerator.free_memory()
 
 
-def whole_batch_loss(run, loss):
-    """Scale a micro-batch's share of the mean over the target tokens of the global batch.
+def micro_batches(run):
+    """Micro-batches of one optimizer step, over all processes.
 
-    `loss` is already divided by the number of target tokens in the global batch; this undoes the
-    mean over processes that DDP takes and the one over micro-batches that Accelerate takes.
+    A micro-batch's loss is already its share of the mean over all target tokens of the step; times
+    this number it outlives the means that Accelerate (micro-batches) and DDP (processes) take.
     """
-    return loss * run.accelerator.num_processes * run.args.gradient_accumulation_steps
+    return run.accelerator.num_processes * run.args.gradient_accumulation_steps
 
 
 def refuse_non_finite(stage, step, loss, norm):
@@ -422,24 +407,32 @@ def refuse_non_finite(stage, step, loss, norm):
                          "saved. Try a lower --learning_rate")
 
 
-def write_lines(file, records):
-    for record in records:
-        file.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
-    if records:
-        file.flush()
+class Recorder:
+    """What is kept of the steps of one stage: log.jsonl, regroup.jsonl, a tracker and a tqdm bar.
 
-
-class TrainingBar:
-    """One tqdm bar per stage, and the tracker: loss, learning rate, tokens per second."""
+    A context manager. `step` counts the optimizer steps of the stage.
+    """
 
     def __init__(self, run, stage):
-        self.run, self.tokens, self.start = run, 0, time.perf_counter()
+        self.run, self.step, self.tokens = run, 0, 0
+        self.log = run.stream(run.args.output_dir / "log.jsonl", "a")
+        self.regroup_log = run.stream(run.args.output_dir / "regroup.jsonl", "a")
         self.bar = tqdm(total=stage.steps, desc=f"train {stage.name}", unit="step",
                         disable=not run.accelerator.is_main_process)
+        self.start = time.perf_counter()
 
-    def update(self, record):
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        for part in (self.bar, self.log, self.regroup_log):
+            part.close()
+
+    def add_step(self, record):
+        self.step += 1
         self.run.steps += 1
         self.tokens += record["tokens"]
+        self._write(self.log, record | {"step": self.step})
         speed = self.tokens / (time.perf_counter() - self.start)
         self.bar.set_postfix(loss=f"{record['loss']:.3f}", lr=f"{record['learning_rate']:.1e}",
                              tok_s=f"{speed:.0f}", refresh=False)
@@ -447,8 +440,15 @@ class TrainingBar:
         numbers = {key: value for key, value in record.items() if not isinstance(value, str)}
         self.run.accelerator.log(numbers, step=self.run.steps)
 
-    def close(self):
-        self.bar.close()
+    def add_regrouping(self, records):
+        for record in records:
+            self._write(self.regroup_log, record)
+        self.run.regroupings.extend(records)
+
+    @staticmethod
+    def _write(file, record):
+        file.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
+        file.flush()
 
 
 # --- evaluation and results ---------------------------------------------------------------------
@@ -484,24 +484,22 @@ def train_all(run):
     args, stages, rows = run.args, make_stages(run), []
     if args.eval_before:
         rows.append(evaluate_row(run, 0, "before", run.order))
-    with (run.stream(args.output_dir / "log.jsonl") as log,
-          run.stream(args.output_dir / "regroup.jsonl") as regroup_log):
-        for done, stage in enumerate(stages, start=1):
-            if args.setting == "single" and done > 1:
-                load_model(run)  # every task starts from the base model
-            with run.timed("train"):
-                train_stage(run, stage, log, regroup_log)
-            if run.accelerator.is_main_process:
-                alone = stage.name if args.setting == "single" else ""
-                save_adapter(run.model, args.output_dir / "adapter" / alone)
-            rows.append(evaluate_row(run, done, stage.name, evaluated_tasks(run, stages, done)))
+    for done, stage in enumerate(stages, start=1):
+        if args.setting == "single" and done > 1:
+            load_model(run)  # every task starts from the base model
+        with run.timed("train"), Recorder(run, stage) as recorder:
+            train_stage(run, stage, recorder)
+        if run.accelerator.is_main_process:
+            alone = stage.name if args.setting == "single" else ""
+            save_adapter(run.model, args.output_dir / "adapter" / alone)
+        rows.append(evaluate_row(run, done, stage.name, evaluated_tasks(run, stages, done)))
     return rows
 
 
 def matrix_metrics(run, rows, reference):
     """Appendix G.5 over the rows of trained stages, against best or first reference."""
-    matrix = [row[reference] for row in rows if row["name"] != "before"]
-    single = single_task_scores(run, reference)
+    matrix = [row[reference] for row in rows[run.args.eval_before:]]  # row 0 is the base model
+    single = run.single_task_scores and run.single_task_scores[reference]
     if run.args.setting == "single":  # row i has task i alone: no score after all tasks
         alone = [row[i] for i, row in enumerate(matrix)]
         return {"rouge": metrics.mean(alone), "forward": None, "forget_rate": None,
@@ -512,37 +510,38 @@ def matrix_metrics(run, rows, reference):
     return values
 
 
-def single_task_scores(run, reference):
-    """Scores of the run with --setting single that --single_task_results names, or None."""
-    path = run.args.single_task_results
-    if path is None:
-        return None
-    single = run.single_task_results
-    position = single["task_order"].index
-    return {task: single["scores"][reference][position(task) - len(single["task_order"])]
-            [position(task)] for task in run.order}
-
-
 def read_single_task_results(run):
-    """Read and check --single_task_results: same method, model, data and settings, each task."""
-    path = run.args.single_task_results
+    """Read --single_task_results: a run of the same method, model, data and settings.
+
+    Sets run.single_task_scores to {reference: {task: score}}, or to None without the flag. Raises
+    InputError for a file that is none, of another run, or without the score of one of the tasks.
+    """
+    path, run.single_task_scores = run.args.single_task_results, None
     if path is None:
         return
     try:
         single = json.loads(Path(path).read_text(encoding="utf-8"))
-        theirs, order = single["args"], single["task_order"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"--single_task_results {path} is no results.json: {error}") from None
-    free = {"setting", "tasks", "task_order", "eval_tasks", "eval_before", "paper_metrics",
-            "single_task_results"}
+        theirs, batch = dict(single["args"]), single["global_batch_size"]
+        # Row i of a single run has the score of the i-th task alone, after an optional row 0.
+        scores = {reference: {task: float(matrix[i - len(single["task_order"])][i])
+                              for i, task in enumerate(single["task_order"])}
+                  for reference, matrix in dict(single["scores"]).items()}
+    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+        raise InputError(f"--single_task_results {path} is no results.json of a finished run with "
+                         f"--setting single ({type(error).__name__}: {error})") from None
+    free = {"setting", "tasks", "task_order", "eval_tasks", "eval_before", "eval_batch_size",
+            "batch_size", "gradient_accumulation_steps", "paper_metrics", "single_task_results"}
     mine = recorded_args(run)
     different = sorted(key for key in mine.keys() - free if theirs.get(key) != mine[key])
-    missing = sorted(set(run.order) - set(order))
+    different += ["global batch size"] * (batch != global_batch(run))
+    scored = set(scores.get("best", ())) & set(scores.get("first", ()))
+    missing = sorted(set(run.order) - scored)
     if theirs.get("setting") != "single" or different or missing:
         raise InputError(f"--single_task_results {path} does not belong to this run: setting "
                          f"{theirs.get('setting')!r}, other values of {different}, "
                          f"no score of {missing}")
-    run.single_task_results = single
+    run.single_task_scores = {reference: {task: scores[reference][task] for task in run.order}
+                              for reference in ("best", "first")}
 
 
 def recorded_args(run):
@@ -571,6 +570,7 @@ def write_results(run, rows, argv):
                   for name, task in run.tasks.items()},
         "shortened": run.encoded.shortened,
         "left_out": run.encoded.left_out,
+        "settings": run.method.settings,
         "parameters": parameter_counts(run),
         "rows": [row["name"] for row in rows],
         "score_matrix": [row["best"] for row in rows],
@@ -583,18 +583,18 @@ def write_results(run, rows, argv):
                 "peak_memory_gib": peak_memory(run), "report_to": args.report_to,
                 "seconds": dict(run.seconds)},
     }
-    if values["forward"] is None and args.setting != "single" and not args.eval_only:
-        results["forward_needs"] = single_task_command(run, argv)
+    if values["forward"] is None and args.setting != "single" and run.trains:
+        results["forward_needs"] = single_task_command(argv)
     if run.accelerator.is_main_process:
         write_json(args.output_dir / "results.json", results)
     return results
 
 
-def single_task_command(run, argv):
+def single_task_command(argv):
     """The command whose results.json --single_task_results takes."""
     parser = build_parser()
-    dropped = {"--setting", "--output_dir", "--task_order", "--eval_tasks", "--single_task_results",
-               "--eval_before", "--paper_metrics"}
+    dropped = {"--setting", "--output_dir", "--overwrite", "--task_order", "--eval_tasks",
+               "--single_task_results", "--eval_before", "--paper_metrics"}
     kept, keep = [], True
     options = {option for action in parser._actions for option in action.option_strings}
     for token in argv:
@@ -603,8 +603,7 @@ def single_task_command(run, argv):
             keep = option not in dropped
         if keep:
             kept.append(token)
-    folder = f"{run.args.output_dir}-single"
-    return shlex.join(["python", "train.py", *kept, "--setting", "single", "--output_dir", folder])
+    return shlex.join(["python", "train.py", *kept, "--setting", "single"])
 
 
 def summarise_regroupings(records):
@@ -653,7 +652,7 @@ def peak_memory(run):
 
 def print_table(run, rows, results):
     """Scores per task, before (if evaluated) and after training, then the metrics."""
-    before = {row["name"]: row for row in rows}.get("before")
+    before = rows[0] if run.args.eval_before else None
     last = rows[-1]["best"]
     if run.args.setting == "single":
         last = [row["best"][i] for i, row in enumerate(rows[-len(run.order):])]
@@ -676,16 +675,27 @@ def print_table(run, rows, results):
 # --- main ---------------------------------------------------------------------------------------
 
 
-def prepare_output_dir(args):
-    """Refuse a folder in use, or with --overwrite delete from it what this program wrote."""
+def check_output_dir(args):
+    """Refuse an --output_dir that is in use, cannot be written, or holds what the run reads."""
     folder = args.output_dir
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"--output_dir {folder} is a file")
-    if not folder.exists() or not any(folder.iterdir()):
+    standing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not standing.is_dir() or not os.access(standing, os.W_OK | os.X_OK):
+        raise InputError(f"--output_dir {folder}: {standing} is no folder that can be written to")
+    if standing != folder or not any(folder.iterdir()):
         return
     if not args.overwrite:
         raise InputError(f"--output_dir {folder} is not empty: name another, or give --overwrite "
                          "to replace what this program wrote there")
+    for flag in ("adapter", "single_task_results"):
+        needed = getattr(args, flag)
+        if needed and Path(needed).resolve().is_relative_to(folder.resolve()):
+            raise InputError(f"--{flag} {needed} lies in --output_dir {folder}, where --overwrite "
+                             "would delete it: name another --output_dir")
+
+
+def clear_output_dir(folder):
+    """Make `folder`, without files that an earlier run of this program wrote there."""
+    folder.mkdir(parents=True, exist_ok=True)
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
         if path.is_file() and any(re.fullmatch(pattern, name) for pattern in OUTPUTS):
@@ -702,8 +712,8 @@ def execute(args, argv):
     check_tracker(args.report_to)
     run = Run(args, make_accelerator(args))
     accelerator = run.accelerator
-    trains = METHODS[args.method].trains and not args.eval_only
-    run.print(f"badit: method {args.method}, {args.setting if trains else 'evaluation only'}, "
+    run.trains = METHODS[args.method].trains and not args.eval_only
+    run.print(f"badit: method {args.method}, {args.setting if run.trains else 'evaluation only'}, "
               f"model {args.model}, precision {accelerator.mixed_precision}, processes "
               f"{accelerator.num_processes}, device {accelerator.device}")
     load_data(run)
@@ -713,14 +723,13 @@ def execute(args, argv):
     counts = parameter_counts(run)
     run.print(f"parameters: {counts['trainable']:,} trainable, {counts['stored']:,} stored, "
               f"{counts['active']:,} active per token, {counts['total']:,} in the base model")
-    with accelerator.main_process_first():
-        if accelerator.is_main_process:
-            prepare_output_dir(args)
-            args.output_dir.mkdir(parents=True, exist_ok=True)
+    if accelerator.is_main_process:
+        clear_output_dir(args.output_dir)
+    accelerator.wait_for_everyone()
     accelerator.init_trackers("badit", config={
         key: value if isinstance(value, (int, float, str)) else str(value)
         for key, value in recorded_args(run).items()})
-    if trains:
+    if run.trains:
         rows = train_all(run)
     else:
         rows = [evaluate_row(run, 1, args.method, run.order)]
@@ -736,8 +745,7 @@ def main(argv=None):
     argv = sys.argv[1:] if argv is None else list(argv)
     try:
         args, _ = parse_flags(argv)
-        if not args.overwrite:
-            prepare_output_dir(args)
+        check_output_dir(args)
         execute(args, argv)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -1,8 +1,8 @@
 """GainLoRA (Liang et al. 2025): a branch and a gate per task; new gates stay shut on old inputs.
 
 Branches are InfLoRA's (Liang and Li 2024): their A is frozen, orthogonal to what old tasks fed into
-the layer; or O-LoRA's. Old subspaces are found as in GPM (Saha et al. 2021). What the papers leave
-open follows the authors' LLaMA code, which T5's differs from.
+the layer; or O-LoRA's. Old subspaces are found as in GPM (Saha et al. 2021). Where paper, T5 code
+and LLaMA code of the authors differ, this follows the LLaMA code unless a comment says otherwise.
 
 Axis names as in badit.py, and
     r, t   rank of one branch, number of branches (tasks so far)
@@ -454,13 +454,15 @@ class GainLora(BranchMethod):
                 self.model(**{key: batch[key] for key in DATA_KEYS}, logits_to_keep=1,
                            use_cache=False)
             if with_gates:
-                p0 = self._pool(batch)[prompt_mask(batch).any(dim=1)]  # fillers have no prompt
-                for name, v in self.gates.features(p0).items():
+                # Fillers have no prompt: their zeros add nothing.
+                for name, v in self.gates.features(self._pool(batch)).items():
                     add(name, v)
         self.model.train(training)
         for handle in handles:
             handle.remove()
-        return {name: reduce(total, "sum") for name, total in sums.items()}
+        for name in sums:  # in place, since all layers' together are large
+            sums[name] = reduce(sums[name], "sum")
+        return sums
 
     # --- adapter state --------------------------------------------------------------------------
 

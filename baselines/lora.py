@@ -82,6 +82,12 @@ class Lora(Method):
     name = "lora"
     reads = ("target_modules", "rank", "alpha", "dropout", "match_parameters")
 
+    @staticmethod
+    def add_flags(group):
+        group.add_argument("--match_parameters", choices=("badit",),
+                           help="the --rank whose trainable parameters come nearest to BADIT's: 34 "
+                                "for its K = 8, r = 4 (also for pissa)")
+
     @classmethod
     def check(cls, settings, given):
         if {"rank", "match_parameters"} <= given:
@@ -89,6 +95,8 @@ class Lora(Method):
 
     def check_model(self, model):
         super().check_model(model)
+        if self.settings["match_parameters"] is not None:  # "badit" is the only choice
+            self.settings["rank"] = matching_rank(model, self.settings["target_modules"])
         for linear in find_targets(model, self.settings["target_modules"]).values():
             check_rank(self.settings["rank"], linear.weight.shape)
 
