@@ -94,6 +94,10 @@ def load_suite(name_or_path, data_dir=None):
                        if path.is_dir() and not path.name.startswith((".", "_")))
     if not names:
         raise InputError(f"{folder} holds no task folders")
+    for name in names:
+        if not re.fullmatch(r"[\w.-]+", name, flags=re.ASCII):  # files of a run bear these names
+            raise InputError(f"{folder}: a task folder's name may hold letters, digits, '_', '-' "
+                             f"and '.', not {name!r}")
     return Suite(folder.resolve().name if name_or_path != "superni" else "superni",
                  {name: load_task(folder / name) for name in names})
 

@@ -181,7 +181,11 @@ def find_targets(model, target_modules):
 
 
 def fingerprint(model):
-    """SHA-256 over all weights of a bare model, as float32: equal for a bf16 or fp32 load of it."""
+    """SHA-256 over all weights of a bare model, as float32.
+
+    Equal for a bf16 and an fp32 load of a checkpoint that is stored in bf16; one stored in fp32
+    loses digits in a bf16 load and counts as another model.
+    """
 
     def digest(item):
         name, tensor = item

@@ -222,6 +222,9 @@ class Run:
 
 def make_accelerator(args):
     """The Accelerator, and a batch size for every process. Raises InputError."""
+    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")  # what the launcher sets
+    if precision not in ("no", "bf16"):
+        raise InputError(f"--mixed_precision {precision} is not supported; allowed: no, bf16")
     accelerator = Accelerator(
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         log_with=None if args.report_to == "none" else args.report_to,
@@ -232,9 +235,6 @@ def make_accelerator(args):
     if kind not in ("NO", "MULTI_GPU", "MULTI_CPU"):
         raise InputError(f"distributed training by {kind} is not supported, only DDP: sharded "
                          "gradients would make Eq. 8 wrong, and the trainable state is small")
-    if accelerator.mixed_precision not in ("no", "bf16"):
-        raise InputError(f"--mixed_precision {accelerator.mixed_precision} is not supported; "
-                         "allowed: no, bf16")
     if args.batch_size is None:
         micro_batches = accelerator.num_processes * args.gradient_accumulation_steps
         if PAPER_BATCH % micro_batches:
@@ -403,7 +403,7 @@ def refuse_non_finite(stage, step, loss, norm):
     """Stop before an optimizer step would destroy the adapter; equal on all processes."""
     if not (math.isfinite(loss) and math.isfinite(norm)):
         raise InputError(f"training diverged in stage {stage.name} at step {step}: loss "
-                         f"{float(loss)}, gradient norm {float(norm)}; the adapter was not "
+                         f"{float(loss)}, gradient norm {float(norm)}; nothing of this stage was "
                          "saved. Try a lower --learning_rate")
 
 
@@ -521,7 +521,8 @@ def read_single_task_results(run):
         return
     try:
         single = json.loads(Path(path).read_text(encoding="utf-8"))
-        theirs, batch = dict(single["args"]), single["global_batch_size"]
+        theirs = dict(single["args"])
+        theirs |= {key: single[key] for key in ("global_batch_size", "precision")}
         # Row i of a single run has the score of the i-th task alone, after an optional row 0.
         scores = {reference: {task: float(matrix[i - len(single["task_order"])][i])
                               for i, task in enumerate(single["task_order"])}
@@ -531,9 +532,9 @@ def read_single_task_results(run):
                          f"--setting single ({type(error).__name__}: {error})") from None
     free = {"setting", "tasks", "task_order", "eval_tasks", "eval_before", "eval_batch_size",
             "batch_size", "gradient_accumulation_steps", "paper_metrics", "single_task_results"}
-    mine = recorded_args(run)
+    mine = recorded_args(run) | {"global_batch_size": global_batch(run),
+                                 "precision": run.accelerator.mixed_precision}
     different = sorted(key for key in mine.keys() - free if theirs.get(key) != mine[key])
-    different += ["global batch size"] * (batch != global_batch(run))
     scored = set(scores.get("best", ())) & set(scores.get("first", ()))
     missing = sorted(set(run.order) - scored)
     if theirs.get("setting") != "single" or different or missing:
@@ -716,6 +717,10 @@ def execute(args, argv):
     run.print(f"badit: method {args.method}, {args.setting if run.trains else 'evaluation only'}, "
               f"model {args.model}, precision {accelerator.mixed_precision}, processes "
               f"{accelerator.num_processes}, device {accelerator.device}")
+    idle = (os.cpu_count() or 1) - torch.get_num_threads() * accelerator.num_processes
+    if accelerator.device.type == "cpu" and idle > 0:
+        run.print(f"{idle} CPU cores stay idle: `accelerate launch --num_cpu_threads_per_process "
+                  "N`, or `python train.py`, uses them")
     load_data(run)
     read_single_task_results(run)
     check_model(run)
