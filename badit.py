@@ -15,12 +15,13 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from accelerate import PartialState
 from scipy.optimize import linear_sum_assignment
 from torch import nn
 
 from errors import InputError
 from flags import non_negative, positive_int
-from method import Method, find_targets
+from method import Method, find_targets, frozen
 from utils import stable_seed
 
 KMEANS_PASSES, ROUNDS = 50, 10
@@ -239,10 +240,6 @@ class BankLinear(nn.Module):
         """Adopt a grouping (N,). Returns None, or the reason why the layer was left as it was."""
         self.expert_of.copy_(grouping)
         return None
-
-
-def frozen(tensor):
-    return nn.Parameter(tensor.detach(), requires_grad=False)
 
 
 class InitialBank:
@@ -605,6 +602,9 @@ class Dog:
         """Begin a stage: step counter and mean gradient start afresh."""
         self.stage, self.step = stage, 0
         self.interval = self.regroup_every or stage.steps_per_epoch
+        if self.grouping != "fixed" and self.interval >= stage.steps:
+            PartialState().print(f"stage {stage.name} never regroups: it has {stage.steps} steps, "
+                                 f"and every {self.interval} would be the first (--regroup_every)")
         self._reset()
 
     def _reset(self):
@@ -653,8 +653,7 @@ class Dog:
             norm = (norms[index].square() @ membership(old[index], K)).sqrt()  # (K,)
             record["gradient_norm"] = norm.tolist() if finite[index] else None
         report = grouping_report(gram, old, new, rounds, K)
-        return [dict(stage=self.stage.name, step=self.step, layer=name, steps=self.count,
-                     grouping=grouping, **measured[index],
+        return [dict(layer=name, steps=self.count, grouping=grouping, **measured[index],
                      **{key: values[index] for key, values in report.items()})
                 for index, name in enumerate(self.layers)]
 
@@ -753,7 +752,8 @@ class Badit(Method):
         for cause, (applies, flags) in unread.items():
             if applies and given & flags:
                 raise InputError(f"--{sorted(given & flags)[0]} is not read with {cause}")
-        if settings["top_k"] > settings["num_experts"]:
+        static = settings["routing"] == "static" and not settings["no_bad"]
+        if settings["top_k"] > settings["num_experts"] and not static:
             raise InputError(f"--top_k {settings['top_k']} is above --num_experts "
                              f"{settings['num_experts']}")
 
@@ -769,6 +769,8 @@ class Badit(Method):
         if read["no_bad"]:
             from baselines.loramoe import LoraMoeLinear  # not above: baselines imports this module
             return LoraMoeLinear(linear, **shared)
+        if read["routing"] == "static":
+            shared["top_k"] = read["num_experts"]  # all experts act
         return BaditLinear(linear, **shared, routing=read["routing"], inactive=read["inactive"],
                            router_noise=read["router_noise"], svd=read["svd"] if fresh else None)
 

@@ -87,7 +87,7 @@ def load_suite(name_or_path, data_dir=None):
         if data_dir is not None:
             raise InputError(f"--data_dir is read with --suite superni only, not {name_or_path}")
         folder = TASKS_DIR / "mini" if name_or_path == "mini" else Path(name_or_path)
-        if not folder.is_dir():
+        if not name_or_path or not folder.is_dir():
             raise InputError(f"suite {str(name_or_path)!r} is unknown: allowed are mini, superni "
                              "and the path of a folder of tasks")
         names = sorted(path.name for path in folder.iterdir()
@@ -124,6 +124,9 @@ def load_task(folder):
     for split in SPLITS:
         heads[split], instances[split] = _read_split(folder / f"{split}.json")
     head, file = heads["train"], folder / "train.json"
+    for key in ("Definition", "Category", "Metric"):
+        if heads["test"].get(key) != head.get(key):
+            raise InputError(f"{folder / 'test.json'}: {key} differs from that of {file}")
     definition = head.get("Definition")
     if isinstance(definition, list) and all(isinstance(line, str) for line in definition):
         definition = "\n".join(definition)
@@ -135,6 +138,7 @@ def load_task(folder):
         category, metric = head.get("Category", "other"), head.get("Metric", "rouge_l")
     if not isinstance(category, str):
         raise InputError(f"{file}: Category {category!r} is not text")
+    _check_unicode(category, f"{file}: Category")
     if not isinstance(metric, str) or metric not in SCORERS:
         raise InputError(f"{file}: Metric {metric!r} is unknown; allowed: {', '.join(SCORERS)}")
     return Task(folder.name, definition.strip(), category, metric, **instances)
@@ -245,8 +249,8 @@ def build_prompt(definition, input_text):
     return PROMPT.format(definition=definition, input=input_text)
 
 
-def encode_suite(suite, tokenizer, max_length, chat_template=False, cache_dir=None):
-    """Tokenise all tasks of a suite -> Encoded.
+def encode_suite(suite, tokenizer, max_length, chat_template=False, cache_dir=None, splits=SPLITS):
+    """Tokenise all tasks of a suite -> Encoded; of other `splits` there are no rows.
 
     `max_length` bounds prompt + target in training and the prompt alone in evaluation. Too long an
     instance loses the end of its input field, never of definition, frame or target; a training
@@ -261,9 +265,9 @@ def encode_suite(suite, tokenizer, max_length, chat_template=False, cache_dir=No
     encoded = Encoded({}, {}, [], {split: 0 for split in SPLITS})
     for name, task in suite.tasks.items():
         train, test = (_encode_split(task, split, tokenizer, max_length, chat_template, cache_dir)
-                       for split in SPLITS)
+                       if split in splits else [] for split in SPLITS)
         fits = [row for row in train if len(row["input_ids"]) <= max_length]
-        if not fits:
+        if train and not fits:
             needed = min(len(row["input_ids"]) for row in train)
             raise InputError(f"no training instance of {name} fits into --max_length {max_length}; "
                              f"the smallest that lets one in is {needed}")
@@ -298,13 +302,21 @@ def _encode_split(task, split, tokenizer, max_length, chat_template, cache_dir):
                    tokenizer.backend_tokenizer.to_str(), tokenizer.eos_token_id,
                    tokenizer.chat_template if chat_template else None, CODE_SHA256]
         key = hashlib.sha256(json.dumps(content).encode()).hexdigest()
-        Path(cache_dir).mkdir(parents=True, exist_ok=True)
+        _make_cache(Path(cache_dir))
         options = dict(cache_file_name=str(Path(cache_dir) / f"{key}.arrow"),
                        load_from_cache_file=True)
     with _quiet_datasets():
         dataset = Dataset.from_list(source).map(encode, remove_columns=list(keys),
                                                 new_fingerprint="encoded", **options)
     return dataset.to_list()
+
+
+def _make_cache(folder):
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot make the cache folder {folder} ({error.strerror}): name another "
+                         "with $XDG_CACHE_HOME") from None
 
 
 CODE_SHA256 = sha256_file(__file__)  # a changed prompt or cut must not meet old tokens
@@ -500,7 +512,7 @@ def main(argv=None):
         if args.command == "download":
             download(folder)
         suite = load_suite("superni", folder)
-    except InputError as error:
+    except (InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     counts = [sum(len(getattr(task, split)) for task in suite.tasks.values()) for split in SPLITS]

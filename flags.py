@@ -3,19 +3,22 @@
 import argparse
 import math
 
+LARGEST = 1e38  # what float32 holds
+
 
 def _number(kind, text, accepts, wanted):
     try:
         value = kind(text)
-    except ValueError:
-        value = None
-    if value is None or not math.isfinite(value) or not accepts(value):
+        usable = math.isfinite(value) and abs(value) <= LARGEST and accepts(value)
+    except (ValueError, OverflowError):
+        usable = False
+    if not usable:
         raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
     return value
 
 
 def positive_int(text):
-    return _number(int, text, lambda value: value > 0, "a whole number above 0")
+    return _number(int, text, lambda value: 0 < value <= 10**6, "a whole number from 1 to 1000000")
 
 
 def positive(text):

@@ -18,8 +18,8 @@ from utils import atomic_path, write_json
 
 ADAPTER_FORMAT = 1
 # Of settings that several methods read; a saved adapter may hold anything.
-SETTING_TYPES = {"target_modules": list, "rank": int, "alpha": float, "dropout": float,
-                 "num_experts": int, "top_k": int}
+SETTING_TYPES = {"target_modules": list | tuple, "rank": int, "alpha": int | float,
+                 "dropout": int | float, "num_experts": int, "top_k": int}
 WEIGHTS_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
 
 
@@ -50,6 +50,7 @@ class Method:
 
     name: str  # its value for --method
     reads: tuple[str, ...] = ()
+    chat_template = False  # whether its prompts were wrapped in one; kept with the adapter
     trains = True  # False for the untrained base model
     row_tasks = ()  # set before each training forward: the task of every row, None for a filler
 
@@ -60,7 +61,8 @@ class Method:
                              f"which reads {sorted(self.reads)}")
         for name, kind in SETTING_TYPES.items():
             if name in settings and not isinstance(settings[name], kind):
-                raise InputError(f"the setting {name} is {settings[name]!r}, which is no {kind}")
+                raise InputError(f"the setting {name} is {settings[name]!r}, which is no "
+                                 f"{getattr(kind, '__name__', kind)}")
         self.settings = settings
         self.model = None
         self.base_sha256 = None
@@ -125,7 +127,10 @@ class Method:
         """Called once per optimizer step: gradients are synchronised and not yet clipped."""
 
     def after_step(self) -> Iterable[dict]:
-        """Called after every optimizer step; returns records for regroup.jsonl."""
+        """Called after every optimizer step; returns records for regroup.jsonl.
+
+        The loop adds the stage and the step to each.
+        """
         return ()
 
     def end_task(self, task, loader):
@@ -169,8 +174,9 @@ def check_tensors(state, expected):
 
 def find_targets(model, target_modules):
     """All nn.Linear modules whose last name component is in `target_modules`, by full name."""
+    # Not the output layer: it sees only the positions whose logits are kept.
     linears = {name: module for name, module in model.named_modules()
-               if isinstance(module, nn.Linear)}
+               if isinstance(module, nn.Linear) and module is not model.get_output_embeddings()}
     existing = {name.rpartition(".")[2] for name in linears}
     for target in target_modules:
         if target not in existing:
@@ -197,6 +203,11 @@ def fingerprint(model):
     return hashlib.sha256(b"".join(digests)).hexdigest()
 
 
+def frozen(tensor):
+    """A Parameter that is not trained, sharing the tensor's memory."""
+    return nn.Parameter(tensor.detach(), requires_grad=False)
+
+
 def method_of(model):
     """The method that wrapped `model`. Raises InputError for a bare model."""
     if not isinstance(getattr(model, "adapted_by", None), Method):
@@ -213,27 +224,33 @@ def save_adapter(model, path):
         safetensors.torch.save_file(state, temporary, metadata={"format": "pt"})
     write_json(path / CONFIG_FILE, {
         "format": ADAPTER_FORMAT, "method": method.name, "settings": method.settings,
-        "base_sha256": method.base_sha256, "model_type": model.config.model_type})
+        "base_sha256": method.base_sha256, "model_type": model.config.model_type,
+        "chat_template": method.chat_template})
 
 
 def read_adapter_config(path):
     """The configuration of a saved adapter. Raises InputError where it is not one."""
     file = Path(path) / CONFIG_FILE
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        config = json.loads(file.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
     except OSError as error:
         raise InputError(f"no adapter at {path}: cannot read {file} ({error.strerror})") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{file} is not JSON: {error}") from None
-    wanted = {"format", "method", "settings", "base_sha256", "model_type"}
+    wanted = {"format", "method", "settings", "base_sha256", "model_type", "chat_template"}
     if not isinstance(config, dict) or set(config) != wanted:
         raise InputError(f"{file} is not an adapter's configuration: it needs {sorted(wanted)}")
     if config["format"] != ADAPTER_FORMAT:
         raise InputError(f"{file} has format {config['format']}, this code reads {ADAPTER_FORMAT}")
-    for key, kind in (("method", str), ("settings", dict), ("base_sha256", str)):
+    for key, kind in (("method", str), ("settings", dict), ("base_sha256", str),
+                      ("chat_template", bool)):
         if not isinstance(config[key], kind):
             raise InputError(f"{file}: {key} is {config[key]!r}, not a {kind.__name__}")
     return config
+
+
+def _refuse_constant(name):
+    raise ValueError(f"{name} is no number")
 
 
 def load_adapter(model, path):
@@ -258,7 +275,12 @@ def load_adapter(model, path):
         raise InputError(f"{path} was made on another base model: its SHA-256 is "
                          f"{config['base_sha256'][:12]}…, this one's is {sha256[:12]}…")
     method = METHODS[config["method"]](**config["settings"])
-    method.base_sha256 = sha256
-    method.wrap(model, fresh=False)
+    method.base_sha256, method.chat_template = sha256, config["chat_template"]
+    try:
+        method.wrap(model, fresh=False)
+    except InputError:
+        raise
+    except (TypeError, ValueError, RuntimeError) as error:  # a value that no flag would let in
+        raise InputError(f"{path / CONFIG_FILE}: the settings make no adapter ({error})") from error
     method.load_state_dict(state)
     return model

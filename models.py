@@ -49,7 +49,8 @@ def load(name_or_path, dtype=None):
     source = locate(name_or_path)
     with _one_line_errors(name_or_path, source):
         model, report = AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype or torch.float32, output_loading_info=True)
+            source, dtype=dtype or torch.float32, output_loading_info=True,
+            trust_remote_code=False)
     if report["missing_keys"]:
         raise InputError(f"model {name_or_path}: the checkpoint lacks "
                          f"{', '.join(sorted(report['missing_keys'])[:3])}")
@@ -68,7 +69,7 @@ def load_tokenizer(name_or_path):
     """The tokenizer alone; its pad token is its own, or EOS where it has none."""
     source = locate(name_or_path)
     with _one_line_errors(name_or_path, source):
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -78,9 +79,9 @@ def skeleton(name_or_path):
     """The model without weights (on the meta device), for checks before they are loaded."""
     source = locate(name_or_path)
     with _one_line_errors(name_or_path, source):
-        config = AutoConfig.from_pretrained(source)
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
 
 
 def locate(name_or_path):
@@ -90,7 +91,7 @@ def locate(name_or_path):
     if name_or_path in MODELS:
         _check_hub(name_or_path, MODELS[name_or_path])
         return MODELS[name_or_path]
-    if Path(name_or_path).is_dir():
+    if name_or_path and Path(name_or_path).is_dir():
         return str(name_or_path)
     raise InputError(f"model {str(name_or_path)!r} is unknown: allowed are {', '.join(MODELS)} and "
                      "the path of a folder with a checkpoint")
@@ -111,8 +112,8 @@ def _one_line_errors(name, source):
     hf_logging.set_verbosity(logging.CRITICAL)  # what matters is raised, and said below
     try:
         yield
-    except (OSError, HTTPError, ValueError, KeyError, TypeError, RuntimeError,
-            SafetensorError) as error:
+    except (OSError, HTTPError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError,
+            ZeroDivisionError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         advice = (f"if it is gated, accept its licence at https://huggingface.co/{source} and run "
                   "`hf auth login`; offline, pass --model the path of a folder that holds it"
@@ -137,8 +138,12 @@ def embedded_model():
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
     try:
         _convert_gguf(source, temporary)
-        with contextlib.suppress(FileExistsError):  # another process was first
+        os.chmod(temporary, 0o755)  # mkdtemp makes it private
+        try:
             os.rename(temporary, folder)
+        except OSError:
+            if not folder.is_dir():  # else another process was first
+                raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return str(folder)

@@ -26,7 +26,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.utils import set_seed
+from accelerate.utils import gather_object, set_seed
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import get_cosine_schedule_with_warmup
@@ -42,6 +42,7 @@ from method import Stage, load_adapter, method_of, read_adapter_config, save_ada
 from utils import cache_dir, stable_seed, write_json
 
 PAPER_BATCH = 8
+SAME_FOR_SINGLE = ("global_batch_size", "precision", "code_sha256")
 TRACKERS = ("tensorboard", "wandb", "trackio", "mlflow")
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "numpy", "scipy", "rouge_score",
             "safetensors")
@@ -54,8 +55,8 @@ SETTING_FLAGS = {"task_order": ("sequential",), "paper_metrics": ("sequential",)
                  "single_task_results": ("mixed", "sequential")}
 # What a run writes into its folder, and what --overwrite may delete there.
 OUTPUTS = (r"results\.json", r"log\.jsonl", r"regroup\.jsonl", r"figure\.png",
-           r"predictions/\d\d_[\w.-]+\.jsonl(\.partial)?",
-           r"adapter/([\w.-]+/)?adapter_(model\.safetensors|config\.json)", r"tracking/.+")
+           r"predictions/\d{2,}_[\w.-]+\.jsonl(\.partial)?", r"(.+/)?\.[\w.-]+\.tmp",
+           r"adapter/([\w.-]+/)?adapter_(model\.safetensors|config\.json)", r"tracking/badit/.+")
 
 
 # --- flags --------------------------------------------------------------------------------------
@@ -89,7 +90,8 @@ def build_parser():
     add("--suite", default="mini", help="mini (shipped), superni, or a folder of tasks in the "
                                         "natural-instructions layout (default: mini)")
     add("--data_dir", help="where SuperNI is (default: $BADIT_DATA, or the download)")
-    add("--tasks", nargs="+", metavar="TASK", help="only these, by name or T-number (T363)")
+    add("--tasks", nargs="+", metavar="TASK",
+        help="only these, by name or T-number (T363)")
     add("--task_order", nargs="+", metavar="TASK",
         help="order for --setting sequential (default: that of the seed, Table 5)")
     add("--max_train_per_task", type=positive_int, metavar="N", help="the first N (default: all)")
@@ -113,7 +115,7 @@ def build_parser():
     add = parser.add_argument_group("evaluation").add_argument
     add("--eval_tasks", choices=("all", "seen", "none"), default="all",
         help="tasks evaluated after every stage (default: all)")
-    add("--eval_before", action="store_true", help="evaluate the base model first, as row 0")
+    add("--eval_before", action="store_true", help="evaluate before training too, as row 0")
     add("--eval_batch_size", type=positive_int, default=16, help="per process (default: 16)")
     add("--max_new_tokens", type=positive_int, default=50, help="per answer (default: 50)")
     add("--eval_only", action="store_true", help="evaluate --adapter DIR; nothing is trained")
@@ -134,7 +136,8 @@ def build_parser():
     add("--svd", choices=("exact", "fast"), default="exact",
         help="decomposition: LAPACK's, or a randomised one for large weights (default: exact)")
     for name, method in METHODS.items():
-        method.add_flags(parser.add_argument_group(name))
+        if "add_flags" in vars(method):  # an inherited one is declared already
+            method.add_flags(parser.add_argument_group(name))
     return parser
 
 
@@ -231,6 +234,10 @@ def make_accelerator(args):
         project_dir=args.output_dir / "tracking",
         # Buffers are groupings, equal on all processes by construction.
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)])
+    if accelerator.gradient_accumulation_steps != args.gradient_accumulation_steps:
+        raise InputError(f"the launcher asks for {accelerator.gradient_accumulation_steps} "
+                         "accumulation steps: give --gradient_accumulation_steps to train.py, not "
+                         "to accelerate launch")
     kind = accelerator.distributed_type.value
     if kind not in ("NO", "MULTI_GPU", "MULTI_CPU"):
         raise InputError(f"distributed training by {kind} is not supported, only DDP: sharded "
@@ -254,11 +261,11 @@ def load_data(run):
     run.tasks = {name: task._replace(train=task.train[:args.max_train_per_task],
                                      test=task.test[:args.max_eval_per_task])
                  for name, task in suite.tasks.items()}
-    run.tokenizer = models.load_tokenizer(args.model)
-    with run.accelerator.main_process_first():
-        run.encoded = data.encode_suite(suite._replace(tasks=run.tasks), run.tokenizer,
-                                        args.max_length, args.chat_template,
-                                        cache_dir() / "tokenized")
+    with run.accelerator.main_process_first(), run.timed("load"):
+        run.tokenizer = models.load_tokenizer(args.model)
+        run.encoded = data.encode_suite(
+            suite._replace(tasks=run.tasks), run.tokenizer, args.max_length, args.chat_template,
+            cache_dir() / "tokenized", splits=data.SPLITS if run.trains else ("test",))
     counts = [sum(map(len, split.values())) for split in (run.encoded.train, run.encoded.test)]
     run.print(f"suite {suite.name}: {len(run.tasks)} tasks, {counts[0]} training and {counts[1]} "
               f"test instances; input shortened to fit {args.max_length} tokens: "
@@ -279,10 +286,18 @@ def check_model(run):
     if args.max_length + args.max_new_tokens > limit:
         raise InputError(f"--max_length {args.max_length} + --max_new_tokens {args.max_new_tokens} "
                          f"is more than the model's {limit} positions")
+    rows = skeleton.get_input_embeddings().weight.shape[0]
+    if len(run.tokenizer) > rows:
+        raise InputError(f"model {args.model}: its tokenizer has {len(run.tokenizer)} tokens, its "
+                         f"embedding only {rows}")
     if not args.eval_only:
         method = new_method(args)
         method.check_tasks(run.order)
         method.check_model(skeleton)
+        for name, value in method.settings.items():
+            if getattr(args, name) != value:  # chosen by the model's shape
+                run.print(f"{name} {value}")
+                setattr(args, name, value)
 
 
 def new_method(args):
@@ -294,6 +309,8 @@ def load_model(run):
     """Load the base model and wrap it, with a new adapter or a saved one."""
     args, accelerator = run.args, run.accelerator
     dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
+    run.model = run.method = None  # of an earlier stage: not two models at a time
+    accelerator.free_memory()
     with run.timed("load"):
         model, _ = models.load(args.model, dtype)
         model.to(accelerator.device)
@@ -302,11 +319,20 @@ def load_model(run):
         set_seed(args.seed)
         if args.eval_only and args.adapter:
             load_adapter(model, args.adapter)
+            if model.adapted_by.chat_template != args.chat_template:
+                raise InputError(f"--adapter {args.adapter} was trained with --chat_template "
+                                 f"{'on' if model.adapted_by.chat_template else 'off'}: evaluate "
+                                 "it so")
         else:
-            new_method(args).wrap(model)
+            method = new_method(args)
+            method.chat_template = args.chat_template
+            method.wrap(model)
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     run.model, run.method = model, method_of(model)
+    if run.single_task_scores and run.method.base_sha256 != run.single_base_sha256:
+        raise InputError(f"--single_task_results {args.single_task_results} was made on another "
+                         "base model")
 
 
 def parameter_counts(run):
@@ -328,6 +354,9 @@ def make_stages(run):
     for name, tasks in groups:
         rows = sum(len(run.encoded.train[task]) for task in tasks)
         stages.append(Stage(name, tasks, run.args.epochs, math.ceil(rows / global_batch(run))))
+        if stages[-1].steps == 1 and run.args.warmup_ratio:
+            run.print(f"stage {name} has a single step, at learning rate 0: it trains nothing "
+                      "(--epochs, or --warmup_ratio 0)")
     return stages
 
 
@@ -414,7 +443,7 @@ class Recorder:
     """
 
     def __init__(self, run, stage):
-        self.run, self.step, self.tokens = run, 0, 0
+        self.run, self.stage, self.step, self.tokens = run, stage.name, 0, 0
         self.log = run.stream(run.args.output_dir / "log.jsonl", "a")
         self.regroup_log = run.stream(run.args.output_dir / "regroup.jsonl", "a")
         self.bar = tqdm(total=stage.steps, desc=f"train {stage.name}", unit="step",
@@ -442,8 +471,9 @@ class Recorder:
 
     def add_regrouping(self, records):
         for record in records:
+            record = {"stage": self.stage, "step": self.step} | record
             self._write(self.regroup_log, record)
-        self.run.regroupings.extend(records)
+            self.run.regroupings.append(record)
 
     @staticmethod
     def _write(file, record):
@@ -522,19 +552,27 @@ def read_single_task_results(run):
     try:
         single = json.loads(Path(path).read_text(encoding="utf-8"))
         theirs = dict(single["args"])
-        theirs |= {key: single[key] for key in ("global_batch_size", "precision")}
+        theirs |= {key: single[key] for key in SAME_FOR_SINGLE}
+        hashes = {name: task["sha256"] for name, task in dict(single["tasks"]).items()}
+        run.single_base_sha256 = single["base_sha256"]
         # Row i of a single run has the score of the i-th task alone, after an optional row 0.
         scores = {reference: {task: float(matrix[i - len(single["task_order"])][i])
                               for i, task in enumerate(single["task_order"])}
                   for reference, matrix in dict(single["scores"]).items()}
-    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+        if not all(math.isfinite(score) for row in scores.values() for score in row.values()):
+            raise ValueError("a score is not finite")
+    except (OSError, ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
         raise InputError(f"--single_task_results {path} is no results.json of a finished run with "
                          f"--setting single ({type(error).__name__}: {error})") from None
-    free = {"setting", "tasks", "task_order", "eval_tasks", "eval_before", "eval_batch_size",
-            "batch_size", "gradient_accumulation_steps", "paper_metrics", "single_task_results"}
+    free = {"setting", "suite", "data_dir", "tasks", "task_order", "eval_tasks", "eval_before",
+            "eval_batch_size", "batch_size", "gradient_accumulation_steps", "paper_metrics",
+            "single_task_results"}
     mine = recorded_args(run) | {"global_batch_size": global_batch(run),
-                                 "precision": run.accelerator.mixed_precision}
+                                 "precision": run.accelerator.mixed_precision,
+                                 "code_sha256": code_sha256()}
     different = sorted(key for key in mine.keys() - free if theirs.get(key) != mine[key])
+    different += [f"data of {task}" for task in run.order
+                  if hashes.get(task) != task_sha256(run, task)]
     scored = set(scores.get("best", ())) & set(scores.get("first", ()))
     missing = sorted(set(run.order) - scored)
     if theirs.get("setting") != "single" or different or missing:
@@ -543,6 +581,13 @@ def read_single_task_results(run):
                          f"no score of {missing}")
     run.single_task_scores = {reference: {task: scores[reference][task] for task in run.order}
                               for reference in ("best", "first")}
+
+
+def task_sha256(run, name):
+    """SHA-256 of what a task's score depends on: its text as it is used."""
+    task = run.tasks[name]
+    content = [task.definition, task.metric, task.train, task.test]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def recorded_args(run):
@@ -567,7 +612,8 @@ def write_results(run, rows, argv):
         "global_batch_size": global_batch(run),
         "task_order": run.order,
         "tasks": {name: {"category": task.category, "metric": task.metric,
-                         "train": len(run.encoded.train[name]), "test": len(task.test)}
+                         "train": len(run.encoded.train[name]), "test": len(task.test),
+                         "sha256": task_sha256(run, name)}
                   for name, task in run.tasks.items()},
         "shortened": run.encoded.shortened,
         "left_out": run.encoded.left_out,
@@ -579,19 +625,20 @@ def write_results(run, rows, argv):
         "metrics": values,
         "metrics_first_reference": matrix_metrics(run, rows, "first"),
         "regroupings": summarise_regroupings(run.regroupings),
-        "run": {"output_dir": str(args.output_dir), "argv": argv, "pid": os.getpid(),
+        "run": {"output_dir": str(args.output_dir), "argv": argv,
+                "pids": gather_object([os.getpid()]),
                 "device": device_name(run), "threads": torch.get_num_threads(),
                 "peak_memory_gib": peak_memory(run), "report_to": args.report_to,
-                "seconds": dict(run.seconds)},
+                "seconds": disjoint_seconds(run)},
     }
     if values["forward"] is None and args.setting != "single" and run.trains:
-        results["forward_needs"] = single_task_command(argv)
+        results["forward_needs"] = single_task_command(run, argv)
     if run.accelerator.is_main_process:
         write_json(args.output_dir / "results.json", results)
     return results
 
 
-def single_task_command(argv):
+def single_task_command(run, argv):
     """The command whose results.json --single_task_results takes."""
     parser = build_parser()
     dropped = {"--setting", "--output_dir", "--overwrite", "--task_order", "--eval_tasks",
@@ -604,7 +651,10 @@ def single_task_command(argv):
             keep = option not in dropped
         if keep:
             kept.append(token)
-    return shlex.join(["python", "train.py", *kept, "--setting", "single"])
+    processes, precision = run.accelerator.num_processes, run.accelerator.mixed_precision
+    launch = ["python"] if (processes, precision) == (1, "no") else [
+        "accelerate", "launch", "--num_processes", str(processes), "--mixed_precision", precision]
+    return shlex.join([*launch, "train.py", *kept, "--setting", "single"])
 
 
 def summarise_regroupings(records):
@@ -617,7 +667,15 @@ def summarise_regroupings(records):
     return [{"stage": stage, "step": step, "grouping": layers[0]["grouping"],
              "skipped": sum(layer["skipped"] is not None for layer in layers),
              **{key: metrics.mean(layer[key] for layer in layers) for key in keys}}
-            for (stage, step), layers in events.items()]
+            for (stage, step), layers in events.items() if "grouping" in layers[0]]
+
+
+def disjoint_seconds(run):
+    """Seconds by part: load, decompose, train, regroup, evaluate; `train` is without `regroup`."""
+    seconds = dict(run.seconds)
+    if "train" in seconds:
+        seconds["train"] -= seconds["regroup"]
+    return seconds
 
 
 def code_sha256():
@@ -696,7 +754,10 @@ def check_output_dir(args):
 
 def clear_output_dir(folder):
     """Make `folder`, without files that an earlier run of this program wrote there."""
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--output_dir {folder} cannot be made: {error.strerror}") from None
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
         if path.is_file() and any(re.fullmatch(pattern, name) for pattern in OUTPUTS):
@@ -734,13 +795,14 @@ def execute(args, argv):
     accelerator.init_trackers("badit", config={
         key: value if isinstance(value, (int, float, str)) else str(value)
         for key, value in recorded_args(run).items()})
-    if run.trains:
-        rows = train_all(run)
-    else:
-        rows = [evaluate_row(run, 1, args.method, run.order)]
-    results = write_results(run, rows, argv)
+    try:
+        rows = train_all(run) if run.trains else [evaluate_row(run, 1, args.method, run.order)]
+        results = write_results(run, rows, argv)
+        accelerator.log({key: value for key, value in results["metrics"].items()
+                         if value is not None}, step=run.steps)
+    finally:
+        accelerator.end_training()
     print_table(run, rows, results)
-    accelerator.end_training()
     run.print(f"results in {args.output_dir}")
     return results
 

@@ -20,11 +20,10 @@ from accelerate import PartialState
 from accelerate.utils import reduce
 from torch import nn
 
-from badit import frozen
 from baselines.olora import BranchMethod, OloraLinear, branch_penalty
 from errors import InputError
 from flags import fraction, positive_int
-from method import find_targets
+from method import find_targets, frozen
 
 MAX_INSTANCES = 1000  # of a task, in one pass over its data; the published code takes 1002 batches
 SCHEDULE_TASKS = 15  # over which the published thresholds rise towards 1

@@ -9,9 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from badit import frozen
 from errors import InputError
-from method import Method, find_targets
+from method import Method, find_targets, frozen
 
 
 def low_rank_update(u, A, B, s):

@@ -44,7 +44,6 @@ class LoraMoeLinear(BankLinear):
                 g = logits.masked_fill(~active, -torch.inf).softmax(dim=-1)  # renormalised top_k
         if self.gates is not None:
             self.gates.append(g)
-        # No mask for the gradient: weight 0 already stops it.
         return Routing(g, g, active)
 
 

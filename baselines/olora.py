@@ -12,10 +12,9 @@ import torch.nn.functional as F
 from accelerate import PartialState
 from torch import nn
 
-from badit import frozen
 from baselines.lora import check_rank, low_rank_update
 from flags import non_negative
-from method import Method, find_targets
+from method import Method, find_targets, frozen
 
 
 def orthogonality(A_t, A_old, norm):

@@ -32,10 +32,6 @@ class Pissa(Lora):
     # every method is given the same dropout by default.
     reads = (*Lora.reads, "svd")
 
-    @staticmethod
-    def add_flags(group):
-        """All of its flags are also read by others, and declared there."""
-
     def build_layer(self, linear, fresh):
         read = self.settings
         return PissaLinear(linear, read["rank"], read["alpha"], read["dropout"],
