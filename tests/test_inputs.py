@@ -510,3 +510,40 @@ def test_single_task_results_of_another_run(no_weights, finished, llama, suite, 
                           (("scores", {"best": [], "first": []}), "single.json")):
         write_json(tmp_path / "single.json", single | dict([change]))
         refused(*flags, "--single_task_results", "single.json", named=named)
+
+
+# --- what the environment or a checkpoint could slip in -----------------------------------------
+
+
+def test_code_in_a_checkpoint_never_runs(no_weights, llama, suite, tmp_path, monkeypatch):
+    """trust_remote_code is never on, and nobody is asked."""
+    shutil.copytree(llama, tmp_path / "model")
+    (tmp_path / "model" / "cfg.py").write_text(
+        "from transformers import LlamaConfig\nopen('executed', 'w').close()\n"
+        "class Config(LlamaConfig):\n    model_type = 'abacus'\n")
+    change_json(model_type="abacus", auto_map={"AutoConfig": "cfg.Config"})(
+        tmp_path / "model" / "config.json")
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
+    refused("--model", "model", "--suite", suite, *SMALL, named="model")
+    assert not (tmp_path / "executed").exists()
+
+
+def test_accumulation_asked_of_the_launcher_is_refused(no_weights, llama, suite, monkeypatch):
+    """It would override the flag and make another experiment."""
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    refused("--model", llama, "--suite", suite, *SMALL, named="--gradient_accumulation_steps")
+
+
+def test_an_adapter_remembers_its_chat_template(finished, llama, suite, tmp_path):
+    """Prompts of another form than in training are refused."""
+    shutil.copytree(finished / "adapter", tmp_path / "adapter")
+    change_json(chat_template=True)(tmp_path / "adapter" / "adapter_config.json")
+    refused("--eval_only", "--adapter", "adapter", "--model", llama, "--suite", suite, *SMALL[4:],
+            named="--chat_template")
+
+
+@pytest.mark.parametrize("text", ["9" * 400, "1e400", "1_0000000000"])
+def test_numbers_without_end(no_weights, llama, suite, text):
+    """Neither an overflow nor an allocation."""
+    refused("--model", llama, "--suite", suite, *SMALL, "--batch_size", text,
+            named="--batch_size")
