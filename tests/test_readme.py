@@ -47,6 +47,16 @@ def test_equation_table(paper, functions, tests):
         assert (ROOT / "tests" / file).is_file()
 
 
+def test_file_map():
+    """The line counts of the map are within a tenth, and ten lines, of the files'."""
+    rows = re.findall(r"^\| (`[^|]*\.py`[^|]*) \| (\d+) \|", section("Map"), flags=re.MULTILINE)
+    assert len(rows) > 10
+    for names, count in rows:
+        files = [ROOT / name for name in re.findall(r"`([\w/.]+)`", names)]
+        lines = sum(len(file.read_text(encoding="utf-8").splitlines()) for file in files)
+        assert abs(lines - int(count)) <= 10 + lines // 10, names
+
+
 def train_commands():
     """The flags of every train.py command in a code block."""
     for block in re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL):
