@@ -1,0 +1,238 @@
+"""What a run leaves in results.json, and the table that it prints.
+
+`run` is train.Run: its flags, accelerator, data and method.
+"""
+
+import hashlib
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import resource
+import shlex
+import shutil
+import subprocess
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+from accelerate.utils import gather_object
+
+import metrics
+from errors import InputError
+from utils import write_json
+
+PACKAGES = ("torch", "transformers", "accelerate", "datasets", "numpy", "scipy", "rouge_score",
+            "safetensors")
+# Beside its arguments, what a run with --setting single must share with the run that it is for.
+SAME_FOR_SINGLE = ("global_batch_size", "precision", "code_sha256")
+
+
+def parameter_counts(run):
+    trainable = sum(weight.numel() for weight in run.model.parameters() if weight.requires_grad)
+    stored = sum(tensor.numel() for tensor in run.method.state_dict().values())
+    return {"trainable": trainable, "stored": stored, "active": run.method.active_parameters(),
+            "total": run.base_parameters}
+
+
+def matrix_metrics(run, rows, reference):
+    """Appendix G.5 over the rows of trained stages, against best or first reference."""
+    matrix = [row[reference] for row in rows[run.args.eval_before:]]  # row 0 is the base model
+    single = run.single_task_scores and run.single_task_scores[reference]
+    if run.args.setting == "single":  # row i has task i alone: no score after all tasks
+        alone = [row[i] for i, row in enumerate(matrix)]
+        return {"rouge": metrics.mean(alone), "forward": None, "forget_rate": None,
+                "backward": None}
+    values = metrics.continual_metrics(matrix, run.order, single)
+    if run.args.paper_metrics:
+        values |= metrics.paper_metrics(matrix, run.order)
+    return values
+
+
+def read_single_task_results(run):
+    """Read --single_task_results: a run of the same method, model, data and settings.
+
+    Sets run.single_task_scores to {reference: {task: score}}, if the flag is given. Raises
+    InputError for a file that is none, of another run, or without the score of one of the tasks.
+    """
+    path = run.args.single_task_results
+    if path is None:
+        return
+    try:
+        single = json.loads(Path(path).read_text(encoding="utf-8"))
+        theirs = dict(single["args"])
+        theirs |= {key: single[key] for key in SAME_FOR_SINGLE}
+        hashes = {name: task["sha256"] for name, task in dict(single["tasks"]).items()}
+        run.single_base_sha256 = single["base_sha256"]
+        # Row i of a single run has the score of the i-th task alone, after an optional row 0.
+        scores = {reference: {task: float(matrix[i - len(single["task_order"])][i])
+                              for i, task in enumerate(single["task_order"])}
+                  for reference, matrix in dict(single["scores"]).items()}
+        if not all(math.isfinite(score) for row in scores.values() for score in row.values()):
+            raise ValueError("a score is not finite")
+    except (OSError, ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
+        raise InputError(f"--single_task_results {path} is no results.json of a finished run with "
+                         f"--setting single ({type(error).__name__}: {error})") from None
+    free = {"setting", "suite", "data_dir", "tasks", "task_order", "eval_tasks", "eval_before",
+            "eval_batch_size", "batch_size", "gradient_accumulation_steps", "paper_metrics",
+            "single_task_results"}
+    mine = recorded_args(run) | {"global_batch_size": run.global_batch,
+                                 "precision": run.accelerator.mixed_precision,
+                                 "code_sha256": code_sha256()}
+    different = sorted(key for key in mine.keys() - free if theirs.get(key) != mine[key])
+    different += [f"data of {task}" for task in run.order
+                  if hashes.get(task) != task_sha256(run, task)]
+    scored = set(scores.get("best", ())) & set(scores.get("first", ()))
+    missing = sorted(set(run.order) - scored)
+    if theirs.get("setting") != "single" or different or missing:
+        raise InputError(f"--single_task_results {path} does not belong to this run: setting "
+                         f"{theirs.get('setting')!r}, other values of {different}, "
+                         f"no score of {missing}")
+    run.single_task_scores = {reference: {task: scores[reference][task] for task in run.order}
+                              for reference in ("best", "first")}
+
+
+def task_sha256(run, name):
+    """SHA-256 of what a task's score depends on: its text as it is used."""
+    task = run.tasks[name]
+    content = [task.definition, task.metric, task.train, task.test]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def recorded_args(run):
+    """Every argument but those that may differ between equal runs."""
+    return {key: value for key, value in sorted(vars(run.args).items())
+            if key not in ("output_dir", "overwrite", "report_to")}
+
+
+def write_results(run, rows, argv):
+    """Write results.json; all that differs between equal runs stands under its key `run`."""
+    args = run.args
+    values = matrix_metrics(run, rows, "best")
+    results = {
+        "args": recorded_args(run),
+        "code_sha256": code_sha256(),
+        "git_commit": git_commit(),
+        "versions": {name: importlib.metadata.version(name) for name in PACKAGES}
+        | {"python": platform.python_version()},
+        "base_sha256": run.method.base_sha256,
+        "precision": run.accelerator.mixed_precision,
+        "processes": run.accelerator.num_processes,
+        "global_batch_size": run.global_batch,
+        "task_order": run.order,
+        "tasks": {name: {"category": task.category, "metric": task.metric,
+                         "train": len(run.encoded.train[name]), "test": len(task.test),
+                         "sha256": task_sha256(run, name)}
+                  for name, task in run.tasks.items()},
+        "shortened": run.encoded.shortened,
+        "left_out": run.encoded.left_out,
+        "settings": run.method.settings,
+        "parameters": parameter_counts(run),
+        "rows": [row["name"] for row in rows],
+        "score_matrix": [row["best"] for row in rows],
+        "scores": {key: [row[key] for row in rows] for key in ("best", "first")},
+        "metrics": values,
+        "metrics_first_reference": matrix_metrics(run, rows, "first"),
+        "regroupings": summarise_regroupings(run.regroupings),
+        "run": {"output_dir": str(args.output_dir), "argv": argv,
+                "pids": gather_object([os.getpid()]),
+                "device": device_name(run), "threads": torch.get_num_threads(),
+                "peak_memory_gib": peak_memory(run), "report_to": args.report_to,
+                "seconds": disjoint_seconds(run)},
+    }
+    if values["forward"] is None and args.setting != "single" and run.trains:
+        results["forward_needs"] = single_task_command(run, argv)
+    if run.accelerator.is_main_process:
+        write_json(args.output_dir / "results.json", results)
+    return results
+
+
+def single_task_command(run, argv):
+    """The command whose results.json --single_task_results takes."""
+    dropped = {"--setting", "--output_dir", "--overwrite", "--task_order", "--eval_tasks",
+               "--single_task_results", "--eval_before", "--paper_metrics"}
+    kept, keep = [], True
+    for token in argv:
+        if token.startswith("--"):
+            keep = token.split("=")[0] not in dropped
+        if keep:
+            kept.append(token)
+    processes, precision = run.accelerator.num_processes, run.accelerator.mixed_precision
+    launch = ["python"] if (processes, precision) == (1, "no") else [
+        "accelerate", "launch", "--num_processes", str(processes), "--mixed_precision", precision]
+    return shlex.join([*launch, "train.py", *kept, "--setting", "single"])
+
+
+def summarise_regroupings(records):
+    """Means over layers of what regroup.jsonl has per layer, one entry per regrouping."""
+    events = defaultdict(list)
+    for record in records:
+        events[record["stage"], record["step"]].append(record)
+    keys = ("inter_before", "intra_before", "inter_after", "intra_after", "objective_before",
+            "objective_after", "moved", "rounds", "regroup_drift", "alpha_entropy", "alpha_max")
+    return [{"stage": stage, "step": step, "grouping": layers[0]["grouping"],
+             "skipped": sum(layer["skipped"] is not None for layer in layers),
+             **{key: metrics.mean(layer[key] for layer in layers) for key in keys}}
+            for (stage, step), layers in events.items() if "grouping" in layers[0]]
+
+
+def disjoint_seconds(run):
+    """Seconds by part: load, decompose, train, regroup, evaluate; `train` is without `regroup`."""
+    seconds = dict(run.seconds)
+    if "train" in seconds:
+        seconds["train"] -= seconds["regroup"]
+    return seconds
+
+
+def code_sha256():
+    """SHA-256 over the project's Python files, names and contents."""
+    root = Path(__file__).resolve().parent
+    digest = hashlib.sha256()
+    for file in sorted([*root.glob("*.py"), *root.glob("baselines/*.py")]):
+        content = file.read_bytes()
+        digest.update(f"{file.relative_to(root)} {len(content)}\n".encode() + content)
+    return digest.hexdigest()
+
+
+def git_commit():
+    """The commit of this code, or None where it is no git checkout or git is not installed."""
+    if shutil.which("git") is None:
+        return None
+    answer = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).resolve().parent,
+                            capture_output=True, text=True)
+    return answer.stdout.strip() if answer.returncode == 0 else None
+
+
+def device_name(run):
+    device = run.accelerator.device
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+
+
+def peak_memory(run):
+    """Peak GiB of the GPU where there is one, else of this process."""
+    if run.accelerator.device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def print_table(run, rows, results):
+    """Scores per task, before (if evaluated) and after training, then the metrics."""
+    before = rows[0] if run.args.eval_before else None
+    last = rows[-1]["best"]
+    if run.args.setting == "single":
+        last = [row["best"][i] for i, row in enumerate(rows[-len(run.order):])]
+    width = max(map(len, run.order))
+    run.print(f"\n{'task':{width}}  {'metric':8}  {'before':>7}  {'after':>7}")
+    for i, task in enumerate(run.order):
+        cells = [before and before["best"][i], last[i]]
+        run.print(f"{task:{width}}  {run.tasks[task].metric:8}  "
+                  + "  ".join(f"{'' if cell is None else f'{cell:.2f}':>7}" for cell in cells))
+    means = [before and metrics.mean(before["best"]), metrics.mean(last)]
+    run.print(f"{'mean':{width}}  {'':8}  "
+              + "  ".join(f"{'' if cell is None else f'{cell:.2f}':>7}" for cell in means))
+    for name, value in results["metrics"].items():
+        run.print(f"{name}: {'not measured' if value is None else f'{value:.2f}'}")
+    if "forward_needs" in results:
+        run.print(f"forward needs the single-task scores: {results['forward_needs']}\n"
+                  "and then --single_task_results with its results.json")
