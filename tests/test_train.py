@@ -2,6 +2,7 @@
 
 import json
 import math
+import operator
 import os
 import random
 import shlex
@@ -970,3 +971,32 @@ def test_two_processes_are_one(trained, base_flags, tmp_path):
     assert results["score_matrix"] == results_of(one)["score_matrix"]
     assert results["processes"] == 2 and results["global_batch_size"] == 8
     assert results["args"]["batch_size"] == 4
+
+
+EVALUATE_ALL = """
+import sys, train
+for argv in (arguments.split("\\t") for arguments in sys.stdin.read().splitlines()):
+    assert train.main(argv) == 0
+"""
+
+
+@pytest.mark.slow
+def test_every_method_loads_in_a_fresh_process(llama, suite, tmp_path):
+    """Base and adapter folder are all that the same predictions need, after two tasks."""
+    names = [name for name, method in METHODS.items() if method.trains]
+    common = ["--model", llama, "--suite", suite, "--max_length", 64, "--max_new_tokens", 6]
+    lines = []
+    for name in names:
+        succeed("--method", name, *common, "--rank", 2, "--learning_rate", 0.02, "--epochs", 1,
+                "--setting", "sequential", "--tasks", "colour_name", "which_is",
+                "--output_dir", tmp_path / name)
+        argv = ["--eval_only", "--adapter", tmp_path / name / "adapter", *common, "--tasks",
+                "colour_name", "which_is", "--output_dir", tmp_path / f"{name}-eval"]
+        lines.append("\t".join(map(str, argv)))
+    subprocess.run([sys.executable, "-c", EVALUATE_ALL], input="\n".join(lines), text=True,
+                   cwd=ROOT, check=True, capture_output=True)
+    for name in names:
+        trained_rows = lines_of(sorted((tmp_path / name / "predictions").iterdir())[-1])
+        loaded_rows = lines_of(tmp_path / f"{name}-eval" / "predictions" / f"01_{name}.jsonl")
+        key = operator.itemgetter("task", "id")
+        assert sorted(loaded_rows, key=key) == sorted(trained_rows, key=key), name
