@@ -21,7 +21,7 @@ from torch import nn
 
 from errors import InputError
 from flags import non_negative, positive_int
-from method import Method, find_targets, frozen
+from method import Method, frozen
 from utils import stable_seed
 
 KMEANS_PASSES, ROUNDS = 50, 10
@@ -757,11 +757,8 @@ class Badit(Method):
             raise InputError(f"--top_k {settings['top_k']} is above --num_experts "
                              f"{settings['num_experts']}")
 
-    def check_model(self, model):
-        super().check_model(model)
-        for linear in find_targets(model, self.settings["target_modules"]).values():
-            check_bank_size(self.settings["num_experts"], self.settings["rank"],
-                            linear.weight.shape)
+    def check_layer(self, linear):
+        check_bank_size(self.settings["num_experts"], self.settings["rank"], linear.weight.shape)
 
     def build_layer(self, linear, fresh):
         read = self.settings

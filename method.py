@@ -88,7 +88,11 @@ class Method:
     def check_model(self, model):
         """Raise InputError where `model` (may be on the meta device) cannot be adapted."""
         if self.trains:
-            find_targets(model, self.settings["target_modules"])
+            for linear in find_targets(model, self.settings["target_modules"]).values():
+                self.check_layer(linear)
+
+    def check_layer(self, linear):
+        """Raise InputError where one target layer (may be on the meta device) cannot be adapted."""
 
     def wrap(self, model, fresh=True):
         """Freeze `model` and replace its target layers in place (Alg. 1, step 1).

@@ -93,11 +93,12 @@ class Lora(Method):
             raise InputError("--rank is not read with --match_parameters, which chooses it")
 
     def check_model(self, model):
-        super().check_model(model)
         if self.settings["match_parameters"] is not None:  # "badit" is the only choice
             self.settings["rank"] = matching_rank(model, self.settings["target_modules"])
-        for linear in find_targets(model, self.settings["target_modules"]).values():
-            check_rank(self.settings["rank"], linear.weight.shape)
+        super().check_model(model)
+
+    def check_layer(self, linear):
+        check_rank(self.settings["rank"], linear.weight.shape)
 
     def build_layer(self, linear, fresh):
         return LoraLinear(linear, self.settings["rank"], self.settings["alpha"],

@@ -14,7 +14,7 @@ from torch import nn
 from badit import BankLinear, Dog, Routing, check_bank_size, select_experts
 from errors import InputError
 from flags import fraction, non_negative
-from method import Method, find_targets
+from method import Method
 
 
 class LoraMoeLinear(BankLinear):
@@ -138,11 +138,8 @@ class LoraMoe(Method):
             for task in tasks:
                 type_of(task, self.settings["balance_types"])
 
-    def check_model(self, model):
-        super().check_model(model)
-        for linear in find_targets(model, self.settings["target_modules"]).values():
-            check_bank_size(self.settings["num_experts"], self.settings["rank"],
-                            linear.weight.shape)
+    def check_layer(self, linear):
+        check_bank_size(self.settings["num_experts"], self.settings["rank"], linear.weight.shape)
 
     def build_layer(self, linear, fresh):
         return LoraMoeLinear(linear, **{key: self.settings[key] for key in (

@@ -14,7 +14,7 @@ from torch import nn
 
 from baselines.lora import check_rank, low_rank_update
 from flags import non_negative
-from method import Method, find_targets, frozen
+from method import Method, frozen
 
 
 def orthogonality(A_t, A_old, norm):
@@ -102,10 +102,8 @@ class BranchMethod(Method):
     LoRA's; `started` says whether a task has trained (on) the last one.
     """
 
-    def check_model(self, model):
-        super().check_model(model)
-        for linear in find_targets(model, self.settings["target_modules"]).values():
-            check_rank(self.settings["rank"], linear.weight.shape)
+    def check_layer(self, linear):
+        check_rank(self.settings["rank"], linear.weight.shape)
 
     def wrap(self, model, fresh=True):
         self.started = False
