@@ -22,11 +22,15 @@ def read_run(folder):
     try:
         results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
         lines = (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
-        return results, [json.loads(line) for line in lines]
+        log = [json.loads(line) for line in lines]
     except OSError as error:
         raise InputError(f"{folder} holds no finished training run: {error}") from None
     except ValueError as error:
         raise InputError(f"{folder} is damaged: {error}") from None
+    if not isinstance(results, dict) or not {"args", "regroupings"} <= results.keys() or not log:
+        raise InputError(f"{folder} holds no finished training run: its results.json or log.jsonl "
+                         "is of another kind")
+    return results, log
 
 
 def draw_loss(axes, log):

@@ -46,8 +46,10 @@ SETTING_FLAGS = {"task_order": ("sequential",), "paper_metrics": ("sequential",)
                  "single_task_results": ("mixed", "sequential")}
 # What a run writes into its folder, and what --overwrite may delete there.
 OUTPUTS = (r"results\.json", r"log\.jsonl", r"regroup\.jsonl", r"figure\.png",
-           r"predictions/\d{2,}_[\w.-]+\.jsonl(\.partial)?", r"(.+/)?\.[\w.-]+\.tmp",
-           r"adapter/([\w.-]+/)?adapter_(model\.safetensors|config\.json)", r"tracking/badit/.+")
+           r"predictions/\d{2,}_[\w.-]+\.jsonl(\.partial)?",
+           r"adapter/([\w.-]+/)?adapter_(model\.safetensors|config\.json)", r"tracking/badit/.+",
+           # atomic writes that were killed
+           r"(.+/)?\.(results\.json|figure\.png|\d{2,}_[\w.-]+\.jsonl|adapter_[\w.]+)\.\w+\.tmp")
 
 
 # --- flags --------------------------------------------------------------------------------------
