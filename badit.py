@@ -612,6 +612,19 @@ class Dog:
         self.sums = {name: (torch.zeros_like(layer.lora_A), torch.zeros_like(layer.lora_B))
                      for name, layer in self.layers.items()}
 
+    def state(self):
+        """All that `start` does not set, as tensors by name."""
+        banks = {f"{name}.{side}": tensor for name, pair in self.sums.items()
+                 for side, tensor in zip("AB", pair, strict=True)}
+        return {"step": torch.tensor(self.step), "count": torch.tensor(self.count)} | banks
+
+    def restore(self, state):
+        """Put back what `state` gave, after `start`."""
+        self.step, self.count = int(state["step"]), int(state["count"])
+        for name, pair in self.sums.items():
+            for side, tensor in zip("AB", pair, strict=True):
+                tensor.copy_(state[f"{name}.{side}"])
+
     @torch.no_grad()
     def accumulate(self):
         """Eq. (8): add this step's gradients of the banks to their sum."""
@@ -708,7 +721,31 @@ class Dog:
 # --- the method ---------------------------------------------------------------------------------
 
 
-class Badit(Method):
+class DogMethod(Method):
+    """The hooks of a method whose `dog` regroups its layers, or only measures them."""
+
+    def start_task(self, task, loader):
+        self.dog.start(task)
+
+    def training_state(self):
+        return self.dog.state()
+
+    def resume_task(self, task, state):
+        self.dog.start(task)
+        self.dog.restore(state)
+
+    def before_forward(self, batch):
+        if self.model.training:
+            self.batch = batch
+
+    def after_backward(self):
+        self.dog.accumulate()
+
+    def after_step(self):
+        return self.dog.after_step(self.model, self.batch)
+
+
+class Badit(DogMethod):
     """BADIT with its ablations: `no_bad` puts DOG on LoRAMoE's layer, `no_dog` never regroups."""
 
     name = "badit"
@@ -780,16 +817,3 @@ class Badit(Method):
         grouping = "fixed" if self.settings["no_dog"] else self.settings["grouping"]
         self.dog = Dog(self.layers, self.settings["regroup_every"], grouping,
                        self.settings["refine"], self.settings["seed"])
-
-    def start_task(self, task, loader):
-        self.dog.start(task)
-
-    def before_forward(self, batch):
-        if self.model.training:
-            self.batch = batch
-
-    def after_backward(self):
-        self.dog.accumulate()
-
-    def after_step(self):
-        return self.dog.after_step(self.model, self.batch)

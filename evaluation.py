@@ -8,6 +8,7 @@ from accelerate.utils import gather_object
 from tqdm import tqdm
 
 from data import pad_left
+from errors import Interrupted
 from metrics import SCORERS, mean, score
 from utils import atomic_path
 
@@ -44,6 +45,8 @@ def evaluate(run, rows, path):
           tqdm(total=len(rows), desc=f"evaluate {path.stem}", unit="item", leave=False,
                disable=not accelerator.is_main_process) as bar):
         for first in range(0, len(batches), processes):
+            if run.stop_asked():
+                raise Interrupted
             # One batch for each process; the last round may have none for some of them.
             mine = batches[first:first + processes][accelerator.process_index:][:1]
             texts = [pair for batch in mine for pair in _predict(run, rows, batch)]

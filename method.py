@@ -14,7 +14,7 @@ from torch import nn
 from tqdm import tqdm
 
 from errors import InputError
-from utils import atomic_path, write_json
+from utils import atomic_path, write_json, write_tensors
 
 ADAPTER_FORMAT = 1
 # Of settings that several methods read; a saved adapter may hold anything.
@@ -115,6 +115,16 @@ class Method:
 
     def start_task(self, task, loader):
         """Called with the Stage and its data loader before its first step."""
+
+    def training_state(self):
+        """Tensors by name that a stage needs, beside `state_dict`, to be resumed in its middle."""
+        return {}
+
+    def resume_task(self, task, state):
+        """Called in place of `start_task` in a resumed stage: after `load_state_dict`.
+
+        `state` is what `training_state` gave.
+        """
 
     def before_forward(self, batch):
         """Called with every batch, before the forward pass and before generation."""
@@ -222,10 +232,8 @@ def method_of(model):
 def save_adapter(model, path):
     """Write the adapter of a wrapped model into folder `path`; equal adapters give equal bytes."""
     method, path = method_of(model), Path(path)
-    state = {key: tensor.to("cpu").contiguous() for key, tensor in method.state_dict().items()}
     with atomic_path(path / WEIGHTS_FILE) as temporary:
-        # One metadata key only: safetensors writes several in random order.
-        safetensors.torch.save_file(state, temporary, metadata={"format": "pt"})
+        write_tensors(temporary, method.state_dict())
     write_json(path / CONFIG_FILE, {
         "format": ADAPTER_FORMAT, "method": method.name, "settings": method.settings,
         "base_sha256": method.base_sha256, "model_type": model.config.model_type,

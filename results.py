@@ -20,8 +20,10 @@ import torch
 from accelerate.utils import gather_object
 
 import metrics
+from arguments import RUN_FLAGS, as_argv
 from errors import InputError
-from utils import write_json
+from method import WEIGHTS_FILE
+from utils import sha256_file, write_json
 
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "numpy", "scipy", "rouge_score",
             "safetensors")
@@ -102,8 +104,48 @@ def task_sha256(run, name):
 
 def recorded_args(run):
     """Every argument but those that may differ between equal runs."""
-    return {key: value for key, value in sorted(vars(run.args).items())
-            if key not in ("output_dir", "overwrite", "report_to")}
+    return {key: value for key, value in sorted(vars(run.args).items()) if key not in RUN_FLAGS}
+
+
+def read_files(run):
+    """SHA-256 by flag of the files that a run reads beside its model and its data."""
+    args = run.args
+    files = {"single_task_results": args.single_task_results,
+             "adapter": args.adapter and Path(args.adapter) / WEIGHTS_FILE}
+    return {flag: sha256_file(path) for flag, path in files.items() if path is not None}
+
+
+def versions():
+    return {name: importlib.metadata.version(name) for name in PACKAGES} | {
+        "python": platform.python_version()}
+
+
+def identity(run):
+    """What must be equal for runs to be equal, by the names that a user knows."""
+    return _identity(
+        recorded_args(run), {name: task_sha256(run, name) for name in run.tasks}, read_files(run),
+        code=code_sha256(), versions=versions(), threads=torch.get_num_threads(),
+        device=device_name(run), precision=run.accelerator.mixed_precision,
+        processes=run.accelerator.num_processes)
+
+
+def recorded_identity(results):
+    """`identity` of the run that wrote these results."""
+    try:
+        return _identity(
+            results["args"], {name: task["sha256"] for name, task in results["tasks"].items()},
+            results["read_files"], code=results["code_sha256"], versions=results["versions"],
+            threads=results["run"]["threads"], device=results["run"]["device"],
+            precision=results["precision"], processes=results["processes"])
+    except (KeyError, TypeError, AttributeError) as error:
+        raise InputError("the results.json of another version of this program "
+                         f"({type(error).__name__}: {error})") from None
+
+
+def _identity(args, data, files, **rest):
+    return ({f"--{name}": value for name, value in args.items()}
+            | {f"data of {name}": sha256 for name, sha256 in data.items()}
+            | {f"file of --{name}": sha256 for name, sha256 in files.items()} | rest)
 
 
 def write_results(run, rows, argv):
@@ -114,8 +156,8 @@ def write_results(run, rows, argv):
         "args": recorded_args(run),
         "code_sha256": code_sha256(),
         "git_commit": git_commit(),
-        "versions": {name: importlib.metadata.version(name) for name in PACKAGES}
-        | {"python": platform.python_version()},
+        "versions": versions(),
+        "read_files": read_files(run),
         "base_sha256": run.method.base_sha256,
         "precision": run.accelerator.mixed_precision,
         "processes": run.accelerator.num_processes,
@@ -138,30 +180,35 @@ def write_results(run, rows, argv):
         "run": {"output_dir": str(args.output_dir), "argv": argv,
                 "pids": gather_object([os.getpid()]),
                 "device": device_name(run), "threads": torch.get_num_threads(),
-                "peak_memory_gib": peak_memory(run), "report_to": args.report_to,
+                "peak_memory_gib": peak_memory(run),
+                **{flag: getattr(args, flag) for flag in RUN_FLAGS if flag != "output_dir"},
                 "seconds": disjoint_seconds(run)},
     }
     if values["forward"] is None and args.setting != "single" and run.trains:
-        results["forward_needs"] = single_task_command(run, argv)
+        results["forward_needs"] = single_task_command(run)
     if run.accelerator.is_main_process:
         write_json(args.output_dir / "results.json", results)
     return results
 
 
-def single_task_command(run, argv):
+def single_task_command(run):
     """The command whose results.json --single_task_results takes."""
-    dropped = {"--setting", "--output_dir", "--overwrite", "--task_order", "--eval_tasks",
-               "--single_task_results", "--eval_before", "--paper_metrics"}
-    kept, keep = [], True
-    for token in argv:
-        if token.startswith("--"):
-            keep = token.split("=")[0] not in dropped
-        if keep:
-            kept.append(token)
-    processes, precision = run.accelerator.num_processes, run.accelerator.mixed_precision
-    launch = ["python"] if (processes, precision) == (1, "no") else [
-        "accelerate", "launch", "--num_processes", str(processes), "--mixed_precision", precision]
-    return shlex.join([*launch, "train.py", *kept, "--setting", "single"])
+    dropped = {"setting", "task_order", "eval_tasks", "eval_before", "paper_metrics",
+               "single_task_results"}
+    kept = {key: value for key, value in recorded_args(run).items() if key not in dropped}
+    words = as_argv(kept | {"setting": "single"})
+    return f"{launcher()} train.py {shlex.join(words)}"
+
+
+def launcher():
+    """How this process was started: by python, or by accelerate launch with these settings."""
+    processes = os.environ.get("WORLD_SIZE", "1")
+    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if (processes, precision) == ("1", "no"):
+        return "python"
+    several = ["--multi_gpu"] if processes != "1" else []
+    return shlex.join(["accelerate", "launch", *several, "--num_processes", processes,
+                       "--mixed_precision", precision])
 
 
 def summarise_regroupings(records):
@@ -216,19 +263,20 @@ def peak_memory(run):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def print_table(run, rows, results):
+def print_table(run, results):
     """Scores per task, before (if evaluated) and after training, then the metrics."""
-    before = rows[0] if run.args.eval_before else None
-    last = rows[-1]["best"]
-    if run.args.setting == "single":
-        last = [row["best"][i] for i, row in enumerate(rows[-len(run.order):])]
-    width = max(map(len, run.order))
+    args, order, matrix = results["args"], results["task_order"], results["scores"]["best"]
+    before = matrix[0] if args["eval_before"] else None
+    last = matrix[-1]
+    if args["setting"] == "single":
+        last = [row[i] for i, row in enumerate(matrix[-len(order):])]
+    width = max(map(len, order))
     run.print(f"\n{'task':{width}}  {'metric':8}  {'before':>7}  {'after':>7}")
-    for i, task in enumerate(run.order):
-        cells = [before and before["best"][i], last[i]]
-        run.print(f"{task:{width}}  {run.tasks[task].metric:8}  "
+    for i, task in enumerate(order):
+        cells = [before and before[i], last[i]]
+        run.print(f"{task:{width}}  {results['tasks'][task]['metric']:8}  "
                   + "  ".join(f"{'' if cell is None else f'{cell:.2f}':>7}" for cell in cells))
-    means = [before and metrics.mean(before["best"]), metrics.mean(last)]
+    means = [before and metrics.mean(before), metrics.mean(last)]
     run.print(f"{'mean':{width}}  {'':8}  "
               + "  ".join(f"{'' if cell is None else f'{cell:.2f}':>7}" for cell in means))
     for name, value in results["metrics"].items():

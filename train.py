@@ -4,186 +4,50 @@ Algorithm 1 of the paper is `train_stage`; what a method does differently is in 
 (method.py). Everything that a run leaves behind is in --output_dir.
 """
 
-import argparse
 import contextlib
-import importlib.metadata
+import errno
 import importlib.util
 import json
 import math
 import os
 import re
+import shlex
+import signal
 import sys
 import time
 from collections import defaultdict
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import Accelerator, DistributedDataParallelKwargs, skip_first_batches
 from accelerate.utils import set_seed
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import get_cosine_schedule_with_warmup
 
+import checkpoint
 import data
 import evaluation
 import models
 import results
+from arguments import OVERRIDABLE, PAPER_BATCH, parse_flags, read_results
 from baselines import METHODS
-from errors import InputError
-from flags import fraction, positive, positive_int, seed
-from method import Stage, load_adapter, method_of, read_adapter_config, save_adapter
-from utils import cache_dir, stable_seed
+from checkpoint import Position
+from errors import InputError, Interrupted
+from method import Stage, load_adapter, method_of, save_adapter
+from utils import StopSignals, cache_dir, sha256_file, stable_seed
 
-PAPER_BATCH = 8
-TRACKERS = ("tensorboard", "wandb", "trackio", "mlflow")
-# Flags that no method reads when nothing is trained, and flags that need one of the settings.
-TRAINING_FLAGS = {"setting", "task_order", "epochs", "max_train_per_task", "batch_size",
-                  "gradient_accumulation_steps", "learning_rate", "warmup_ratio", "max_grad_norm",
-                  "gradient_checkpointing", "eval_tasks", "eval_before", "paper_metrics",
-                  "single_task_results"}
-SETTING_FLAGS = {"task_order": ("sequential",), "paper_metrics": ("sequential",),
-                 "single_task_results": ("mixed", "sequential")}
+# Of the disk, not of this program: one line, no traceback.
+DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
 # What a run writes into its folder, and what --overwrite may delete there.
 OUTPUTS = (r"results\.json", r"log\.jsonl", r"regroup\.jsonl", r"figure\.png",
            r"predictions/\d{2,}_[\w.-]+\.jsonl(\.partial)?",
            r"adapter/([\w.-]+/)?adapter_(model\.safetensors|config\.json)", r"tracking/badit/.+",
+           r"checkpoints/\.?\d{6,}(\.\w+\.tmp)?/(tensors\.safetensors|state\.json|SHA256SUMS)",
            # atomic writes that were killed
            r"(.+/)?\.(results\.json|figure\.png|\d{2,}_[\w.-]+\.jsonl|adapter_[\w.]+)\.\w+\.tmp")
-
-
-# --- flags --------------------------------------------------------------------------------------
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise InputError(f"{message}; see `python train.py --help`")
-
-
-def build_parser():
-    """All flags with the paper's defaults (Appendix G.4)."""
-    parser = Parser(prog="train.py", allow_abbrev=False, description=__doc__.split("\n")[0],
-                    epilog="Precision and processes come from `accelerate launch`, for example "
-                           "`accelerate launch --mixed_precision bf16 train.py --method badit`.")
-    add = parser.add_argument_group("run").add_argument
-    add("--method", default="badit", help=f"one of {', '.join(METHODS)} (default: %(default)s)")
-    add("--model", default=models.EMBEDDED,
-        help=f"one of {', '.join(models.MODELS)}, or a checkpoint's folder (default: %(default)s)")
-    add("--setting", choices=("mixed", "sequential", "single"), default="mixed",
-        help="train all tasks together, one after the other, or each alone from the base model "
-             "(default: %(default)s)")
-    add("--seed", type=seed, default=1, help="also decides the task order (default: 1)")
-    add("--output_dir", help="default: runs/<method>-<setting>-<model>-seed<seed>")
-    add("--overwrite", action="store_true",
-        help="reuse an --output_dir that is in use, deleting only what this program wrote there")
-    add("--report_to", choices=("none", *TRACKERS), default="none",
-        help="experiment tracker, besides the files in --output_dir (default: none)")
-
-    add = parser.add_argument_group("data").add_argument
-    add("--suite", default="mini", help="mini (shipped), superni, or a folder of tasks in the "
-                                        "natural-instructions layout (default: mini)")
-    add("--data_dir", help="where SuperNI is (default: $BADIT_DATA, or the download)")
-    add("--tasks", nargs="+", metavar="TASK",
-        help="only these, by name or T-number (T363)")
-    add("--task_order", nargs="+", metavar="TASK",
-        help="order for --setting sequential (default: that of the seed, Table 5)")
-    add("--max_train_per_task", type=positive_int, metavar="N", help="the first N (default: all)")
-    add("--max_eval_per_task", type=positive_int, metavar="N", help="the first N (default: all)")
-    add("--max_length", type=positive_int, default=1024,
-        help="tokens of prompt + target in training, of the prompt in evaluation (default: 1024)")
-    add("--chat_template", action="store_true", help="wrap prompts in the model's chat template")
-
-    add = parser.add_argument_group("training").add_argument
-    add("--epochs", type=positive_int, default=10, help="per stage (default: 10)")
-    add("--batch_size", type=positive_int, metavar="N",
-        help=f"per process (default: {PAPER_BATCH} / (processes * accumulation steps))")
-    add("--gradient_accumulation_steps", type=positive_int, default=1, metavar="N",
-        help="micro-batches per optimizer step and process (default: 1)")
-    add("--learning_rate", type=positive, default=2e-4, help="peak of AdamW (default: 2e-4)")
-    add("--warmup_ratio", type=fraction, default=0.03,
-        help="share of a stage's steps before the cosine (default: 0.03)")
-    add("--max_grad_norm", type=positive, default=1.0, help="clipping (default: 1.0)")
-    add("--gradient_checkpointing", action="store_true", help="less memory, about a third slower")
-
-    add = parser.add_argument_group("evaluation").add_argument
-    add("--eval_tasks", choices=("all", "seen", "none"), default="all",
-        help="tasks evaluated after every stage (default: all)")
-    add("--eval_before", action="store_true", help="evaluate before training too, as row 0")
-    add("--eval_batch_size", type=positive_int, default=16, help="per process (default: 16)")
-    add("--max_new_tokens", type=positive_int, default=50, help="per answer (default: 50)")
-    add("--eval_only", action="store_true", help="evaluate --adapter DIR; nothing is trained")
-    add("--adapter", metavar="DIR", help="adapter folder of a finished run, for --eval_only")
-    add("--single_task_results", metavar="FILE",
-        help="results.json of the same run with --setting single, for the metric `forward`")
-    add("--paper_metrics", action="store_true",
-        help="also Backward and Forget Rate as the released scripts compute them")
-
-    add = parser.add_argument_group("adapters").add_argument
-    add("--target_modules", nargs="+", default=["gate_proj"], metavar="NAME",
-        help="last name component of the linear layers to adapt (default: gate_proj)")
-    add("--rank", type=positive_int, default=4, help="r, of each expert (default: 4)")
-    add("--alpha", type=positive, default=32.0, help="scaling is alpha / rank (default: 32)")
-    add("--dropout", type=fraction, default=0.05, help="on the adapter's input (default: 0.05)")
-    add("--num_experts", type=positive_int, default=8, help="K (default: 8)")
-    add("--top_k", type=positive_int, default=4, help="experts per token (default: 4)")
-    add("--svd", choices=("exact", "fast"), default="exact",
-        help="decomposition: LAPACK's, or a randomised one for large weights (default: exact)")
-    for name, method in METHODS.items():
-        if "add_flags" in vars(method):  # an inherited one is declared already
-            method.add_flags(parser.add_argument_group(name))
-    return parser
-
-
-def parse_flags(argv):
-    """Parse and cross-check `argv` -> (args, names of the flags that were typed)."""
-    parser = build_parser()
-    untyped = object()
-    defaults = vars(parser.parse_args([]))
-    probe = argparse.Namespace(**dict.fromkeys(defaults, untyped))
-    typed = {name for name, value in vars(parser.parse_args(argv, probe)).items()
-             if value is not untyped}
-    args = parser.parse_args(argv)
-    if args.eval_only and args.adapter:
-        method = read_adapter_config(args.adapter)["method"]
-        if "method" in typed and args.method != method:
-            raise InputError(f"--method {args.method}: the adapter was made by {method}")
-        args.method = method
-    if args.method not in METHODS:
-        raise InputError(f"--method {args.method!r} is unknown; allowed: {', '.join(METHODS)}")
-    refuse_unread_flags(args, typed)
-    if not args.eval_only:
-        method = METHODS[args.method]
-        method.check({name: getattr(args, name) for name in method.reads}, typed)
-    args.output_dir = Path(args.output_dir or default_output_dir(args))
-    return args, typed
-
-
-def refuse_unread_flags(args, typed):
-    """Raise InputError for a typed flag that this method or setting would ignore."""
-    method = METHODS[args.method]
-    adapter_flags = {name for each in METHODS.values() for name in each.reads} - {"seed"}
-    if args.eval_only:
-        unread, why = TRAINING_FLAGS | adapter_flags, "with --eval_only"
-        if method.trains and not args.adapter:
-            raise InputError("--eval_only needs --adapter DIR (or --method base)")
-    else:
-        unread = (adapter_flags - set(method.reads)) | {"adapter"}
-        why = f"by --method {args.method} in training"
-        if not method.trains:
-            unread, why = unread | TRAINING_FLAGS, f"by --method {args.method}"
-    for flag in sorted(typed & unread):
-        raise InputError(f"--{flag} is not read {why}")
-    for flag, settings in SETTING_FLAGS.items():
-        if flag in typed and args.setting not in settings:
-            raise InputError(f"--{flag} is not read with --setting {args.setting}, "
-                             f"only with {' or '.join(settings)}")
-    if args.paper_metrics and args.eval_tasks != "all":
-        raise InputError("--paper_metrics needs all rows of the score matrix: --eval_tasks all")
-
-
-def default_output_dir(args):
-    setting = "eval" if args.eval_only or not METHODS[args.method].trains else args.setting
-    return f"runs/{args.method}-{setting}-{Path(args.model).name}-seed{args.seed}"
 
 
 # --- a run --------------------------------------------------------------------------------------
@@ -192,15 +56,20 @@ def default_output_dir(args):
 class Run:
     """What the parts of one run share: flags, accelerator, data, model, timers, records."""
 
-    def __init__(self, args, accelerator):
-        self.args, self.accelerator = args, accelerator
+    def __init__(self, args, accelerator, stop):
+        self.args, self.accelerator, self.stop = args, accelerator, stop
         self.trains = METHODS[args.method].trains and not args.eval_only
         self.tasks = self.order = self.encoded = self.tokenizer = None  # load_data
         self.model = self.method = self.base_parameters = None  # load_model
         self.single_task_scores = self.single_base_sha256 = None
         self.seconds = defaultdict(float)
         self.regroupings = []
-        self.steps = 0
+        self.steps = 0  # of the optimizer, in all stages
+        self.identity = None  # what makes it this run: results.identity
+        self.position, self.rows = Position(0, 0), []  # rows of the score matrix so far
+        self.files = {}  # finished ones that no later step writes again, with their checksums
+        self.resumed = None  # the checkpoint of a stage that is to be gone on with
+        self.base_sha256 = None  # which the base model must have, if that is known
 
     @property
     def global_batch(self):
@@ -224,12 +93,26 @@ class Run:
     def print(self, text):
         self.accelerator.print(text, flush=True)
 
+    def finish_file(self, path):
+        """Note a file that no later step writes again; a resumed run relies on it."""
+        if self.accelerator.is_main_process:
+            name = path.relative_to(self.args.output_dir).as_posix()
+            self.files[name] = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+
+    def stop_asked(self):
+        """Whether any process got a signal that asks to stop; all processes get the same answer."""
+        asked = torch.tensor(float(self.stop.received is not None), device=self.accelerator.device)
+        return bool(self.accelerator.reduce(asked) > 0)
+
 
 def make_accelerator(args):
     """The Accelerator, and a batch size for every process. Raises InputError."""
     precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")  # what the launcher sets
     if precision not in ("no", "bf16"):
         raise InputError(f"--mixed_precision {precision} is not supported; allowed: no, bf16")
+    if args.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
+    torch.use_deterministic_algorithms(args.deterministic, warn_only=True)
     accelerator = Accelerator(
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         log_with=None if args.report_to == "none" else args.report_to,
@@ -299,7 +182,6 @@ def check_model(run):
         for name, value in method.settings.items():
             if getattr(args, name) != value:  # chosen by the model's shape
                 run.print(f"{name} {value}")
-                setattr(args, name, value)
 
 
 def new_method(args):
@@ -308,7 +190,7 @@ def new_method(args):
 
 
 def load_model(run):
-    """Load the base model and wrap it, with a new adapter or a saved one."""
+    """Load the base model and wrap it, with a new adapter, a saved one or a checkpoint's."""
     args, accelerator = run.args, run.accelerator
     dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
     run.model = run.method = None  # of an earlier stage: not two models at a time
@@ -328,10 +210,15 @@ def load_model(run):
         else:
             method = new_method(args)
             method.chat_template = args.chat_template
-            method.wrap(model)
+            method.wrap(model, fresh=run.resumed is None)
+            if run.resumed is not None:
+                method.load_state_dict(checkpoint.part(run.resumed, "adapter"))
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     run.model, run.method = model, method_of(model)
+    if run.base_sha256 not in (None, run.method.base_sha256):
+        raise InputError(f"model {args.model} has other weights than in the run to be "
+                         f"{'resumed' if args.resume else 'repeated'}: their SHA-256 differs")
     if run.single_task_scores and run.method.base_sha256 != run.single_base_sha256:
         raise InputError(f"--single_task_results {args.single_task_results} was made on another "
                          "base model")
@@ -369,18 +256,25 @@ def train_stage(run, stage, recorder):
     args, accelerator, method = run.args, run.accelerator, run.method
     set_seed(stable_seed("stage", args.seed, stage.name) % 2**32, device_specific=True)
     loader = accelerator.prepare(stage_loader(run, stage))
-    method.start_task(stage, loader)  # may add weights, so before the optimizer
+    start = run.position.step  # 0, but in a resumed stage
+    if start:
+        method.resume_task(stage, checkpoint.part(run.resumed, "method"))
+    else:
+        method.start_task(stage, loader)  # may add weights, so before the optimizer
     weights = [weight for weight in run.model.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=args.learning_rate, weight_decay=0.0)
     schedule = get_cosine_schedule_with_warmup(
         optimizer, math.ceil(args.warmup_ratio * stage.steps), stage.steps)
+    if start:
+        checkpoint.restore_optimizer(run, optimizer, schedule)
     # The schedule is not prepared: Accelerate would step it once for every process.
     model, optimizer = accelerator.prepare(run.model, optimizer)
     model.train()
+    if start:
+        checkpoint.restore_random_states(run)  # after all that might draw
     losses = torch.zeros(2, device=accelerator.device)  # cross-entropy, penalty
-    for epoch in range(stage.epochs):                                    # Alg. 1: for each epoch
-        loader.set_epoch(epoch)
-        for batch in loader:                                             # Alg. 1: for each batch
+    for epoch in range(start // stage.steps_per_epoch, stage.epochs):    # Alg. 1: for each epoch
+        for batch in rest_of_epoch(run, stage, loader, epoch):           # Alg. 1: for each batch
             num_tokens, method.row_tasks = batch.pop("num_tokens"), batch.pop("tasks")
             with accelerator.accumulate(model):
                 method.before_forward(batch)
@@ -404,9 +298,57 @@ def train_stage(run, stage, recorder):
                 losses.zero_()
                 with run.timed("regroup"):
                     recorder.add_regrouping(method.after_step())         # Alg. 1: Eq. (9) to (14)
+                save_and_stop(run, stage, optimizer, schedule)
     run.model = accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+    loader.set_epoch(stage.epochs)  # for a pass over the data, in an order of its own
     method.end_task(stage, loader)
+    check_equal_processes(run)
     accelerator.free_memory()
+
+
+def rest_of_epoch(run, stage, loader, epoch):
+    """The micro-batches of one epoch that come after `run.position`, for this process."""
+    loader.set_epoch(epoch)
+    done = run.position.step - epoch * stage.steps_per_epoch
+    if done == 0:
+        return loader
+    return skip_first_batches(loader, done * run.args.gradient_accumulation_steps)
+
+
+def save_and_stop(run, stage, optimizer, schedule):
+    """Between two steps: a checkpoint if it is due, and the end if a signal asks for it.
+
+    After a stage's last step, `train_all` does both.
+    """
+    run.position = run.position._replace(step=run.position.step + 1)
+    if run.position.step == stage.steps:
+        return
+    asked, every = run.stop_asked(), run.args.checkpoint_every
+    if asked or every and run.steps % every == 0:
+        checkpoint.save(run, optimizer, schedule)
+    if asked:
+        raise Interrupted
+
+
+def check_equal_processes(run):
+    """Raise InputError unless all processes hold the same adapter and groupings, to the bit."""
+    if run.accelerator.num_processes == 1:
+        return
+    sums = torch.stack([bit_sum(tensor) for tensor in run.method.state_dict().values()])
+    everywhere = run.accelerator.gather(sums[None])  # (processes, tensors)
+    different = (everywhere != everywhere[0]).any(0).tolist()
+    names = [name for name, differs in zip(run.method.state_dict(), different, strict=True)
+             if differs]
+    if names:
+        raise InputError(f"the processes hold different adapters at step {run.steps} "
+                         f"({len(names)} tensors, such as {names[0]}): do all of them have the "
+                         "same hardware and libraries?")
+
+
+def bit_sum(tensor):
+    """A checksum of a tensor's bits that is quick on any device."""
+    bits = tensor.detach().contiguous().view(torch.uint8).to(torch.int64).flatten()
+    return (bits * torch.arange(1, len(bits) + 1, device=bits.device)).sum()
 
 
 def micro_batches(run):
@@ -433,11 +375,11 @@ class Recorder:
     """
 
     def __init__(self, run, stage):
-        self.run, self.stage, self.step, self.tokens = run, stage.name, 0, 0
+        self.run, self.stage, self.step, self.tokens = run, stage.name, run.position.step, 0
         self.log = run.stream(run.args.output_dir / "log.jsonl", "a")
         self.regroup_log = run.stream(run.args.output_dir / "regroup.jsonl", "a")
-        self.bar = tqdm(total=stage.steps, desc=f"train {stage.name}", unit="step",
-                        disable=not run.accelerator.is_main_process)
+        self.bar = tqdm(total=stage.steps, initial=self.step, desc=f"train {stage.name}",
+                        unit="step", disable=not run.accelerator.is_main_process)
         self.start = time.perf_counter()
 
     def __enter__(self):
@@ -460,6 +402,8 @@ class Recorder:
         self.run.accelerator.log(numbers, step=self.run.steps)
 
     def add_regrouping(self, records):
+        if records:
+            check_equal_processes(self.run)
         for record in records:
             record = {"stage": self.stage, "step": self.step} | record
             self._write(self.regroup_log, record)
@@ -480,8 +424,9 @@ def evaluate_row(run, number, name, tasks):
     if tasks:
         rows = [row for task in tasks for row in run.encoded.test[task]]
         with run.timed("evaluate"):
-            predictions = evaluation.evaluate(
-                run, rows, run.args.output_dir / "predictions" / f"{number:02d}_{name}.jsonl")
+            path = run.args.output_dir / "predictions" / f"{number:02d}_{name}.jsonl"
+            predictions = evaluation.evaluate(run, rows, path)
+        run.finish_file(path)
         metric_of = {name: task.metric for name, task in run.tasks.items()}
         scores = {reference: evaluation.task_scores(predictions, metric_of, reference)
                   for reference in ("best", "first")}
@@ -500,20 +445,35 @@ def evaluated_tasks(run, stages, done):
 
 
 def train_all(run):
-    """Train and evaluate stage after stage -> rows of the score matrix."""
-    args, stages, rows = run.args, make_stages(run), []
-    if args.eval_before:
-        rows.append(evaluate_row(run, 0, "before", run.order))
-    for done, stage in enumerate(stages, start=1):
-        if args.setting == "single" and done > 1:
-            load_model(run)  # every task starts from the base model
-        with run.timed("train"), Recorder(run, stage) as recorder:
-            train_stage(run, stage, recorder)
-        if run.accelerator.is_main_process:
-            alone = stage.name if args.setting == "single" else ""
-            save_adapter(run.model, args.output_dir / "adapter" / alone)
-        rows.append(evaluate_row(run, done, stage.name, evaluated_tasks(run, stages, done)))
-    return rows
+    """Train and evaluate stage after stage, from `run.position` on; fills `run.rows`."""
+    args, stages = run.args, make_stages(run)
+    if args.eval_before and not run.rows:
+        run.rows.append(evaluate_row(run, 0, "before", run.order))
+        save_between_stages(run, Position(0, 0))
+    for index in range(run.position.stage, len(stages)):
+        stage, alone = stages[index], args.setting == "single"
+        if not run.position.step:
+            run.resumed = None  # its adapter is in place
+            if alone and index > 0:
+                load_model(run)  # every task starts from the base model
+        if run.position.step < stage.steps:
+            with run.timed("train"), Recorder(run, stage) as recorder:
+                train_stage(run, stage, recorder)
+            folder = args.output_dir / "adapter" / (stage.name if alone else "")
+            if run.accelerator.is_main_process:
+                save_adapter(run.model, folder)
+            save_between_stages(run, Position(index, stage.steps))
+        tasks = evaluated_tasks(run, stages, index + 1)
+        run.rows.append(evaluate_row(run, index + 1, stage.name, tasks))
+        save_between_stages(run, Position(index + 1, 0))
+
+
+def save_between_stages(run, position):
+    """A checkpoint at `position`, and the end if a signal asks for it."""
+    run.position, run.resumed = position, None
+    checkpoint.save(run)
+    if run.stop_asked():
+        raise Interrupted
 
 
 # --- main ---------------------------------------------------------------------------------------
@@ -525,11 +485,13 @@ def check_output_dir(args):
     standing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not standing.is_dir() or not os.access(standing, os.W_OK | os.X_OK):
         raise InputError(f"--output_dir {folder}: {standing} is no folder that can be written to")
-    if standing != folder or not any(folder.iterdir()):
+    refuse_links(folder)
+    if standing != folder or args.resume or not any(folder.iterdir()):
         return
     if not args.overwrite:
-        raise InputError(f"--output_dir {folder} is not empty: name another, or give --overwrite "
-                         "to replace what this program wrote there")
+        raise InputError(f"--output_dir {folder} is not empty: name another, or give --resume to "
+                         "go on with the run in it, or --overwrite to replace what this program "
+                         "wrote there")
     for flag in ("adapter", "single_task_results"):
         needed = getattr(args, flag)
         if needed and Path(needed).resolve().is_relative_to(folder.resolve()):
@@ -537,15 +499,24 @@ def check_output_dir(args):
                              "would delete it: name another --output_dir")
 
 
-def clear_output_dir(folder):
-    """Make `folder`, without files that an earlier run of this program wrote there."""
+def refuse_links(folder):
+    """Raise InputError where a name that a run writes to is a link out of the folder."""
+    for name in ("results.json", "log.jsonl", "regroup.jsonl", "predictions", "adapter",
+                 "tracking", checkpoint.FOLDER):
+        if (folder / name).is_symlink():
+            raise InputError(f"{folder / name} is a link: a run writes into its own folder only")
+
+
+def clear_output_dir(folder, keep=()):
+    """Make `folder`, without files, but those to `keep`, that this program wrote there before."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"--output_dir {folder} cannot be made: {error.strerror}") from None
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
-        if path.is_file() and any(re.fullmatch(pattern, name) for pattern in OUTPUTS):
+        ours = any(re.fullmatch(pattern, name) for pattern in OUTPUTS)
+        if path.is_file() and ours and not name.startswith(keep):
             path.unlink()
 
 
@@ -554,10 +525,58 @@ def check_tracker(name):
         raise InputError(f"--report_to {name}: not installed, run `pip install {name}`")
 
 
-def execute(args, argv):
+def refuse_another_run(run, recorded, source):
+    """Raise InputError unless this run is the one that is `recorded`, or --allow_other lets it."""
+    mine, free = run.identity, set(run.args.allow_other)
+    different = [f"{name} (then {recorded.get(name)!r:.60}, now {mine.get(name)!r:.60})"
+                 for name in sorted(mine.keys() | recorded.keys())
+                 if mine.get(name) != recorded.get(name) and name not in free]
+    if different:
+        raise InputError(f"{source} is of another run: {'; '.join(different)}. --allow_other can "
+                         f"overrule: {', '.join(OVERRIDABLE)}")
+
+
+def resume(run):
+    """Find where to go on -> the results of a run that is finished already, or None."""
+    folder = run.args.output_dir
+    if (folder / "results.json").exists():
+        finished = read_results(folder / "results.json")
+        refuse_another_run(run, results.recorded_identity(finished), folder / "results.json")
+        return finished
+    found = checkpoint.newest(run)
+    if found is None:
+        run.print(f"no whole checkpoint in {folder}: starting from the beginning")
+        return None
+    state = found.state
+    refuse_another_run(run, state["identity"], f"checkpoint {folder / checkpoint.FOLDER}")
+    run.resumed, run.position, run.rows = found, Position(*state["position"]), state["rows"]
+    run.base_sha256, run.steps, run.files = state["base_sha256"], state["steps"], state["files"]
+    run.seconds |= state["seconds"]
+    run.print(f"resuming at step {run.steps}, after checkpoint {found.name}")
+    return None
+
+
+def prepare_output_dir(run):
+    """Clear the run's folder, or bring it back to the checkpoint that it is resumed from."""
+    folder = run.args.output_dir
+    if run.accelerator.is_main_process:
+        if run.resumed is None:
+            clear_output_dir(folder)
+            checkpoint.drop_leftovers(folder)
+        else:
+            checkpoint.restore_files(run)
+            keep = (*run.files, "adapter/", f"{checkpoint.FOLDER}/0", "tracking/")
+            clear_output_dir(folder, keep)
+    run.accelerator.wait_for_everyone()
+    if run.resumed is not None and (folder / "regroup.jsonl").exists():
+        lines = (folder / "regroup.jsonl").read_text(encoding="utf-8").splitlines()
+        run.regroupings = [json.loads(line) for line in lines]
+
+
+def execute(args, argv, stop):
     """One whole run -> its results."""
     check_tracker(args.report_to)
-    run = Run(args, make_accelerator(args))
+    run = Run(args, make_accelerator(args), stop)
     accelerator = run.accelerator
     run.print(f"badit: method {args.method}, {args.setting if run.trains else 'evaluation only'}, "
               f"model {args.model}, precision {accelerator.mixed_precision}, processes "
@@ -569,39 +588,97 @@ def execute(args, argv):
     load_data(run)
     results.read_single_task_results(run)
     check_model(run)
+    run.identity = results.identity(run)
+    if args.from_results:
+        recorded = read_results(args.from_results)
+        refuse_another_run(run, results.recorded_identity(recorded), args.from_results)
+        run.base_sha256 = recorded["base_sha256"]
+    finished = resume(run) if args.resume else None
+    if finished is not None:
+        run.print(f"{args.output_dir} is finished already")
+        results.print_table(run, finished)
+        return finished
     load_model(run)
     counts = results.parameter_counts(run)
     run.print(f"parameters: {counts['trainable']:,} trainable, {counts['stored']:,} stored, "
               f"{counts['active']:,} active per token, {counts['total']:,} in the base model")
-    if accelerator.is_main_process:
-        clear_output_dir(args.output_dir)
-    accelerator.wait_for_everyone()
+    prepare_output_dir(run)
     accelerator.init_trackers("badit", config={
         key: value if isinstance(value, (int, float, str)) else str(value)
         for key, value in results.recorded_args(run).items()})
+    stop.deferred = True
     try:
-        rows = train_all(run) if run.trains else [evaluate_row(run, 1, args.method, run.order)]
-        summary = results.write_results(run, rows, argv)
+        if run.trains:
+            train_all(run)
+        else:
+            run.rows.append(evaluate_row(run, 1, args.method, run.order))
+        summary = results.write_results(run, run.rows, argv)
         accelerator.log({key: value for key, value in summary["metrics"].items()
                          if value is not None}, step=run.steps)
     finally:
         accelerator.end_training()
-    results.print_table(run, rows, summary)
+    if accelerator.is_main_process:
+        checkpoint.discard(run)
+    results.print_table(run, summary)
     run.print(f"results in {args.output_dir}")
     return summary
 
 
 def main(argv=None):
-    """Run with the flags `argv` -> exit status: 0, or 2 after one line on bad input."""
+    """Run with the flags `argv` -> exit status.
+
+    0; 2 after one line on bad input; 128 + the signal's number after one that asked to stop.
+    """
     argv = sys.argv[1:] if argv is None else list(argv)
+    with StopSignals() as stop:
+        try:
+            args, _ = parse_flags(argv)
+            check_output_dir(args)
+            execute(args, argv, stop)
+            return 0
+        except InputError as error:
+            return fail(f"error: {error}")
+        except OSError as error:
+            if error.errno not in DISK_ERRORS:
+                raise
+            return fail(f"error: {error}; what was saved before is whole: make room there, then "
+                        f"{resume_command(argv)}")
+        except (Interrupted, KeyboardInterrupt) as error:
+            saved = "saved" if isinstance(error, Interrupted) else "nothing more was saved"
+            number = stop.received or signal.SIGINT
+            fail(f"stopped by {number.name}, {saved}; go on with: {resume_command(argv)}")
+            return 128 + number
+        except Exception:
+            if first_to_fail():
+                raise
+            return 1  # another process ended, and has said why
+
+
+def fail(message):
+    """Say in one line why the run ends, in one of its processes -> exit status 2."""
+    if first_to_fail():
+        print(message, file=sys.stderr)
+    return 2
+
+
+def first_to_fail():
+    """Whether no other process of this run has said yet why it ends."""
+    ours = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if not ours and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return True  # the only process, or nobody to ask: better said twice than never
     try:
-        args, _ = parse_flags(argv)
-        check_output_dir(args)
-        execute(args, argv)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+        store = torch.distributed.TCPStore(
+            os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False,
+            timeout=timedelta(seconds=2))
+    except torch.distributed.DistError:
+        return False  # the process that kept the store has ended
+    return store.add("processes that said why they ended", 1) == 1
+
+
+def resume_command(argv):
+    """The command that goes on with a run that was stopped."""
+    kept = [word for word in argv if word not in ("--resume", "--overwrite")]
+    return f"{results.launcher()} train.py {shlex.join([*kept, '--resume'])}"
 
 
 if __name__ == "__main__":

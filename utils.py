@@ -1,11 +1,15 @@
 """Files that are whole or absent, checksums, the cache folder, and seeds made from names."""
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
+import signal
 import tempfile
 from pathlib import Path
+
+import safetensors.torch
 
 
 @contextlib.contextmanager
@@ -40,6 +44,16 @@ def write_json(path, value):
         temporary.write_text(text + "\n", encoding="utf-8")
 
 
+def write_tensors(path, tensors):
+    """Write {name: tensor} as safetensors, in place. Raises OSError where that fails."""
+    tensors = {key: tensor.detach().to("cpu").contiguous() for key, tensor in tensors.items()}
+    try:
+        # One metadata key only: safetensors writes several in random order.
+        safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
+    except safetensors.SafetensorError as error:
+        raise OSError(errno.EIO, str(error), str(path)) from error
+
+
 def sha256_file(path):
     """SHA-256 of a file's bytes, as lower-case hexadecimal digits."""
     with open(path, "rb") as file:
@@ -55,3 +69,29 @@ def stable_seed(*parts):
     """A 63-bit seed from strings and numbers, equal on every machine and in every process."""
     digest = hashlib.sha256(json.dumps(parts).encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
+
+
+class StopSignals:
+    """A context in which SIGTERM and Ctrl-C ask to stop: at once, or when `deferred` is set, later.
+
+    A deferred signal is found in `received`; a second one stops at once, by KeyboardInterrupt.
+    """
+
+    def __init__(self):
+        self.received, self.deferred, self.before = None, False, {}
+
+    def __enter__(self):
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self.before[number] = signal.signal(number, self._receive)
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number, frame):
+        again, self.received = self.received is not None, signal.Signals(number)
+        if again or not self.deferred:
+            raise KeyboardInterrupt
+        # Not print: the signal may come in the middle of one.
+        os.write(2, f"\n{self.received.name}: stopping at the next checkpoint\n".encode())

@@ -11,10 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from badit import BankLinear, Dog, Routing, check_bank_size, select_experts
+from badit import BankLinear, Dog, DogMethod, Routing, check_bank_size, select_experts
 from errors import InputError
 from flags import fraction, non_negative
-from method import Method
 
 
 class LoraMoeLinear(BankLinear):
@@ -101,7 +100,7 @@ def type_of(task, pairs):
     return found[0]
 
 
-class LoraMoe(Method):
+class LoraMoe(DogMethod):
     """LoRAMoE; with --balance_weight also its localized balancing constraint."""
 
     name = "loramoe"
@@ -156,13 +155,11 @@ class LoraMoe(Method):
 
     def start_task(self, task, loader):
         self.check_tasks(task.tasks)
-        self.dog.start(task)
+        super().start_task(task, loader)
 
     def before_forward(self, batch):
-        if not self.model.training:
-            return
-        self.batch = batch
-        if self.settings["balance_weight"] > 0:
+        super().before_forward(batch)
+        if self.model.training and self.settings["balance_weight"] > 0:
             self.gates = []
             self._collect_gates_in(self.gates)
 
@@ -188,9 +185,3 @@ class LoraMoe(Method):
     def _collect_gates_in(self, gates):
         for layer in self.layers.values():
             layer.gates = gates
-
-    def after_backward(self):
-        self.dog.accumulate()
-
-    def after_step(self):
-        return self.dog.after_step(self.model, self.batch)

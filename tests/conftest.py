@@ -31,6 +31,7 @@ from transformers.models.gemma2 import Gemma2Config  # noqa: E402
 from transformers.models.llama import LlamaConfig  # noqa: E402
 from transformers.models.qwen3 import Qwen3Config  # noqa: E402
 
+import arguments  # noqa: E402
 import models  # noqa: E402
 import train  # noqa: E402
 from baselines import METHODS  # noqa: E402
@@ -176,7 +177,7 @@ def reset_accelerate():
 
 def settings_of(method="badit", **changed):
     """The settings that a method gets from train.py's defaults, with a small bank."""
-    defaults = vars(train.build_parser().parse_args([])) | dict(rank=2, alpha=16.0)
+    defaults = vars(arguments.build_parser().parse_args([])) | dict(rank=2, alpha=16.0)
     reads = METHODS[method].reads
     assert set(changed) <= set(reads)
     return {name: defaults[name] for name in reads} | changed

@@ -14,6 +14,7 @@ import torch
 from conftest import SMALL, instances, prompt_of, results_of, run, snapshot, succeed, write_json
 from transformers import AutoTokenizer
 
+import arguments
 import models
 import train
 from baselines import METHODS
@@ -167,7 +168,7 @@ def test_the_adapters_method_counts(no_weights, finished):
 
 def declared_flags():
     """Names of all flags."""
-    return {action.dest for action in train.build_parser()._actions
+    return {action.dest for action in arguments.build_parser()._actions
             if not isinstance(action, argparse._HelpAction)}
 
 
@@ -467,7 +468,7 @@ def test_overwrite_with_bad_input_loses_nothing(no_weights, finished, llama, sui
             *flags, named=flags[1])
 
 
-@pytest.mark.parametrize("tracker", train.TRACKERS)
+@pytest.mark.parametrize("tracker", arguments.TRACKERS)
 def test_a_tracker_that_is_not_installed(no_weights, llama, suite, monkeypatch, tracker):
     """Named with what to install, before data or weights are read."""
     found = importlib.util.find_spec

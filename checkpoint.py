@@ -1,0 +1,257 @@
+"""Checkpoints: all that a run needs to go on as if it had never been stopped, and nothing else.
+
+A checkpoint is a folder `checkpoints/000007` with `tensors.safetensors`, `state.json` and their
+`SHA256SUMS`. It is written under a temporary name and renamed when it is on the disk, so that it is
+whole or absent. The frozen base model is not in it. Nothing is unpickled.
+
+`run` is train.Run, whose `position` says how far the run has come.
+"""
+
+import hashlib
+import json
+import os
+import random
+import re
+import shutil
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import safetensors
+import safetensors.torch
+import torch
+from accelerate.utils import broadcast_object_list, gather_object
+
+from errors import InputError
+from utils import sha256_file, write_tensors
+
+FOLDER, KEPT = "checkpoints", 2
+TENSORS_FILE, STATE_FILE, SUMS_FILE = "tensors.safetensors", "state.json", "SHA256SUMS"
+LOGS = ("log.jsonl", "regroup.jsonl")
+STATE_KEYS = {"position", "rows", "files", "identity", "base_sha256", "seconds", "steps", "rng",
+              "optimizer", "schedule"}
+
+
+class Position(NamedTuple):
+    """How far a run has come: stages trained and evaluated, optimizer steps of the next one."""
+
+    stage: int
+    step: int
+
+
+class Checkpoint(NamedTuple):
+    """A whole checkpoint that was read; `tensors` by name, `state` as in state.json."""
+
+    name: str
+    tensors: dict
+    state: dict
+
+
+# --- writing ------------------------------------------------------------------------------------
+
+
+def save(run, optimizer=None, schedule=None):
+    """Write a checkpoint of the run as it is now; the optimizer only in the middle of a stage.
+
+    Called by all processes; the main one writes. The older checkpoints but one are deleted.
+    """
+    rng = gather_object([random_states()])  # one for each process
+    if not run.accelerator.is_main_process:
+        return
+    tensors = {f"adapter.{key}": tensor for key, tensor in run.method.state_dict().items()}
+    state = {"position": run.position, "rows": run.rows, "files": run.files | log_hashes(run),
+             "identity": run.identity, "base_sha256": run.method.base_sha256,
+             "seconds": run.seconds, "steps": run.steps, "rng": rng,
+             "optimizer": None, "schedule": None}
+    if optimizer is not None:
+        tensors |= {f"method.{key}": value for key, value in run.method.training_state().items()}
+        moments, state["optimizer"] = optimizer_state(run.model, optimizer)
+        tensors |= {f"optimizer.{key}": tensor for key, tensor in moments.items()}
+        state["schedule"] = schedule.state_dict()
+    folder = run.args.output_dir / FOLDER
+    numbers = [int(path.name) for path in checkpoints_in(folder)]
+    path = folder / f"{max(numbers, default=0) + 1:06d}"
+    try:
+        write(path, tensors, state)
+    except OSError as error:
+        raise InputError(f"could not save a checkpoint in {folder} ({error}): nothing that was "
+                         "saved before is lost; make room there, then --resume") from error
+    for old in sorted(checkpoints_in(folder))[:-KEPT]:
+        shutil.rmtree(old)
+
+
+def write(path, tensors, state):
+    """Write the folder `path` so that it is whole or absent, whatever happens meanwhile."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"))
+    try:
+        write_tensors(temporary / TENSORS_FILE, tensors)
+        text = json.dumps(state, allow_nan=False, ensure_ascii=False)
+        (temporary / STATE_FILE).write_text(text, encoding="utf-8")
+        sums = [f"{sha256_file(temporary / name)}  {name}\n" for name in (TENSORS_FILE, STATE_FILE)]
+        (temporary / SUMS_FILE).write_text("".join(sums))
+        for file in (*temporary.iterdir(), temporary):
+            fsync(file)
+        os.rename(temporary, path)
+        fsync(path.parent)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def fsync(path):
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def log_hashes(run):
+    """Bytes and SHA-256 of the logs, which are on the disk when this returns."""
+    hashes = {}
+    for name in LOGS:
+        path = run.args.output_dir / name
+        if path.exists():
+            fsync(path)
+            hashes[name] = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+    return hashes
+
+
+def random_states():
+    """The states of all random number generators of this process, as JSON values."""
+    name, keys, *rest = np.random.get_state()
+    cuda = torch.cuda.get_rng_state().tolist() if torch.cuda.is_available() else None
+    return {"python": random.getstate(), "numpy": [name, keys.tolist(), *rest],
+            "torch": torch.get_rng_state().numpy().tobytes().hex(), "cuda": cuda}
+
+
+def set_random_states(states):
+    """Put back what `random_states` gave."""
+    version, numbers, gauss = states["python"]
+    random.setstate((version, tuple(numbers), gauss))
+    np.random.set_state(tuple(states["numpy"]))
+    torch.set_rng_state(torch.frombuffer(bytearray.fromhex(states["torch"]), dtype=torch.uint8))
+    if states["cuda"] is not None:
+        torch.cuda.set_rng_state(torch.tensor(states["cuda"], dtype=torch.uint8))
+
+
+def optimizer_state(model, optimizer):
+    """An optimizer's state -> (tensors by "parameter name/key", its parameter groups)."""
+    state = optimizer.state_dict()
+    names = trained_names(model)
+    return ({f"{names[index]}/{key}": value for index, values in state["state"].items()
+             for key, value in values.items()}, state["param_groups"])
+
+
+def set_optimizer_state(model, optimizer, tensors, groups):
+    """Put back what `optimizer_state` gave."""
+    state = {index: {} for index in range(len(trained_names(model)))}
+    index_of = {name: index for index, name in enumerate(trained_names(model))}
+    for name, tensor in tensors.items():
+        parameter, _, key = name.rpartition("/")
+        state[index_of[parameter]][key] = tensor
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def trained_names(model):
+    """Names of the trained parameters, in the order in which the optimizer has them."""
+    return [name for name, weight in model.named_parameters() if weight.requires_grad]
+
+
+# --- reading ------------------------------------------------------------------------------------
+
+
+def checkpoints_in(folder):
+    """The checkpoint folders in `folder`, whole or not, in no order."""
+    return [path for path in folder.glob("*") if re.fullmatch(r"\d{6,}", path.name)]
+
+
+def newest(run):
+    """The newest whole checkpoint of the run's folder, or None; damaged ones are named.
+
+    The main process chooses, and all read the same one: the folder must be one that all see.
+    """
+    folder, chosen = run.args.output_dir / FOLDER, [None]
+    if run.accelerator.is_main_process:
+        for path in sorted(checkpoints_in(folder), reverse=True):
+            reason = damage(path)
+            if reason is None:
+                chosen = [path.name]
+                break
+            run.print(f"checkpoint {path} is damaged ({reason}): skipped")
+    broadcast_object_list(chosen)
+    return None if chosen[0] is None else read(folder / chosen[0])
+
+
+def damage(path):
+    """Why the checkpoint `path` cannot be used, or None."""
+    try:
+        lines = (path / SUMS_FILE).read_text(encoding="utf-8").splitlines()
+        sums = {name: sha256 for sha256, name in (line.split("  ", 1) for line in lines)}
+        for name in (TENSORS_FILE, STATE_FILE):
+            if sums.get(name) != sha256_file(path / name):
+                return f"{name} does not have its checksum"
+        state = read(path).state
+    except (OSError, ValueError, RecursionError, safetensors.SafetensorError) as error:
+        return f"{type(error).__name__}: {error}"
+    return None if isinstance(state, dict) and state.keys() == STATE_KEYS else "its keys are others"
+
+
+def read(path):
+    state = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
+    return Checkpoint(path.name, safetensors.torch.load_file(path / TENSORS_FILE), state)
+
+
+def part(checkpoint, name):
+    """The tensors of one part of a checkpoint: "adapter", "method" or "optimizer"."""
+    prefix = f"{name}."
+    return {key.removeprefix(prefix): tensor for key, tensor in checkpoint.tensors.items()
+            if key.startswith(prefix)}
+
+
+def restore_optimizer(run, optimizer, schedule):
+    """Give optimizer and schedule of the resumed stage the state that they had."""
+    state = run.resumed.state
+    set_optimizer_state(run.model, optimizer, part(run.resumed, "optimizer"), state["optimizer"])
+    schedule.load_state_dict(state["schedule"])
+
+
+def restore_random_states(run):
+    set_random_states(run.resumed.state["rng"][run.accelerator.process_index])
+
+
+def restore_files(run):
+    """Cut the logs back to the checkpoint; refuse to go on where a finished file was changed."""
+    folder, state = run.args.output_dir, run.resumed.state
+    for name, known in state["files"].items():
+        path = folder / name
+        if not path.is_file() or sha256_start(path, known["bytes"]) != known["sha256"]:
+            raise InputError(f"{path} is not as it was at the checkpoint: the run cannot go on "
+                             "exactly; start it anew in another --output_dir")
+    drop_leftovers(folder, int(run.resumed.name))
+    for name in LOGS:
+        if (folder / name).exists():
+            os.truncate(folder / name, state["files"].get(name, {"bytes": 0})["bytes"])
+
+
+def sha256_start(path, size):
+    """SHA-256 of the first `size` bytes of a file."""
+    with open(path, "rb") as file:
+        return hashlib.sha256(file.read(size)).hexdigest()
+
+
+def drop_leftovers(output_dir, newer_than=0):
+    """Delete what killed saves left, and checkpoints above a number, which are damaged."""
+    folder = output_dir / FOLDER
+    for path in folder.glob(".*.tmp"):
+        shutil.rmtree(path)
+    for path in checkpoints_in(folder):
+        if int(path.name) > newer_than:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def discard(run):
+    """Delete all checkpoints: the run is finished."""
+    shutil.rmtree(run.args.output_dir / FOLDER, ignore_errors=True)

@@ -1,0 +1,143 @@
+"""A server of processes that run train.main at once: it has imported the program, and forks.
+
+It has not used torch yet, as a fork after that may hang. One JSON order on each line of stdin, one
+JSON answer on each of stdout; `Forks` below is the other end.
+"""
+
+import contextlib
+import glob
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+LIMIT = 120  # seconds; no run here takes a tenth of it
+
+
+class Forks:
+    """Runs of train.main in processes of their own, without the seconds that an import takes."""
+
+    def __init__(self):
+        root = Path(__file__).resolve().parent
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(root.parent)}
+        self.server = subprocess.Popen([sys.executable, root / "forked.py"], text=True,
+                                       stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                       env=environment)
+
+    def __call__(self, *argv, out, **order):
+        """Run; `out` takes what is printed. Returns the answer of `serve`, plus `lines`."""
+        order |= {"argv": [str(part) for part in argv], "out": str(out)}
+        self.server.stdin.write(json.dumps(order) + "\n")
+        self.server.stdin.flush()
+        answer = json.loads(self.server.stdout.readline())
+        return answer | {"lines": Path(out).read_text(errors="replace").splitlines()}
+
+    def close(self):
+        self.server.stdin.close()
+        self.server.wait(LIMIT)
+
+
+def serve():
+    """Carry out orders: {argv, out, processes, prelude, signal, after or seen, launch}.
+
+    `prelude` is Python for the child, `signal` a number that is sent `after` seconds, or once a
+    path matches `seen`. The answer: statuses (negative: killed by that signal) and seconds.
+    """
+    # Imported here: the other end must not load the program again.
+    import accelerate.commands.launch  # noqa: F401
+    import torch  # noqa: F401
+
+    import train  # noqa: F401
+
+    for line in sys.stdin:
+        order = json.loads(line)
+        start, processes = time.perf_counter(), order.get("processes", 1)
+        port = free_port()
+        children = [fork(order, rank, processes, port) for rank in range(processes)]
+        statuses = watch(children, order, start)
+        print(json.dumps({"statuses": statuses, "seconds": time.perf_counter() - start}),
+              flush=True)
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def fork(order, rank, processes, port):
+    """Start one process of a run -> its id."""
+    child = os.fork()
+    if child:
+        return child
+    status = 99
+    try:
+        handle = os.open(order["out"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(handle, 1)
+        os.dup2(handle, 2)
+        sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
+        if processes > 1:
+            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_PORT": str(port),
+                           "WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes),
+                           "MASTER_ADDR": "127.0.0.1"}
+        import torch
+
+        import train
+        torch.set_num_threads(1)
+        exec(order.get("prelude", ""), {"rank": rank})
+        status = train.main(order["argv"])
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+    except BaseException:  # noqa: BLE001 (a child must not return into the server)
+        import traceback
+        traceback.print_exc()
+        status = 1
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def watch(children, order, start):
+    """Wait for all children, sending the signal of the order when its moment has come."""
+    waiting, statuses = list(children), {}
+    old = matches(order)  # of an earlier run
+    pending = order.get("signal")
+    while waiting:
+        for child in list(waiting):
+            found, status = os.waitpid(child, os.WNOHANG)
+            if found:
+                waiting.remove(child)
+                statuses[child] = os.waitstatus_to_exitcode(status)
+        passed = time.perf_counter() - start
+        due = ("after" in order and passed >= order["after"]
+               or matches(order) - old)
+        if pending and due:
+            pending = None
+            send(waiting, order["signal"])
+        if passed > LIMIT:
+            send(waiting, signal.SIGKILL)
+        time.sleep(0.0005)
+    return [statuses[child] for child in children]
+
+
+def matches(order):
+    """What is there of the paths that the order waits for, with their times of change."""
+    found = set()
+    for path in glob.glob(order.get("seen", "")):
+        with contextlib.suppress(FileNotFoundError):
+            found.add((path, os.stat(path).st_mtime_ns))
+    return found
+
+
+def send(children, number):
+    for child in children:
+        os.kill(child, number)
+
+
+if __name__ == "__main__":
+    serve()
