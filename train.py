@@ -16,7 +16,6 @@ import signal
 import sys
 import time
 from collections import defaultdict
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
@@ -31,6 +30,7 @@ import checkpoint
 import data
 import evaluation
 import models
+import processes
 import results
 from arguments import OVERRIDABLE, PAPER_BATCH, parse_flags, read_results
 from baselines import METHODS
@@ -101,8 +101,11 @@ class Run:
 
     def stop_asked(self):
         """Whether any process got a signal that asks to stop; all processes get the same answer."""
-        asked = torch.tensor(float(self.stop.received is not None), device=self.accelerator.device)
-        return bool(self.accelerator.reduce(asked) > 0)
+        number = torch.tensor([self.stop.received or 0], device=self.accelerator.device)
+        number = int(self.accelerator.gather(number).max())
+        if number:
+            self.stop.received = signal.Signals(number)
+        return number > 0
 
 
 def make_accelerator(args):
@@ -302,7 +305,7 @@ def train_stage(run, stage, recorder):
     run.model = accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     loader.set_epoch(stage.epochs)  # for a pass over the data, in an order of its own
     method.end_task(stage, loader)
-    check_equal_processes(run)
+    processes.check_equal(accelerator, method.state_dict(), run.steps)
     accelerator.free_memory()
 
 
@@ -328,27 +331,6 @@ def save_and_stop(run, stage, optimizer, schedule):
         checkpoint.save(run, optimizer, schedule)
     if asked:
         raise Interrupted
-
-
-def check_equal_processes(run):
-    """Raise InputError unless all processes hold the same adapter and groupings, to the bit."""
-    if run.accelerator.num_processes == 1:
-        return
-    sums = torch.stack([bit_sum(tensor) for tensor in run.method.state_dict().values()])
-    everywhere = run.accelerator.gather(sums[None])  # (processes, tensors)
-    different = (everywhere != everywhere[0]).any(0).tolist()
-    names = [name for name, differs in zip(run.method.state_dict(), different, strict=True)
-             if differs]
-    if names:
-        raise InputError(f"the processes hold different adapters at step {run.steps} "
-                         f"({len(names)} tensors, such as {names[0]}): do all of them have the "
-                         "same hardware and libraries?")
-
-
-def bit_sum(tensor):
-    """A checksum of a tensor's bits that is quick on any device."""
-    bits = tensor.detach().contiguous().view(torch.uint8).to(torch.int64).flatten()
-    return (bits * torch.arange(1, len(bits) + 1, device=bits.device)).sum()
 
 
 def micro_batches(run):
@@ -403,7 +385,8 @@ class Recorder:
 
     def add_regrouping(self, records):
         if records:
-            check_equal_processes(self.run)
+            state = self.run.method.state_dict()
+            processes.check_equal(self.run.accelerator, state, self.run.steps)
         for record in records:
             record = {"stage": self.stage, "step": self.step} | record
             self._write(self.regroup_log, record)
@@ -573,11 +556,12 @@ def prepare_output_dir(run):
         run.regroupings = [json.loads(line) for line in lines]
 
 
-def execute(args, argv, stop):
+def execute(args, argv, stop, first_to_say):
     """One whole run -> its results."""
     check_tracker(args.report_to)
-    run = Run(args, make_accelerator(args), stop)
-    accelerator = run.accelerator
+    accelerator = make_accelerator(args)
+    first_to_say.meet(accelerator)
+    run = Run(args, accelerator, stop)
     run.print(f"badit: method {args.method}, {args.setting if run.trains else 'evaluation only'}, "
               f"model {args.model}, precision {accelerator.mixed_precision}, processes "
               f"{accelerator.num_processes}, device {accelerator.device}")
@@ -615,6 +599,9 @@ def execute(args, argv, stop):
         summary = results.write_results(run, run.rows, argv)
         accelerator.log({key: value for key, value in summary["metrics"].items()
                          if value is not None}, step=run.steps)
+    except BaseException:
+        first_to_say()  # before the other processes see this one leave
+        raise
     finally:
         accelerator.end_training()
     if accelerator.is_main_process:
@@ -630,49 +617,35 @@ def main(argv=None):
     0; 2 after one line on bad input; 128 + the signal's number after one that asked to stop.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
+    first_to_say = processes.FirstToSay()
+
+    def end(status, reason):
+        if first_to_say():
+            print(reason, file=sys.stderr)
+        return status
+
     with StopSignals() as stop:
         try:
             args, _ = parse_flags(argv)
             check_output_dir(args)
-            execute(args, argv, stop)
+            execute(args, argv, stop, first_to_say)
             return 0
         except InputError as error:
-            return fail(f"error: {error}")
+            return end(2, f"error: {error}")
         except OSError as error:
             if error.errno not in DISK_ERRORS:
                 raise
-            return fail(f"error: {error}; what was saved before is whole: make room there, then "
-                        f"{resume_command(argv)}")
+            return end(2, f"error: {error}; what was saved before is whole: make room there, then "
+                          f"{resume_command(argv)}")
         except (Interrupted, KeyboardInterrupt) as error:
-            saved = "saved" if isinstance(error, Interrupted) else "nothing more was saved"
             number = stop.received or signal.SIGINT
-            fail(f"stopped by {number.name}, {saved}; go on with: {resume_command(argv)}")
-            return 128 + number
+            saved = "saved" if isinstance(error, Interrupted) else "nothing more was saved"
+            return end(128 + number, f"stopped by {number.name}, {saved}; go on with: "
+                                     f"{resume_command(argv)}")
         except Exception:
-            if first_to_fail():
+            if first_to_say():
                 raise
-            return 1  # another process ended, and has said why
-
-
-def fail(message):
-    """Say in one line why the run ends, in one of its processes -> exit status 2."""
-    if first_to_fail():
-        print(message, file=sys.stderr)
-    return 2
-
-
-def first_to_fail():
-    """Whether no other process of this run has said yet why it ends."""
-    ours = torch.distributed.is_available() and torch.distributed.is_initialized()
-    if not ours and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        return True  # the only process, or nobody to ask: better said twice than never
-    try:
-        store = torch.distributed.TCPStore(
-            os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False,
-            timeout=timedelta(seconds=2))
-    except torch.distributed.DistError:
-        return False  # the process that kept the store has ended
-    return store.add("processes that said why they ended", 1) == 1
+            return 1
 
 
 def resume_command(argv):

@@ -42,7 +42,7 @@ class Forks:
 
 
 def serve():
-    """Carry out orders: {argv, out, processes, prelude, signal, after or seen, launch}.
+    """Carry out orders: {argv, out, processes, prelude, signal, after or seen, to}.
 
     `prelude` is Python for the child, `signal` a number that is sent `after` seconds, or once a
     path matches `seen`. The answer: statuses (negative: killed by that signal) and seconds.
@@ -118,7 +118,8 @@ def watch(children, order, start):
                or matches(order) - old)
         if pending and due:
             pending = None
-            send(waiting, order["signal"])
+            to = order.get("to")  # a rank, or all
+            send(waiting if to is None else [children[to]], order["signal"])
         if passed > LIMIT:
             send(waiting, signal.SIGKILL)
         time.sleep(0.0005)

@@ -1,0 +1,71 @@
+"""What the processes of one run agree on: that they hold the same, and who says why they end."""
+
+import os
+from datetime import timedelta
+
+import torch
+from accelerate.utils import broadcast_object_list
+from torch.distributed import DistError, TCPStore
+
+from errors import InputError
+
+PATIENCE = timedelta(seconds=5)
+
+
+def check_equal(accelerator, state, step):
+    """Raise InputError unless all processes hold the same {name: tensor}, to the bit."""
+    if accelerator.num_processes == 1:
+        return
+    sums = torch.stack([bit_sum(tensor) for tensor in state.values()])  # (tensors,)
+    everywhere = accelerator.gather(sums[None])  # (processes, tensors)
+    different = (everywhere != everywhere[0]).any(0).tolist()
+    names = [name for name, differs in zip(state, different, strict=True) if differs]
+    if names:
+        raise InputError(f"the processes hold different adapters at step {step} ({len(names)} "
+                         f"tensors, such as {names[0]}): do all of them have the same hardware "
+                         "and libraries?")
+
+
+def bit_sum(tensor):
+    """A checksum of a tensor's bytes, an int64 scalar, that is quick on any device."""
+    data = tensor.detach().contiguous().flatten().view(torch.uint8).to(torch.int64)
+    return (data * torch.arange(1, len(data) + 1, device=data.device)).sum()
+
+
+class FirstToSay:
+    """Calling it says whether this process is the first of the run to do so: it gives the reason.
+
+    The others end because that one did, or for the same reason. `meet` opens the store by which
+    they know; before that, the store of the launcher serves, where there is one.
+    """
+
+    def __init__(self):
+        self.store = self.answer = None
+
+    def meet(self, accelerator):
+        """Called by all processes as soon as they can talk to each other."""
+        if accelerator.num_processes == 1:
+            return
+        address, port = os.environ["MASTER_ADDR"], [None]
+        if accelerator.is_main_process:
+            self.store = TCPStore(address, 0, is_master=True, wait_for_workers=False)
+            port = [self.store.port]
+        broadcast_object_list(port)
+        if not accelerator.is_main_process:
+            self.store = TCPStore(address, port[0], is_master=False, timeout=PATIENCE)
+
+    def __call__(self):
+        if self.answer is None:
+            self.answer = self._ask()
+        return self.answer
+
+    def _ask(self):
+        launcher = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        try:
+            if self.store is None and launcher:
+                self.store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]),
+                                      is_master=False, timeout=PATIENCE)
+            # Without a store: the only process, or nobody to ask; better said twice than never.
+            return self.store is None or self.store.add("reasons given", 1) == 1
+        except DistError:
+            return False  # the process that kept the store has ended

@@ -1,0 +1,139 @@
+"""Several processes: they give what one gives, hold the same, and end together."""
+
+import signal
+
+import pytest
+import safetensors.torch
+import torch
+from conftest import QUIET, SMALL, lines_of, results_of, succeed
+from forked import Forks
+
+import models
+from baselines import METHODS
+
+TRAINED = [name for name, method in METHODS.items() if method.trains]
+# Two tasks of twelve rows: the second of two steps is short in both epochs.
+FLAGS = (*SMALL, "--setting", "sequential", "--tasks", "colour_name", "say_both", "--epochs", 2,
+         "--learning_rate", "1e-2", "--max_new_tokens", 3, "--eval_batch_size", 2,
+         "--dropout", "0")
+NO_NOISE = {"badit": QUIET}
+DOUBLE = """
+import torch, models
+real = models.load
+models.load = lambda name, dtype=None: real(name, torch.float64)
+"""
+
+
+@pytest.fixture(scope="module")
+def flags(llama, suite):
+    return ("--model", llama, "--suite", suite, *FLAGS)
+
+
+@pytest.fixture(scope="module")
+def forks():
+    server = Forks()
+    yield server
+    server.close()
+
+
+def assert_close(one, two, tolerance):
+    """Equal groupings, and losses and adapters as close as `tolerance`."""
+    losses = [[record["loss"] for record in lines_of(folder / "log.jsonl")]
+              for folder in (one, two)]
+    assert losses[0] == pytest.approx(losses[1], abs=tolerance)
+    mine, theirs = (safetensors.torch.load_file(folder / "adapter" / "adapter_model.safetensors")
+                    for folder in (one, two))
+    assert mine.keys() == theirs.keys()
+    for name, tensor in mine.items():
+        if not name.endswith("expert_of"):
+            assert (tensor - theirs[name]).abs().max() <= tolerance, name
+        else:
+            assert tensor.equal(theirs[name]), name
+
+
+@pytest.mark.parametrize("method", TRAINED)
+def test_two_processes_are_one(method, flags, forks, tmp_path, monkeypatch):
+    """In float64, sequentially: every loss, the adapter, all groupings and all predictions."""
+    argv = (*flags, *NO_NOISE.get(method, ()), "--method", method)
+    real = models.load
+    monkeypatch.setattr(models, "load", lambda name, dtype=None: real(name, torch.float64))
+    succeed(*argv, "--output_dir", tmp_path / "one")
+    answer = forks(*argv, "--output_dir", tmp_path / "two", out=tmp_path / "out", processes=2,
+                   prelude=DOUBLE)
+    assert answer["statuses"] == [0, 0], answer["lines"][-20:]
+    assert results_of(tmp_path / "two")["processes"] == 2
+    assert_close(tmp_path / "one", tmp_path / "two", 1e-5)
+    for path in (tmp_path / "one" / "predictions").iterdir():
+        assert lines_of(path) == lines_of(tmp_path / "two" / "predictions" / path.name)
+
+
+def test_two_processes_resume(flags, forks, tmp_path):
+    """A signal to one stops both; resumed, they are the undisturbed two, with dropout."""
+    argv = (*flags[:-2], "--regroup_every", 1, "--checkpoint_every", 1)
+    whole = forks(*argv, "--output_dir", tmp_path / "whole", out=tmp_path / "a", processes=2)
+    assert whole["statuses"] == [0, 0]
+    stopped = forks(*argv, "--output_dir", tmp_path / "two", out=tmp_path / "b", processes=2,
+                    signal=signal.SIGTERM, to=1, seen=f"{tmp_path}/two/checkpoints/000003")
+    assert stopped["statuses"] == [128 + signal.SIGTERM] * 2, stopped["lines"][-5:]
+    assert sum("stopped by" in line for line in stopped["lines"]) == 1
+    resumed = forks(*argv, "--output_dir", tmp_path / "two", "--resume", out=tmp_path / "c",
+                    processes=2)
+    assert resumed["statuses"] == [0, 0] and any("resuming" in x for x in resumed["lines"])
+    assert_close(tmp_path / "whole", tmp_path / "two", 0)
+    for name in ("log.jsonl", "regroup.jsonl"):
+        assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert results_of(tmp_path / "two")["metrics"] == results_of(tmp_path / "whole")["metrics"]
+
+
+def test_another_number_of_processes_is_refused(flags, forks, tmp_path):
+    argv = (*flags, "--checkpoint_every", 1, "--output_dir", tmp_path / "out")
+    forks(*argv, out=tmp_path / "a", signal=signal.SIGKILL,
+          seen=f"{tmp_path}/out/checkpoints/000003")
+    answer = forks(*argv, "--resume", "--batch_size", 4, out=tmp_path / "b", processes=2)
+    assert answer["statuses"] == [2, 2]
+    assert "processes (then 1, now 2)" in answer["lines"][-1]
+
+
+# Each breaks the second process alone.
+BREAKS = {
+    "a NaN in its loss": (2, "training diverged", """
+import torch, train
+real = train.micro_batches
+train.micro_batches = lambda run: real(run) * (float("nan") if rank else 1)
+"""),
+    "another adapter": (2, "the processes hold different adapters", """
+import badit
+real = badit.Dog.after_step
+def after_step(self, model, batch):
+    records = real(self, model, batch)
+    if rank and records:
+        next(iter(self.layers.values())).lora_A.data[0, 0] += 1e-7
+    return records
+badit.Dog.after_step = after_step
+"""),
+    "bad input": (2, "mine alone", """
+import checkpoint, errors
+def save(*_):
+    if rank:
+        raise errors.InputError("mine alone")
+    return real(*_)
+real, checkpoint.save = checkpoint.save, save
+"""),
+    "a bug": (1, "ZeroDivisionError", """
+import badit
+real = badit.Dog.accumulate
+badit.Dog.accumulate = lambda self: 1 / (1 - rank) and real(self)
+"""),
+}
+
+
+@pytest.mark.parametrize("status, message, prelude", BREAKS.values(), ids=BREAKS)
+def test_a_failure_of_one_process_ends_all_with_one_message(status, message, prelude, flags,
+                                                            forks, tmp_path):
+    """Nothing hangs, and the reason stands there once."""
+    answer = forks(*flags, "--regroup_every", 1, "--output_dir", tmp_path / "out",
+                   out=tmp_path / "a", processes=2, prelude=prelude)
+    assert answer["statuses"][1] == status and answer["statuses"][0] != 0
+    reasons = [line for line in answer["lines"] if line.startswith(("error: ", "Zero", "Runtime"))]
+    assert len(reasons) == 1 and message in reasons[0], answer["lines"][-30:]
+    assert not (tmp_path / "out" / "results.json").exists()
