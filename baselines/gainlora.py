@@ -9,10 +9,12 @@ Axis names as in badit.py, and
     d, h   a vector space: inputs of a layer, or embeddings; hidden size of a gate
     c, k   blocks into which d is split (--chunk), and directions in one block's basis
 
-A subspace of a space d is a list of c orthonormal bases (d/c, k), one for each block.
+A subspace of a space d is a list of c orthonormal bases (d/c, k), one for each block; one that is
+larger than half of its block is held by its `Complement`, which is smaller.
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -83,6 +85,31 @@ def gate(p0, W1, W2, k):
 # --- subspaces ----------------------------------------------------------------------------------
 
 
+class Complement(NamedTuple):
+    """A subspace of one block by what is outside of it: N (d, d - k), orthonormal."""
+
+    N: torch.Tensor
+
+
+def room(block):
+    """How many directions of its space a basis, or a Complement, leaves."""
+    return block.N.shape[1] if isinstance(block, Complement) else block.shape[0] - block.shape[1]
+
+
+def size(block):
+    """d, of the space of a basis or a Complement."""
+    return len(block.N if isinstance(block, Complement) else block)
+
+
+def outside(v, block):
+    """(I - P P') v for vectors v (..., d) in float64, with P or with its Complement: N N' v."""
+    if isinstance(block, Complement):
+        N = block.N.double()
+        return (v @ N) @ N.T
+    P = block.double()
+    return v - (v @ P) @ P.T
+
+
 def second_moment(v, c):
     """Sum of v v' over the rows of v (n, d), by block: (c, d/c, d/c), in float32 or better."""
     v = v.to(torch.promote_types(v.dtype, torch.float32)).unflatten(1, (c, -1))  # (n, c, d/c)
@@ -94,10 +121,9 @@ def project_out(v, bases):
 
     Computed in float64: the keys and rows that it makes are as orthogonal as their type allows.
     """
-    blocks = v.double().split([len(P) for P in bases], dim=-1)
-    outside = [block - (block @ P.double()) @ P.double().T
-               for block, P in zip(blocks, bases, strict=True)]
-    return torch.cat(outside, dim=-1).to(v.dtype)
+    parts = v.double().split([size(block) for block in bases], dim=-1)
+    left = [outside(part, block) for part, block in zip(parts, bases, strict=True)]
+    return torch.cat(left, dim=-1).to(v.dtype)
 
 
 def constrain_update(W, W_start, bases):
@@ -107,15 +133,17 @@ def constrain_update(W, W_start, bases):
     return W_start + project_out(W - W_start, bases)
 
 
-def directions_outside(E, P):
-    """Eigenvectors of E (d, d) within the complement of P's span, P (d, k) orthonormal.
+def directions_outside(E, block):
+    """Eigenvectors of E (d, d) within what `block`, a basis P (d, k) or a Complement, leaves.
 
     Returns eigenvalues (d - k,), descending, and orthonormal columns (d, d - k), in float64. They
     are the singular vectors of (I - P P') H where E = H H', but orthogonal to P even for a singular
     value of zero.
     """
-    P = P.double()
-    N = torch.linalg.qr(P, mode="complete").Q[:, P.shape[1]:]  # (d, d - k)
+    if isinstance(block, Complement):
+        N = block.N.double()
+    else:
+        N = torch.linalg.qr(block.double(), mode="complete").Q[:, block.shape[1]:]  # (d, d - k)
     values, V = torch.linalg.eigh(N.T @ E.double() @ N)
     return values.flip(0).clamp_min(0), (N @ V).flip(1)
 
@@ -129,21 +157,34 @@ def energy_matrix(C, energy):
     return C if energy == "eig" else C @ C.T
 
 
-def extend_basis(C, P, eps, energy):
-    """GPM: P (d, k) with the leading directions outside it that C (d, d) needs to keep `eps`.
+def new_directions(C, block, eps, energy):
+    """GPM: the directions outside `block` (d, d - k), and how many C (d, d) needs to keep `eps`.
 
     eps is the share of the energy to be inside the new basis. The first task's rule differs from
     the later ones', as in the code: it stops before the share is reached, but keeps one at least.
     """
     E = energy_matrix(C, energy)
-    values, U = directions_outside(E, P)
+    values, U = directions_outside(E, block)
     gained = values.cumsum(0) / E.trace()  # (d - k,)
-    if P.shape[1] == 0:
-        q = max(1, int((gained < eps).sum()))
-    else:
-        inside = 1 - values.sum() / E.trace()
-        q = int((inside + F.pad(gained, (1, 0))[:-1] < eps).sum())
-    return torch.cat([P, U[:, :q].to(P.dtype)], dim=1)  # (d, k + q)
+    if len(values) == len(E):
+        return U, max(1, int((gained < eps).sum()))
+    inside = 1 - values.sum() / E.trace()
+    return U, int((inside + F.pad(gained, (1, 0))[:-1] < eps).sum())
+
+
+def extend_basis(C, P, eps, energy):
+    """P (d, k) with its `new_directions` (d, k + q)."""
+    U, q = new_directions(C, P, eps, energy)
+    return torch.cat([P, U[:, :q].to(P.dtype)], dim=1)
+
+
+def extend_block(C, block, eps, energy):
+    """`extend_basis` of a basis or a Complement, as whichever is the smaller afterwards."""
+    U, q = new_directions(C, block, eps, energy)
+    held = block.N if isinstance(block, Complement) else block
+    if 2 * (U.shape[1] - q) < len(U):
+        return Complement(U[:, q:].to(held.dtype).contiguous())
+    return torch.cat([held, U[:, :q].to(held.dtype)], dim=1)  # never more than half: a basis
 
 
 def scheduled_threshold(eps, t):
@@ -158,8 +199,8 @@ def rows_from_moment(C, bases, r):
     C (c, d/c, d/c). Rows for which a block has no direction left are zero there.
     """
     blocks = []
-    for C_block, P in zip(C, bases, strict=True):
-        _, U = directions_outside(energy_matrix(C_block, "eig2"), P)
+    for C_block, block in zip(C, bases, strict=True):
+        _, U = directions_outside(energy_matrix(C_block, "eig2"), block)
         rows = U[:, :r].T / math.sqrt(3 * len(C))  # (<= r, d/c)
         blocks.append(F.pad(rows, (0, 0, 0, r - len(rows))))
     return torch.cat(blocks, dim=1)
@@ -167,36 +208,63 @@ def rows_from_moment(C, bases, r):
 
 def rows_from_random(A, bases):
     """The LLaMA code's A_t: rows A (r, d) outside the subspace, each of norm 1 / sqrt(3)."""
-    if all(P.shape[0] == P.shape[1] for P in bases):
+    if not any(map(room, bases)):
         return torch.zeros_like(A)  # no direction is left
     return F.normalize(project_out(A, bases), dim=1) / math.sqrt(3)
 
 
 def key_outside(k, bases):
     """GainLoRA's initialisation constraint: k (d,) outside the subspace, of norm sqrt(d / 3)."""
-    if all(P.shape[0] == P.shape[1] for P in bases):
+    if not any(map(room, bases)):
         raise InputError("gainlora: what old tasks gave their gates fills all of its space, so a "
                          "new one would be shut on everything: lower --gate_threshold")
     return F.normalize(project_out(k, bases), dim=0) * math.sqrt(len(k) / 3)
 
 
-def empty_subspace(d, c, like):
-    """c bases without a direction, as frozen parameters of the type and device of `like`."""
-    return nn.ParameterList([frozen(like.new_zeros(d // c, 0)) for _ in range(c)])
+class Subspace(nn.Module):
+    """c bases or complements as frozen parameters: `0` or `outside_0`, and so on.
 
+    Empty at first, of the type and device of `like`.
+    """
 
-def extend_subspace(bases, C, eps, energy):
-    """`extend_basis` for each block, in place; C (c, d/c, d/c)."""
-    for index, C_block in enumerate(C):
-        bases[index] = frozen(extend_basis(C_block, bases[index], eps, energy))
+    def __init__(self, d, c, like):
+        super().__init__()
+        self.c = c
+        for index in range(c):
+            self[index] = like.new_zeros(d // c, 0)
 
+    def __len__(self):
+        return self.c
 
-def resize_subspace(bases, state, prefix):
-    """Give each basis as many columns as the tensor of its key in `state` has, if that can be."""
-    for index, P in enumerate(bases):
-        saved = state.get(f"{prefix}.{index}", P)
-        if saved.dim() == 2 and saved.shape[1] <= len(P):
-            bases[index] = frozen(P.new_zeros(len(P), saved.shape[1]))
+    def __getitem__(self, index):
+        if not 0 <= index < self.c:
+            raise IndexError(index)  # what ends an iteration
+        held = self._parameters.get(f"outside_{index}")
+        return self._parameters[f"{index}"] if held is None else Complement(held)
+
+    def __setitem__(self, index, block):
+        for name in (f"{index}", f"outside_{index}"):
+            self._parameters.pop(name, None)
+        if isinstance(block, Complement):
+            self.register_parameter(f"outside_{index}", frozen(block.N))
+        else:
+            self.register_parameter(f"{index}", frozen(block))
+
+    @torch.no_grad()
+    def extend(self, C, eps, energy):
+        """`extend_block` for each; C (c, d/c, d/c)."""
+        for index, (block, C_block) in enumerate(zip(list(self), C, strict=True)):
+            self[index] = extend_block(C_block, block, eps, energy)
+
+    def resize(self, state, prefix):
+        """Take the form and the columns of the tensors in `state`, as far as they make sense."""
+        for index, block in enumerate(list(self)):
+            like = block.N if isinstance(block, Complement) else block
+            for name, kind in ((f"{index}", torch.Tensor), (f"outside_{index}", Complement)):
+                saved = state.get(f"{prefix}.{name}", torch.empty(()))
+                if saved.dim() == 2 and saved.shape[1] <= len(like):
+                    zeros = like.new_zeros(len(like), saved.shape[1])
+                    self[index] = Complement(zeros) if kind is Complement else zeros
 
 
 # --- layers and gates ---------------------------------------------------------------------------
@@ -215,7 +283,7 @@ class GainLinear(OloraLinear):
         super().__init__(base, rank, alpha, dropout)
         self.gain = None
         if chunk is not None:
-            self.basis = empty_subspace(base.in_features, chunk, self.lora_A[0])
+            self.basis = Subspace(base.in_features, chunk, self.lora_A[0])
 
     def add_branch(self):
         super().add_branch()
@@ -253,8 +321,8 @@ class Gates(nn.Module):
         W1, W2 = (GATE_STD * torch.randn(*shape, dtype=like.dtype, device=like.device)
                   for shape in ((h, d), (d, h)))
         self.tasks = nn.ModuleList([Gate(W1, W2, self.random_key(W1))])
-        self.P1, self.P3 = (empty_subspace(d, chunk, like) for _ in range(2))
-        self.P2 = empty_subspace(h, 1, like)  # never split
+        self.P1, self.P3 = (Subspace(d, chunk, like) for _ in range(2))
+        self.P2 = Subspace(h, 1, like)  # never split
 
     @staticmethod
     def random_key(W1):
@@ -378,8 +446,8 @@ class GainLora(BranchMethod):
 
     def _warn_if_full(self):
         rank, layers = self.settings["rank"], self.layers.values()
-        room = min if self.settings["a_init"] == "cov_svd" else sum  # over the blocks of a row
-        full = sum(room(P.shape[0] - P.shape[1] for P in layer.basis) < rank for layer in layers)
+        over = min if self.settings["a_init"] == "cov_svd" else sum  # the blocks of a row
+        full = sum(over(map(room, layer.basis)) < rank for layer in layers)
         if full:
             PartialState().print(f"gainlora: old inputs leave a new branch less than rank {rank} "
                                  f"in {full} of {len(layers)} layers: lower --threshold")
@@ -414,10 +482,10 @@ class GainLora(BranchMethod):
         for name, layer in self.layers.items():
             if self.has_memory:
                 eps = scheduled_threshold(read["threshold"], t)
-                extend_subspace(layer.basis, moments[name], eps, read["energy"])
+                layer.basis.extend(moments[name], eps, read["energy"])
         for name in ("P1", "P2", "P3"):
             eps = scheduled_threshold(read["gate_threshold"], t)
-            extend_subspace(getattr(self.gates, name), moments[name], eps, read["energy"])
+            getattr(self.gates, name).extend(moments[name], eps, read["energy"])
 
     @torch.no_grad()
     def _observe(self, loader, with_gates):
@@ -429,7 +497,8 @@ class GainLora(BranchMethod):
         bases = {name: layer.basis for name, layer in self.layers.items() if self.has_memory}
         if with_gates:
             bases |= {name: getattr(self.gates, name) for name in ("P1", "P2", "P3")}
-        sums = {name: each[0].new_zeros(len(each), len(each[0]), len(each[0]))
+        like = self.gates.tasks[0].k
+        sums = {name: torch.stack([like.new_zeros(size(block), size(block)) for block in each])
                 for name, each in bases.items()}
         tokens = None  # (batch, seq) of the batch under way
 
@@ -473,9 +542,9 @@ class GainLora(BranchMethod):
         super().grow(state)
         for name, layer in self.layers.items():
             if self.has_memory:
-                resize_subspace(layer.basis, state, f"{name}.basis")
+                layer.basis.resize(state, f"{name}.basis")
         for name in ("P1", "P2", "P3"):
-            resize_subspace(getattr(self.gates, name), state, f"gates.{name}")
+            getattr(self.gates, name).resize(state, f"gates.{name}")
 
     def load_state_dict(self, state):
         super().load_state_dict(state)

@@ -406,6 +406,25 @@ def test_the_two_energies_differ():
     assert kept["eig2"] < kept["eig"] < 12
 
 
+@pytest.mark.parametrize("energy", ["eig", "eig2"])
+def test_the_smaller_of_basis_and_complement_is_held(energy):
+    """Through several tasks: the same subspace as the basis alone, in at most half of the room."""
+    d = 40
+    P, block, forms = torch.zeros(d, 0, dtype=torch.float64), None, set()
+    block = P
+    for task, eps in enumerate((0.3, 0.6, 0.8, 0.95, 0.999, 1.0)):
+        C = moment(task, d)[1]
+        P = gainlora.extend_basis(C, P, eps, energy)
+        block = gainlora.extend_block(C, block, eps, energy)
+        forms.add(type(block))
+        held = block.N if isinstance(block, gainlora.Complement) else block
+        assert held.shape[0] == d and held.shape[1] <= d // 2
+        assert gainlora.room(block) == d - P.shape[1] and gainlora.size(block) == d
+        v = randn(task, 3, d)
+        assert_close(gainlora.outside(v, block), v - v @ P @ P.T)
+    assert gainlora.Complement in forms and len(forms) == 2
+
+
 def test_bases_stay_orthonormal():
     """5.10(c): P'P = I to 1e-5 after 5 updates in float32; more than d columns are impossible."""
     P = torch.zeros(40, 0)

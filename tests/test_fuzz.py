@@ -1,0 +1,715 @@
+"""Hostile input of every kind: a whole run, or status 2 and one clear line; nothing is lost.
+
+The examples are drawn by hypothesis, the same ones in every run. CASES counts them.
+"""
+
+import contextlib
+import copy
+import hashlib
+import json
+import os
+import pickle
+import re
+import resource
+import shutil
+import signal
+import tempfile
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from conftest import SMALL, TASKS, instances, run, snapshot, succeed, write_suite
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from test_resume import Killed, assert_equal_runs, content_of, stop_at
+
+import arguments
+import checkpoint
+import models
+import train
+
+CASES = {"arguments": 90, "contradictions": 40, "paths": 25, "task data": 80, "task text": 20,
+         "task names": 25, "adapter settings": 50, "adapter bytes": 30, "adapter tensors": 35,
+         "unsealed checkpoint": 20, "state": 40, "checkpoint tensors": 25, "records": 20,
+         "links": 15, "repeated": 45, "single": 35, "finished": 30, "model": 60, "template": 15,
+         "special tokens": 10}
+SECONDS, GIBIBYTES = 20, 4  # that one case may take, beyond what the tests take anyway
+BAR = re.compile(r"\d+%\||\dit/s|\?(it|item|step)/s")  # may come before the one line
+SHORT = ("--max_length", 64, "--max_new_tokens", 2)
+ONE = ("--tasks", "colour_name", "--max_eval_per_task", 1, *SHORT)  # a quick evaluation
+
+
+def cases(name):
+    """So many examples of a kind, the same in every run; a slow one is no failure."""
+    return settings(max_examples=CASES[name], derandomize=True, deadline=None, database=None,
+                    suppress_health_check=list(HealthCheck))
+
+
+# --- what is hostile ----------------------------------------------------------------------------
+
+TEXTS = ("", " ", "x", "0", "-1", "1.5", "nan", "inf", "1e999", "9" * 5000, "true", "None", "[]",
+         "\0", "a\0b", "a\nb", "a\rb", "\x1b[31m", "\x85", "\u2028", "\udc80", "é", "٣", "🙂",
+         "..", "../..", "../tiny/colour_name", "/", "/etc", "/etc/passwd", "~", "file", "file/x",
+         "w" * 300, "w" * 5000, "%s%n", "{0}", "$(id)", "--", "-", "=", "colour_name", "T363")
+NUMBERS = (None, True, False, 0, -1, 1, 3, 2.5, -0.5, 2**31, 2**63, 10**30, -10**18, 1e308,
+           float("nan"), float("inf"), float("-inf"))
+DEEP = "nested here"  # stands for lists in lists, which json.dumps could not write
+CONTAINERS = ([], [[]], [None], [1, "x"], {}, {"": {}}, {"x": 1}, [[1.5] * 3] * 3, DEEP)
+TEXT = st.one_of(st.sampled_from(TEXTS), st.text(max_size=12))
+VALUES = st.one_of(st.sampled_from(NUMBERS), st.sampled_from(TEXTS), st.sampled_from(CONTAINERS),
+                   st.integers(), st.floats(), st.text(max_size=8))
+# What a file system takes as the name of one file, also where it is no UTF-8.
+NAMES = st.text(st.one_of(st.characters(exclude_categories=["Cs"], exclude_characters="/\0"),
+                          st.characters(min_codepoint=0xdc80, max_codepoint=0xdcff)),
+                min_size=1, max_size=20).filter(lambda name: name not in (".", ".."))
+
+
+@st.composite
+def changed(draw, document):
+    """A JSON document with one to three places that are other than they were."""
+    document = copy.deepcopy(document)
+    for _ in range(draw(st.integers(1, 3))):
+        document = change_a_place(draw, document)
+    return document
+
+
+def change_a_place(draw, value):
+    """`value`, or a place below it, is replaced, lost, doubled or renamed."""
+    inner = list(value) if isinstance(value, dict) else range(
+        len(value) if isinstance(value, list) else 0)
+    if not inner or draw(st.integers(0, 7)) == 0:
+        return draw(VALUES)
+    key = draw(st.sampled_from(inner))
+    how = draw(st.sampled_from(("deeper", "deeper", "deeper", "lost", "doubled", "renamed")))
+    if how == "deeper":
+        value[key] = change_a_place(draw, value[key])
+    elif how == "lost":
+        del value[key]
+    elif isinstance(value, list):
+        value.append(copy.deepcopy(value[key]))
+    else:
+        value[draw(TEXT)] = value.pop(key) if how == "renamed" else copy.deepcopy(value[key])
+    return value
+
+
+@st.composite
+def json_bytes(draw, document):
+    """The file of a changed document."""
+    text = json.dumps(draw(changed(document)))
+    depth = draw(st.integers(1, 1000)) if DEEP in text else 0
+    return text.replace(json.dumps(DEEP), "[" * depth + "]" * depth).encode()
+
+
+@st.composite
+def damaged(draw, content):
+    """Bytes that were cut, flipped, filled up or replaced."""
+    where = draw(st.integers(0, max(0, len(content) - 1)))
+    flipped = bytearray(content)
+    flipped[where:where + 1] = bytes(byte ^ 1 << draw(st.integers(0, 7))
+                                     for byte in flipped[where:where + 1])
+    return draw(st.sampled_from((
+        content[:where], bytes(flipped), content[:where] + draw(st.binary()) + content[where:],
+        content + draw(st.binary()), draw(st.binary()), b"", b"\xef\xbb\xbf" + content,
+        b"[" * 100_000, b"\0" * 1000, pickle.dumps({"x": torch.ones(2)}), content * 2)))
+
+
+def hostile(document):
+    """Bytes in place of a JSON file: mostly JSON of another kind."""
+    whole = json.dumps(document).encode()
+    return st.one_of(json_bytes(document), json_bytes(document), damaged(whole))
+
+
+# --- what must come of it -----------------------------------------------------------------------
+
+
+class Loaded(BaseException):
+    """Weights would be loaded: all that is checked before was accepted."""
+
+
+class Hang(BaseException):
+    """A case takes too long."""
+
+
+@pytest.fixture(autouse=True)
+def isolated(tmp_path, monkeypatch):
+    """Runs see no data folder of the user, and a folder of their own."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("BADIT_DATA", raising=False)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def little_memory():
+    """A case that asks for too much memory fails alone."""
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    limit = pages * resource.getpagesize() + GIBIBYTES * 2**30
+    resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+@pytest.fixture
+def no_weights(monkeypatch):
+    """A run ends where it would load weights."""
+    def load(*_):
+        raise Loaded
+
+    monkeypatch.setattr(models, "load", load)
+
+
+@contextlib.contextmanager
+def fresh_folder():
+    """A folder in the current one, entered, with a file of somebody else's in it."""
+    with tempfile.TemporaryDirectory(dir=Path.cwd()) as name, contextlib.chdir(name):
+        Path("file").write_text("mine")
+        yield Path(name)
+
+
+@contextlib.contextmanager
+def time_limit():
+    """Raise Hang in what takes more than SECONDS."""
+    def stop(*_):
+        raise Hang
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, SECONDS)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def attempt(*argv, watched=()):
+    """Call train.main -> its status, or None where only weights were missing.
+
+    Any other end than a good one is one clear line, and leaves the current folder and those
+    `watched` as they were.
+    """
+    watched = (Path.cwd(), *watched)
+    before = [snapshot(folder) for folder in watched]
+    outcome = outcome_of(argv)
+    status = outcome and outcome.status
+    if status != 0:
+        assert [snapshot(folder) for folder in watched] == before, "the disk was changed"
+    if outcome:
+        "".join(outcome.out).encode()  # as a terminal's stream does, which takes no surrogates
+        assert status in (0, 2)
+    if status == 2:
+        check_refusal(outcome.err)
+    return status
+
+
+def outcome_of(argv):
+    """What train.main does, in time; None where it would load weights, or gives help."""
+    with time_limit():
+        try:
+            return run(*argv)
+        except Loaded:
+            return None
+        except SystemExit as end:
+            assert end.code == 0 and any(str(word).startswith(("-h", "--h")) for word in argv)
+            return None
+
+
+def check_refusal(err):
+    """One line that a terminal shows as it is, the last one, below nothing but progress bars."""
+    lines = [line for line in err if line.strip() and not BAR.search(line)]
+    assert len(lines) == 1, lines
+    (line,) = lines
+    assert line == err[-1] and line.startswith("error: ") and len(line) > 20
+    assert line.isprintable(), ascii(line)
+
+
+def check_results(folder):
+    """A run that ended well left whole results."""
+    results = arguments.read_results(folder / "results.json")
+    predictions = list((folder / "predictions").iterdir())
+    assert results["metrics"] and predictions
+    for path in predictions:
+        assert path.suffix == ".jsonl"
+        lines = path.read_text(encoding="utf-8").split("\n")
+        assert lines.pop() == "" and all(json.loads(line)["id"] for line in lines)
+
+
+# --- arguments ----------------------------------------------------------------------------------
+
+FLAGS = sorted(f"--{name}" for name in vars(arguments.build_parser().parse_args([])))
+WORDS = st.one_of(TEXT, st.integers().map(str), st.floats().map(str), st.sampled_from(
+    ("badit", "base", "lora", "../badit", "sequential", "superni", "gate_proj", "../x", "out")))
+FLAG = st.one_of(st.sampled_from(FLAGS), st.sampled_from(FLAGS), TEXT.map("--{}".format))
+PART = st.one_of(st.tuples(FLAG, WORDS), st.tuples(FLAG, WORDS, WORDS), st.tuples(FLAG),
+                 st.tuples(WORDS), st.builds("{}={}".format, FLAG, WORDS).map(lambda x: (x,)))
+SENSIBLE = [part for flag, words in {
+    "--method": ("base", "lora", "pissa", "olora", "loramoe", "gainlora", "badit"),
+    "--setting": ("mixed", "sequential", "single"), "--epochs": ("1",), "--rank": ("1", "64"),
+    "--top_k": ("1", "8", "9"), "--num_experts": ("1", "8", "33"), "--seed": ("0",),
+    "--tasks": ("say_both", "which_is"), "--task_order": ("say_both",), "--chunk": ("3", "16"),
+    "--branches": ("olora", "inflora"), "--routing": ("static", "token"), "--data_dir": (".",),
+    "--inactive": ("drop",), "--grouping": ("fixed", "random"), "--threshold": ("0.5",),
+    "--orth_weight": ("0.1",), "--gradient_accumulation_steps": ("3", "8"),
+    "--eval_tasks": ("seen", "none"), "--adapter": ("file", "."), "--suite": ("superni", "."),
+    "--from_results": ("file",), "--single_task_results": ("file",), "--allow_other": ("code",),
+    "--output_dir": ("file", ".", "out", "file/x"), "--max_length": ("1", "8", "255", "256"),
+    "--target_modules": ("q_proj", "lm_head", "*"), "--report_to": ("wandb", "none"),
+    "--balance_types": ("colour_name=0", "say_both=1", "x", "=", "colour_name=9999999999"),
+}.items() for part in [(flag, word) for word in words]] + [(flag,) for flag in (
+    "--eval_only", "--resume", "--overwrite", "--eval_before", "--paper_metrics", "--refine",
+    "--no_bad", "--no_dog", "--chat_template", "--deterministic", "--gradient_checkpointing")]
+
+
+@cases("arguments")
+@given(parts=st.lists(PART, min_size=1, max_size=4))
+def test_any_words_as_arguments(no_weights, llama, suite, parts):
+    """Unknown flags, wrong types, NUL bytes, paths that lead elsewhere, flags given twice."""
+    with fresh_folder():
+        attempt("--model", llama, "--suite", suite, *SMALL, *(word for part in parts
+                                                              for word in part),
+                watched=(llama, suite))
+
+
+@cases("contradictions")
+@given(parts=st.lists(st.sampled_from(SENSIBLE), min_size=2, max_size=7))
+def test_any_flags_together(no_weights, llama, suite, parts):
+    """Values that are good alone, together, in any order."""
+    with fresh_folder():
+        attempt("--model", llama, "--suite", suite, *SHORT, *(word for part in parts
+                                                              for word in part),
+                watched=(llama, suite))
+
+
+@cases("paths")
+@given(names=st.tuples(NAMES, NAMES, NAMES))
+def test_any_names_of_folders(llama, suite, names):
+    """Whatever a file system takes as the name of a model, a suite or an output folder."""
+    model, tasks, out = names
+    with fresh_folder() as folder:
+        for parent in ("models", "suites", "runs"):
+            os.mkdir(parent)
+        shutil.copytree(llama, folder / "models" / model)
+        shutil.copytree(suite, folder / "suites" / tasks)
+        status = attempt("--method", "base", "--model", folder / "models" / model, "--suite",
+                         folder / "suites" / tasks, *ONE, "--output_dir", folder / "runs" / out)
+        if status == 0:
+            check_results(folder / "runs" / out)
+
+
+# --- tasks --------------------------------------------------------------------------------------
+
+
+@cases("task data")
+@given(data=st.data())
+def test_any_task_file(no_weights, llama, data):
+    """Keys, types, ids, depth and bytes of one file of a suite, its head also in the other one."""
+    with fresh_folder() as folder:
+        task = write_suite(folder / "suite") / data.draw(st.sampled_from(sorted(TASKS)))
+        split, other = data.draw(st.permutations(("train", "test")))
+        content = data.draw(hostile(json.loads((task / f"{split}.json").read_text())))
+        (task / f"{split}.json").write_bytes(content)
+        with contextlib.suppress(ValueError, RecursionError, AttributeError):
+            head = json.loads(content).items()
+            rows = json.loads((task / f"{other}.json").read_text())["Instances"]
+            (task / f"{other}.json").write_text(json.dumps(dict(head) | {"Instances": rows}))
+        attempt("--model", llama, "--suite", "suite", *SMALL)
+
+
+CHARACTERS = st.text(st.one_of(st.characters(exclude_categories=["Cs"]),
+                               st.characters(max_codepoint=32)), max_size=30)
+
+
+@cases("task text")
+@given(texts=st.lists(CHARACTERS, min_size=6, max_size=6))
+def test_any_text_in_a_task(llama, texts):
+    """Control characters, other scripts and no text at all are data: they train and are scored."""
+    with fresh_folder() as folder:
+        for split in ("train", "test"):
+            rows = instances("say_both", range(4))
+            rows[0] |= {"id": texts[0] or "x", "input": texts[1], "output": [texts[2], texts[3]]}
+            rows[1] |= {"input": texts[4]}
+            write_task(folder / "suite" / "odd" / f"{split}.json", texts[5], rows)
+        if attempt("--model", llama, "--suite", "suite", *SMALL, "--epochs", 1, "--output_dir",
+                   "out") == 0:
+            check_results(folder / "out")
+
+
+def write_task(path, definition, rows):
+    """One file of a task."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"Definition": definition, "Instances": rows}))
+
+
+@cases("task names")
+@given(names=st.lists(st.one_of(NAMES, st.sampled_from(("a", ".a", "_a", "-a", "a.b", "..a", "A"))),
+                      min_size=1, max_size=3, unique=True), chosen=WORDS)
+def test_any_name_of_a_task(no_weights, llama, suite, names, chosen):
+    """Names of task folders, and what is asked for by --tasks."""
+    with fresh_folder() as folder:
+        for name in names:
+            shutil.copytree(suite / "colour_name", folder / "suite" / name)
+        attempt("--model", llama, "--suite", "suite", *SMALL, "--tasks", chosen)
+        attempt("--model", llama, "--suite", "suite", *SMALL)
+
+
+# --- adapters -----------------------------------------------------------------------------------
+
+METHOD = st.sampled_from(("badit", "gainlora"))
+
+
+@pytest.fixture(scope="module")
+def adapters(llama, suite, tmp_path_factory):
+    """Adapter folders by method; GainLoRA's has two branches."""
+    root = tmp_path_factory.mktemp("adapters")
+    for method in ("badit", "gainlora"):
+        succeed("--model", llama, "--suite", suite, "--method", method, *SMALL, "--epochs", 1,
+                "--setting", "sequential", "--tasks", "colour_name", "say_both",
+                "--max_train_per_task", 4, "--eval_tasks", "none", "--output_dir", root / method)
+    return {method: root / method / "adapter" for method in ("badit", "gainlora")}
+
+
+def evaluate(adapter, llama, suite, **changed_files):
+    """Evaluate a copy of an adapter with other bytes in some of its files."""
+    with fresh_folder() as folder:
+        shutil.copytree(adapter, folder / "adapter")
+        for name, content in changed_files.items():
+            (path,) = (folder / "adapter").glob(f"*{name}*")
+            path.write_bytes(content)
+        if attempt("--eval_only", "--adapter", "adapter", "--model", llama, "--suite", suite, *ONE,
+                   "--output_dir", "out", watched=(llama, suite)) == 0:
+            check_results(folder / "out")
+
+
+@cases("adapter settings")
+@given(method=METHOD, data=st.data())
+def test_any_settings_of_an_adapter(llama, suite, adapters, method, data):
+    """Each may be of another type, missing or made up; the method and the base another one."""
+    document = json.loads((adapters[method] / "adapter_config.json").read_text())
+    where = data.draw(st.sampled_from(["all", "all", *document["settings"]]))
+    if where == "all":
+        content = data.draw(hostile(document))
+    else:
+        document["settings"][where] = data.draw(VALUES)
+        content = json.dumps(document).encode()
+    evaluate(adapters[method], llama, suite, config=content)
+
+
+@cases("adapter bytes")
+@given(method=METHOD, data=st.data())
+def test_any_bytes_as_an_adapter(llama, suite, adapters, method, data):
+    """Pickles, cut and flipped files, and headers of any length, depth and content."""
+    content = (adapters[method] / "adapter_model.safetensors").read_bytes()
+    evaluate(adapters[method], llama, suite, model=data.draw(
+        st.one_of(damaged(content), other_header(content))))
+
+
+@st.composite
+def other_header(draw, content):
+    """A safetensors file with a changed header, and its right length or any other."""
+    size = int.from_bytes(content[:8], "little")
+    header = draw(json_bytes(json.loads(content[8:8 + size])))
+    length = draw(st.sampled_from((len(header), len(header), 0, 2**63, 2**64 - 1, 2**31, size)))
+    return length.to_bytes(8, "little") + header + content[8 + size:]
+
+
+@cases("adapter tensors")
+@given(method=METHOD, data=st.data())
+def test_any_tensors_as_an_adapter(llama, suite, adapters, method, data):
+    """Missing, unknown, of another shape or type, and of values that are none."""
+    tensors = safetensors.torch.load_file(adapters[method] / "adapter_model.safetensors")
+    evaluate(adapters[method], llama, suite, model=data.draw(other_tensors(tensors)))
+
+
+KINDS = (torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.int32, torch.uint8,
+         torch.bool, torch.complex64, torch.float8_e4m3fn, torch.uint64)
+
+
+@st.composite
+def other_tensors(draw, tensors):
+    """The safetensors file of tensors of which one or two are others."""
+    tensors = dict(tensors)
+    for _ in range(draw(st.integers(1, 2))):
+        name = draw(st.sampled_from(sorted(tensors)))
+        tensor = tensors[name]
+        kind = draw(st.sampled_from(("lost", "unknown", "shape", "type", "type", "value")))
+        if kind == "lost":
+            del tensors[name]
+        elif kind == "unknown":
+            tensors[draw(TEXT) if draw(st.booleans()) else f"{name}.0"] = tensor.clone()
+        elif kind == "shape":
+            tensors[name] = draw(st.sampled_from((
+                tensor.flatten(), tensor[None], tensor[:1], tensor.flatten()[:0], torch.ones(()),
+                torch.cat([tensor, tensor]), tensor.T.contiguous()))).clone()
+        elif kind == "type":
+            tensors[name] = tensor.to(draw(st.sampled_from(KINDS)))
+        elif tensor.numel():
+            tensors[name] = tensor.clone()
+            tensors[name].view(-1)[-1] = draw(st.sampled_from(
+                (float("nan"), float("inf"), 3e38, -3e38, 0, 1) if tensor.is_floating_point()
+                else (-1, 0, 2**62, -2**62)))
+    return safetensors.torch.save(tensors, {"format": "pt"})
+
+
+# --- checkpoints --------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def stopped(llama, suite, tmp_path_factory):
+    """Flags of a run, the folder it left when it was killed in its second stage, and a whole one.
+
+    The newest checkpoint is in the middle of the stage; one evaluation is finished.
+    """
+    root = tmp_path_factory.mktemp("stopped")
+    flags = ("--model", llama, "--suite", suite, *SMALL, "--setting", "sequential", "--tasks",
+             "colour_name", "say_both", "--epochs", 2, "--max_train_per_task", 4, "--batch_size", 2,
+             "--max_eval_per_task", 2, "--max_new_tokens", 2, "--checkpoint_every", 1,
+             "--regroup_every", 2)
+    succeed(*flags, "--output_dir", root / "whole")
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        stop_at(patch, train.Recorder, "add_step", 8)
+        run(*flags, "--output_dir", root / "killed")
+    return flags, root / "killed", root / "whole"
+
+
+def resume(stopped, change, sealed=False):
+    """Let `change(folder)` spoil a copy of the killed run, and go on with it.
+
+    What ends well is the undisturbed run. Content that was `sealed`, with a checksum of its own,
+    may be another run, but a whole one.
+    """
+    flags, killed, whole = stopped
+    with fresh_folder() as folder:
+        shutil.copytree(killed, folder / "out")
+        (folder / "theirs").mkdir()
+        (folder / "theirs" / "data").write_text("theirs")
+        change(folder / "out")
+        before = snapshot(folder / "theirs")
+        if attempt(*flags, "--resume", "--output_dir", "out") != 0:
+            return
+        assert snapshot(folder / "theirs") == before
+        if sealed:
+            assert content_of(folder / "out").keys() == content_of(whole).keys()
+            check_results(folder / "out")
+        else:
+            assert_equal_runs(folder / "out", whole)
+
+
+def newest(folder):
+    """The newest checkpoint of a run."""
+    return max((folder / "checkpoints").iterdir())
+
+
+def seal(path):
+    """Write the checksums that the files of a checkpoint have now."""
+    names = (checkpoint.TENSORS_FILE, checkpoint.STATE_FILE)
+    (path / checkpoint.SUMS_FILE).write_text("".join(
+        f"{hashlib.sha256((path / name).read_bytes()).hexdigest()}  {name}\n" for name in names))
+
+
+@cases("unsealed checkpoint")
+@given(data=st.data())
+def test_any_damage_to_a_checkpoint(stopped, data):
+    """Bytes of any of its files: the one before, or the beginning, is gone on with."""
+    def change(folder):
+        for path in sorted((folder / "checkpoints").iterdir())[-data.draw(st.integers(1, 2)):]:
+            file = path / data.draw(st.sampled_from(sorted(os.listdir(path))))
+            content = file.read_bytes()
+            spoilt = data.draw(damaged(content))
+            file.write_bytes(spoilt if spoilt != content else b"")
+
+    resume(stopped, change)
+
+
+@cases("state")
+@given(data=st.data())
+def test_any_state_with_its_checksum(stopped, data):
+    """Positions, files, rows, random states and identities of any kind."""
+    def change(folder):
+        file = newest(folder) / checkpoint.STATE_FILE
+        document = json.loads(file.read_text())
+        key = data.draw(st.sampled_from(["all", *document]))
+        if key == "all":
+            file.write_bytes(data.draw(json_bytes(document)))
+        else:
+            document[key] = data.draw(st.one_of(changed(document[key]), VALUES))
+            file.write_text(json.dumps(document))
+        seal(newest(folder))
+
+    resume(stopped, change, sealed=True)
+
+
+@cases("checkpoint tensors")
+@given(data=st.data())
+def test_any_tensors_with_their_checksum(stopped, data):
+    """Of the adapter, of the method and of the optimizer."""
+    def change(folder):
+        file = newest(folder) / checkpoint.TENSORS_FILE
+        file.write_bytes(data.draw(other_tensors(safetensors.torch.load_file(file))))
+        seal(newest(folder))
+
+    resume(stopped, change, sealed=True)
+
+
+@cases("records")
+@given(data=st.data())
+def test_any_damage_to_the_records(stopped, data):
+    """Logs, predictions and adapters of the run so far, changed, lost or followed by more."""
+    def change(folder):
+        files = [path for path in sorted(folder.rglob("*"))
+                 if path.is_file() and "checkpoints" not in path.parts]
+        file = data.draw(st.sampled_from(files))
+        how = data.draw(st.sampled_from(("damaged", "damaged", "lost", "folder")))
+        if how == "damaged":
+            file.write_bytes(data.draw(damaged(file.read_bytes())))
+        else:
+            file.unlink()
+            if how == "folder":
+                file.mkdir()
+
+    resume(stopped, change)
+
+
+@cases("links")
+@given(name=st.sampled_from((
+    "log.jsonl", "regroup.jsonl", "predictions", "adapter", "checkpoints", "results.json",
+    "predictions/01_{0}.jsonl", "predictions/02_{1}.jsonl", "predictions/02_{1}.jsonl.partial",
+    "adapter/adapter_model.safetensors", "checkpoints/{2}", "checkpoints/{2}/state.json",
+    "checkpoints/{2}/SHA256SUMS", "checkpoints/000001", "checkpoints/999999",
+    "checkpoints/.000009.x.tmp", "checkpoints/.000009.x.tmp/state.json")),
+    target=st.sampled_from(("moved", "moved", "../theirs", "../theirs/data", "../theirs/new", ".")))
+def test_any_link_in_a_run(stopped, name, target):
+    """A link in place of a file or a folder, to itself elsewhere or to something else's place."""
+    def change(folder):
+        first, second = sorted(TASKS)[0], "say_both"
+        if not list(folder.glob(f"predictions/01_{first}.jsonl")):
+            first, second = second, first
+        path = folder / name.format(first, second, newest(folder).name)
+        path.parent.mkdir(exist_ok=True)
+        moved = folder.parent / "theirs" / "moved"
+        if path.exists():
+            shutil.move(path, moved)
+        path.symlink_to(moved if target == "moved" else (folder / target).resolve())
+
+    resume(stopped, change)
+
+
+# --- results ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def single(llama, suite, tmp_path_factory):
+    """Flags of a run, and the folder of the same run with --setting single."""
+    flags = ("--model", llama, "--suite", suite, *SMALL, "--tasks", "colour_name", "say_both",
+             "--epochs", 1, "--max_train_per_task", 2, "--max_eval_per_task", 1,
+             "--max_new_tokens", 1)
+    folder = tmp_path_factory.mktemp("single") / "out"
+    succeed(*flags, "--setting", "single", "--output_dir", folder)
+    return flags, folder
+
+
+def results_bytes(data, folder):
+    """Other bytes for the results.json of a run; half of the changes are to its arguments."""
+    document = json.loads((folder / "results.json").read_text())
+    if data.draw(st.booleans()):
+        return data.draw(hostile(document))
+    key = data.draw(st.sampled_from(sorted(document["args"])))
+    document["args"][key] = data.draw(VALUES)
+    return data.draw(st.just(json.dumps(document).encode()))
+
+
+@cases("repeated")
+@given(data=st.data())
+def test_any_results_to_repeat(no_weights, single, data):
+    """--from_results."""
+    _, finished = single
+    with fresh_folder():
+        Path("results.json").write_bytes(results_bytes(data, finished))
+        attempt("--from_results", "results.json", "--output_dir", "out")
+
+
+@cases("single")
+@given(data=st.data())
+def test_any_results_of_single_tasks(no_weights, single, data):
+    """--single_task_results."""
+    flags, finished = single
+    with fresh_folder():
+        Path("results.json").write_bytes(results_bytes(data, finished))
+        attempt(*flags, "--single_task_results", "results.json", "--output_dir", "out")
+
+
+@cases("finished")
+@given(data=st.data())
+def test_any_results_in_a_finished_run(no_weights, single, data):
+    """--resume prints them, or refuses; it changes nothing."""
+    flags, finished = single
+    with fresh_folder() as folder:
+        shutil.copytree(finished, folder / "out")
+        (folder / "out" / "results.json").write_bytes(results_bytes(data, finished))
+        before = snapshot(folder)
+        attempt(*flags, "--setting", "single", "--output_dir", "out", "--resume")
+        assert snapshot(folder) == before
+
+
+# --- models -------------------------------------------------------------------------------------
+
+
+def evaluate_model(llama, suite, change, *flags):
+    """Evaluate a copy of the tiny model that `change(folder)` has spoilt."""
+    with fresh_folder() as folder:
+        shutil.copytree(llama, folder / "model")
+        change(folder / "model")
+        if attempt("--method", "base", "--model", "model", "--suite", suite, *ONE, "--output_dir",
+                   "out", *flags, watched=(llama, suite)) == 0:
+            check_results(folder / "out")
+
+
+@cases("model")
+@given(name=st.sampled_from(("config.json", "config.json", "generation_config.json",
+                             "tokenizer.json", "tokenizer_config.json", "model.safetensors")),
+       data=st.data())
+def test_any_damage_to_a_model(llama, suite, name, data):
+    """Its shape, its tokenizer, what it generates with, and its weights."""
+    def change(folder):
+        content = (folder / name).read_bytes()
+        if name == "model.safetensors":
+            tensors = safetensors.torch.load_file(folder / name)
+            other = data.draw(st.one_of(damaged(content), other_header(content),
+                                        other_tensors(tensors)))
+        else:
+            other = data.draw(hostile(json.loads(content)))
+        (folder / name).write_bytes(other)
+
+    evaluate_model(llama, suite, change)
+
+
+@cases("template")
+@given(template=st.one_of(VALUES, st.sampled_from((
+    "{{ messages[0].content }}", "{% for", "{{ nothing.at.all }}", "{{ 1 / 0 }}", "{{ messages }}",
+    "{{ raise_exception('a\\nb') }}", "{{ ''.__class__.__mro__ }}", "{% include '/etc/passwd' %}",
+    "{{ messages[9].content }}", "{{ 'x' * 9999 }}", "{{ range(10) | list | tojson(indent=0) }}",
+    "{{ x() }}", "{{ '\\x00' }}", "{% macro a() %}{{ a() }}{% endmacro %}{{ a() }}"))))
+def test_any_chat_template(llama, suite, template):
+    """Templates are small programs: what they raise is no traceback either."""
+    def change(folder):
+        settings_of_it = json.loads((folder / "tokenizer_config.json").read_text())
+        (folder / "tokenizer_config.json").write_text(
+            json.dumps(settings_of_it | {"chat_template": template}))
+
+    evaluate_model(llama, suite, change, "--chat_template")
+
+
+@cases("special tokens")
+@given(tokens=st.fixed_dictionaries({}, optional={
+    f"{name}_token": st.one_of(st.none(), st.sampled_from(("red", "<new>", "", " ", "<s>")))
+    for name in ("eos", "pad", "bos", "unk")}))
+def test_any_special_tokens(llama, suite, tokens):
+    """A tokenizer without EOS or pad, or with one that the model does not know."""
+    def change(folder):
+        settings_of_it = json.loads((folder / "tokenizer_config.json").read_text())
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings_of_it | tokens))
+
+    evaluate_model(llama, suite, change)
+
+
+def test_there_are_at_least_500_cases():
+    """In all, and each of them a call of train.main, or two."""
+    assert sum(CASES.values()) >= 500
