@@ -28,7 +28,7 @@ from utils import sha256_file, write_json
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "numpy", "scipy", "rouge_score",
             "safetensors")
 # Beside its arguments, what a run with --setting single must share with the run that it is for.
-SAME_FOR_SINGLE = ("global_batch_size", "precision", "code_sha256")
+SAME_FOR_SINGLE = ("global_batch_size", "precision", "compiler", "code_sha256")
 
 
 def parameter_counts(run):
@@ -81,6 +81,7 @@ def read_single_task_results(run):
             "single_task_results"}
     mine = recorded_args(run) | {"global_batch_size": run.global_batch,
                                  "precision": run.accelerator.mixed_precision,
+                                 "compiler": compiler(run),
                                  "code_sha256": code_sha256()}
     different = sorted(key for key in mine.keys() - free if theirs.get(key) != mine[key])
     different += [f"data of {task}" for task in run.order
@@ -126,7 +127,7 @@ def identity(run):
         recorded_args(run), {name: task_sha256(run, name) for name in run.tasks}, read_files(run),
         code=code_sha256(), versions=versions(), threads=torch.get_num_threads(),
         device=device_name(run), precision=run.accelerator.mixed_precision,
-        processes=run.accelerator.num_processes)
+        processes=run.accelerator.num_processes, compiler=compiler(run))
 
 
 def recorded_identity(results):
@@ -136,7 +137,8 @@ def recorded_identity(results):
             results["args"], {name: task["sha256"] for name, task in results["tasks"].items()},
             results["read_files"], code=results["code_sha256"], versions=results["versions"],
             threads=results["run"]["threads"], device=results["run"]["device"],
-            precision=results["precision"], processes=results["processes"])
+            precision=results["precision"], processes=results["processes"],
+            compiler=results["compiler"])
     except (KeyError, TypeError, AttributeError) as error:
         raise InputError("the results.json of another version of this program "
                          f"({type(error).__name__}: {error})") from None
@@ -161,6 +163,7 @@ def write_results(run, rows, argv):
         "base_sha256": run.method.base_sha256,
         "precision": run.accelerator.mixed_precision,
         "processes": run.accelerator.num_processes,
+        "compiler": compiler(run),
         "global_batch_size": run.global_batch,
         "task_order": run.order,
         "tasks": {name: {"category": task.category, "metric": task.metric,
@@ -204,11 +207,12 @@ def launcher():
     """How this process was started: by python, or by accelerate launch with these settings."""
     processes = os.environ.get("WORLD_SIZE", "1")
     precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if (processes, precision) == ("1", "no"):
+    backend = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()
+    if (processes, precision, backend) == ("1", "no", "no"):
         return "python"
     several = ["--multi_gpu"] if processes != "1" else []
     return shlex.join(["accelerate", "launch", *several, "--num_processes", processes,
-                       "--mixed_precision", precision])
+                       "--mixed_precision", precision, "--dynamo_backend", backend])
 
 
 def summarise_regroupings(records):
@@ -249,6 +253,11 @@ def git_commit():
     answer = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).resolve().parent,
                             capture_output=True, text=True)
     return answer.stdout.strip() if answer.returncode == 0 else None
+
+
+def compiler(run):
+    """The backend of torch.compile that the launcher asks for, "no" for none."""
+    return run.accelerator.state.dynamo_plugin.backend.value.lower()
 
 
 def device_name(run):

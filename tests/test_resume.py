@@ -138,6 +138,22 @@ def test_variants_resume(more, flags, tmp_path, monkeypatch):
     assert_equal_runs(tmp_path / "out", tmp_path / "whole")
 
 
+def test_bf16_resumes(flags, tmp_path, monkeypatch):
+    """Autocast, with weights of the adapter in float32; and never in another precision."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    succeed(*flags, *DOG, "--output_dir", tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        stop_at(patch, train.Recorder, "add_step", 8)
+        with pytest.raises(Killed):
+            run(*flags, *DOG, "--output_dir", tmp_path / "out")
+    with monkeypatch.context() as patch:
+        patch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+        outcome = run(*flags, *DOG, "--output_dir", tmp_path / "out", "--resume")
+        assert outcome.status == 2 and "precision (then 'bf16', now 'no')" in outcome.err[0]
+    succeed(*flags, *DOG, "--output_dir", tmp_path / "out", "--resume")
+    assert_equal_runs(tmp_path / "out", tmp_path / "whole")
+
+
 def test_gainlora_with_olora_branches_resumes(flags, tmp_path, monkeypatch):
     more = ("--method", "gainlora", "--branches", "olora")
     succeed(*flags, *more, "--output_dir", tmp_path / "whole")

@@ -973,6 +973,37 @@ def test_two_processes_are_one(trained, base_flags, tmp_path):
     assert results["args"]["batch_size"] == 4
 
 
+@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if method.trains])
+def test_bf16_and_checkpointing_combine(method, llama, suite, tmp_path, monkeypatch):
+    """Recomputed activations change no loss; bf16 autocast stays near float32."""
+    argv = ("--model", llama, "--suite", suite, *SMALL, "--tasks", "colour_name", "which_is",
+            "--method", method, "--epochs", 2, "--learning_rate", "1e-2", *NO_EVAL)
+    losses = {}
+    for precision in ("no", "bf16"):
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", precision)
+        for more in ((), ("--gradient_checkpointing",)):
+            folder = tmp_path / f"{precision}{len(more)}"
+            succeed(*argv, *more, "--output_dir", folder)
+            losses[precision, len(more)] = losses_of(folder)
+    assert losses["bf16", 1] == pytest.approx(losses["bf16", 0], abs=1e-5)
+    assert losses["no", 1] == pytest.approx(losses["no", 0], abs=1e-6)
+    assert losses["bf16", 0] == pytest.approx(losses["no", 0], rel=0.05)
+
+
+@pytest.mark.slow
+def test_torch_compile_changes_no_loss(llama, suite, tmp_path, monkeypatch):
+    """As `accelerate launch --dynamo_backend aot_eager` asks for it; forward and backward."""
+    argv = ("--model", llama, "--suite", suite, *SMALL, *QUIET, "--tasks", "colour_name",
+            "--epochs", 2, "--learning_rate", "1e-2", *NO_EVAL)
+    succeed(*argv, "--output_dir", tmp_path / "eager")
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "aot_eager")
+    succeed(*argv, "--output_dir", tmp_path / "compiled")
+    torch.compiler.reset()
+    assert results_of(tmp_path / "compiled")["compiler"] == "aot_eager"
+    assert losses_of(tmp_path / "compiled") == pytest.approx(losses_of(tmp_path / "eager"),
+                                                             abs=1e-5)
+
+
 EVALUATE_ALL = """
 import sys, train
 for argv in (arguments.split("\\t") for arguments in sys.stdin.read().splitlines()):
