@@ -133,7 +133,7 @@ def parse_flags(argv):
     if args.allow_other and not (args.resume or args.from_results):
         raise InputError("--allow_other is read with --resume or --from_results only")
     if args.from_results:
-        args, typed = repeated_flags(parser, args, typed), set()
+        args, typed = repeated_flags(args, typed), set()
     if args.eval_only and args.adapter:
         method = read_adapter_config(args.adapter)["method"]
         if "method" in typed and args.method != method:
@@ -149,7 +149,7 @@ def parse_flags(argv):
     return args, typed
 
 
-def repeated_flags(parser, args, typed):
+def repeated_flags(args, typed):
     """The flags that results.json recorded, under those of RUN_FLAGS that were typed now."""
     for flag in sorted(typed - set(RUN_FLAGS)):
         raise InputError(f"--{flag} is not read with --from_results, which repeats all flags of "
@@ -160,16 +160,39 @@ def repeated_flags(parser, args, typed):
         different = sorted(known ^ set(recorded)) if isinstance(recorded, dict) else recorded
         raise InputError(f"--from_results {args.from_results} is of another version of this "
                          f"program, with other flags: {different}")
-    listed = [item for value in recorded.values() if isinstance(value, list) for item in value]
-    dashed = [item for item in listed if str(item).startswith("-")]  # would be read as a flag
-    repeated = None if dashed else parser.parse_args(as_argv(recorded))
-    for name, value in recorded.items():
-        if dashed or getattr(repeated, name) != value:
-            raise InputError(f"--from_results {args.from_results}: the value {value!r} of --{name} "
-                             "is none that the flag takes")
+    repeated = parse_values(recorded, args.from_results)
     for name in RUN_FLAGS:
         setattr(repeated, name, getattr(args, name))
     return repeated
+
+
+def parse_values(values, source):
+    """The flags that have these values {flag: value}. Raises InputError for one that none takes.
+
+    `source` is the file that they come from, which may hold anything.
+    """
+    listed = [item for value in values.values() if isinstance(value, list) for item in value]
+    if any(str(item).startswith("-") for item in listed):  # would be read as a flag
+        raise InputError(f"{source}: {values!r:.200} holds a value that no flag takes")
+    try:
+        args = build_parser().parse_args(as_argv(values))
+    except InputError as error:
+        raise InputError(f"{source}: {error}") from None
+    for name, value in values.items():
+        if getattr(args, name) != value or isinstance(value, bool) != isinstance(
+                getattr(args, name), bool):
+            raise InputError(f"{source}: {value!r:.60} is no value of --{name}")
+    return args
+
+
+def check_settings(settings, method, source):
+    """Raise InputError unless `settings`, of the file `source`, are values of `method`'s flags."""
+    unknown = set(settings) ^ set(method.reads)
+    if unknown:
+        raise InputError(f"{source}: settings {sorted(unknown)} do not fit {method.name}, which "
+                         f"reads {sorted(method.reads)}")
+    parse_values(settings, source)
+    method.check(settings, set())
 
 
 def read_results(path):

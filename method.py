@@ -17,9 +17,6 @@ from errors import InputError
 from utils import atomic_path, write_json, write_tensors
 
 ADAPTER_FORMAT = 1
-# Of settings that several methods read; a saved adapter may hold anything.
-SETTING_TYPES = {"target_modules": list | tuple, "rank": int, "alpha": int | float,
-                 "dropout": int | float, "num_experts": int, "top_k": int}
 WEIGHTS_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
 
 
@@ -59,10 +56,6 @@ class Method:
         if unknown:
             raise InputError(f"settings {sorted(unknown)} do not fit {type(self).__name__}, "
                              f"which reads {sorted(self.reads)}")
-        for name, kind in SETTING_TYPES.items():
-            if name in settings and not isinstance(settings[name], kind):
-                raise InputError(f"the setting {name} is {settings[name]!r}, which is no "
-                                 f"{getattr(kind, '__name__', kind)}")
         self.settings = settings
         self.model = None
         self.base_sha256 = None
@@ -271,7 +264,8 @@ def load_adapter(model, path):
     Nothing is decomposed again: the saved initial bank gives the residual. Raises InputError for a
     damaged adapter and for any base model but the one that it was made on.
     """
-    from baselines import METHODS  # the registry, not a method; it imports this module
+    from arguments import check_settings  # the flags and the registry, which import this module
+    from baselines import METHODS
 
     path = Path(path)
     config = read_adapter_config(path)
@@ -286,6 +280,7 @@ def load_adapter(model, path):
     if sha256 != config["base_sha256"]:
         raise InputError(f"{path} was made on another base model: its SHA-256 is "
                          f"{config['base_sha256'][:12]}…, this one's is {sha256[:12]}…")
+    check_settings(config["settings"], METHODS[config["method"]], path / CONFIG_FILE)
     method = METHODS[config["method"]](**config["settings"])
     method.base_sha256, method.chat_template = sha256, config["chat_template"]
     try:

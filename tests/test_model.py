@@ -469,7 +469,7 @@ DAMAGES = {
     "an unknown setting": (change_config(lambda config: config["settings"].update(colour=1)),
                            "colour"),
     "a setting of another type": (change_config(
-        lambda config: config["settings"].update(rank="two")), "setting"),
+        lambda config: config["settings"].update(rank="two")), "--rank"),
     "another rank": (change_config(lambda config: config["settings"].update(rank=1)), LAYER),
 }
 
