@@ -51,6 +51,12 @@ def assert_close(one, two, tolerance):
             assert tensor.equal(theirs[name]), name
 
 
+def groupings_of(folder):
+    """The final groupings, by layer."""
+    state = safetensors.torch.load_file(folder / "adapter" / "adapter_model.safetensors")
+    return {key: tensor.tolist() for key, tensor in state.items() if key.endswith("expert_of")}
+
+
 @pytest.mark.parametrize("method", TRAINED)
 def test_two_processes_are_one(method, flags, forks, tmp_path, monkeypatch):
     """In float64, sequentially: every loss, the adapter, all groupings and all predictions."""
@@ -137,3 +143,20 @@ def test_a_failure_of_one_process_ends_all_with_one_message(status, message, pre
     reasons = [line for line in answer["lines"] if line.startswith(("error: ", "Zero", "Runtime"))]
     assert len(reasons) == 1 and message in reasons[0], answer["lines"][-30:]
     assert not (tmp_path / "out" / "results.json").exists()
+
+
+@pytest.mark.slow
+def test_two_processes_are_one_on_a_real_model(smollm2, forks, tmp_path):
+    """SmolLM2 in float32: 1e-5 for five steps, 1e-3 to the end; equal groupings."""
+    argv = ("--model", smollm2, "--suite", "mini", "--max_train_per_task", 3, "--epochs", 1,
+            "--eval_tasks", "none", "--max_length", 128, "--regroup_every", 3, *QUIET)
+    losses = {}
+    for processes in (1, 2):
+        folder = tmp_path / f"of-{processes}"
+        answer = forks(*argv, "--output_dir", folder, out=tmp_path / f"out-{processes}",
+                       processes=processes)
+        assert answer["statuses"] == [0] * processes, answer["lines"][-5:]
+        losses[processes] = [record["loss"] for record in lines_of(folder / "log.jsonl")]
+    assert losses[1][:5] == pytest.approx(losses[2][:5], abs=1e-5)
+    assert losses[1] == pytest.approx(losses[2], abs=1e-3) and len(losses[1]) == 6
+    assert groupings_of(tmp_path / "of-1") == groupings_of(tmp_path / "of-2")
