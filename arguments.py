@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 from pathlib import Path
 
 import models
@@ -121,6 +122,13 @@ def build_parser():
 
 def parse_flags(argv):
     """Parse and cross-check `argv` -> (args, names of the flags that were typed)."""
+    for word in argv:
+        try:
+            word.encode()
+        except UnicodeEncodeError:
+            raise InputError(f"{word!r} is not UTF-8, which every file of a run is") from None
+        if re.fullmatch(r"--\w+=--", word):  # argparse would take it for an empty list
+            raise InputError(f"{word}: a flag's value cannot be --")
     parser = build_parser()
     untyped = object()
     defaults = vars(parser.parse_args([]))
@@ -130,11 +138,11 @@ def parse_flags(argv):
     args = parser.parse_args(argv)
     if args.resume and args.overwrite:
         raise InputError("--resume goes on with what --overwrite would delete: give one of them")
-    if args.allow_other and not (args.resume or args.from_results):
+    if args.allow_other and not (args.resume or args.from_results is not None):
         raise InputError("--allow_other is read with --resume or --from_results only")
-    if args.from_results:
+    if args.from_results is not None:
         args, typed = repeated_flags(args, typed), set()
-    if args.eval_only and args.adapter:
+    if args.eval_only and args.adapter is not None:
         method = read_adapter_config(args.adapter)["method"]
         if "method" in typed and args.method != method:
             raise InputError(f"--method {args.method}: the adapter was made by {method}")
@@ -203,7 +211,9 @@ def read_results(path):
         raise InputError(f"cannot read {path} ({error.strerror})") from None
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not JSON: {error}") from None
-    if not isinstance(content, dict) or not {"args", "metrics", "run"} <= content.keys():
+    wanted = {"args": dict, "metrics": dict, "run": dict, "base_sha256": str, "scores": dict}
+    if not isinstance(content, dict) or not all(
+            isinstance(content.get(key), kind) for key, kind in wanted.items()):
         raise InputError(f"{path} is not the results.json of a finished run")
     return content
 
@@ -230,7 +240,7 @@ def refuse_unread_flags(args, typed):
     adapter_flags = {name for each in METHODS.values() for name in each.reads} - {"seed"}
     if args.eval_only:
         unread, why = TRAINING_FLAGS | adapter_flags, "with --eval_only"
-        if method.trains and not args.adapter:
+        if method.trains and args.adapter is None:
             raise InputError("--eval_only needs --adapter DIR (or --method base)")
     else:
         unread = (adapter_flags - set(method.reads)) | {"adapter"}

@@ -9,6 +9,7 @@ whole or absent. The frozen base model is not in it. Nothing is unpickled.
 
 import hashlib
 import json
+import math
 import os
 import random
 import re
@@ -24,13 +25,16 @@ import torch
 from accelerate.utils import broadcast_object_list, gather_object
 
 from errors import InputError
+from method import check_tensors
 from utils import sha256_file, write_tensors
 
 FOLDER, KEPT = "checkpoints", 2
 TENSORS_FILE, STATE_FILE, SUMS_FILE = "tensors.safetensors", "state.json", "SHA256SUMS"
 LOGS = ("log.jsonl", "regroup.jsonl")
-STATE_KEYS = {"position", "rows", "files", "identity", "base_sha256", "seconds", "steps", "rng",
-              "optimizer", "schedule"}
+STATE_TYPES = {"position": list, "rows": list, "files": dict, "identity": dict, "base_sha256": str,
+               "seconds": dict, "rng": list}
+# What reading a file of another making can raise, where its checksum is right.
+MISFIT = (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError)
 
 
 class Position(NamedTuple):
@@ -51,7 +55,7 @@ class Checkpoint(NamedTuple):
 # --- writing ------------------------------------------------------------------------------------
 
 
-def save(run, optimizer=None, schedule=None):
+def save(run, optimizer=None):
     """Write a checkpoint of the run as it is now; the optimizer only in the middle of a stage.
 
     Called by all processes; the main one writes. The older checkpoints but one are deleted.
@@ -62,13 +66,11 @@ def save(run, optimizer=None, schedule=None):
     tensors = {f"adapter.{key}": tensor for key, tensor in run.method.state_dict().items()}
     state = {"position": run.position, "rows": run.rows, "files": run.files | log_hashes(run),
              "identity": run.identity, "base_sha256": run.method.base_sha256,
-             "seconds": run.seconds, "steps": run.steps, "rng": rng,
-             "optimizer": None, "schedule": None}
+             "seconds": run.seconds, "rng": rng}
     if optimizer is not None:
         tensors |= {f"method.{key}": value for key, value in run.method.training_state().items()}
-        moments, state["optimizer"] = optimizer_state(run.model, optimizer)
-        tensors |= {f"optimizer.{key}": tensor for key, tensor in moments.items()}
-        state["schedule"] = schedule.state_dict()
+        tensors |= {f"optimizer.{key}": tensor
+                    for key, tensor in optimizer_state(run.model, optimizer).items()}
     folder = run.args.output_dir / FOLDER
     numbers = [int(path.name) for path in checkpoints_in(folder)]
     path = folder / f"{max(numbers, default=0) + 1:06d}"
@@ -78,7 +80,7 @@ def save(run, optimizer=None, schedule=None):
         raise InputError(f"could not save a checkpoint in {folder} ({error}): nothing that was "
                          "saved before is lost; make room there, then --resume") from error
     for old in sorted(checkpoints_in(folder))[:-KEPT]:
-        shutil.rmtree(old)
+        remove(old)
 
 
 def write(path, tensors, state):
@@ -138,26 +140,31 @@ def set_random_states(states):
 
 
 def optimizer_state(model, optimizer):
-    """An optimizer's state -> (tensors by "parameter name/key", its parameter groups)."""
-    state = optimizer.state_dict()
-    names = trained_names(model)
-    return ({f"{names[index]}/{key}": value for index, values in state["state"].items()
-             for key, value in values.items()}, state["param_groups"])
+    """The state of Adam by "parameter name/key"; the rest follows from flags and position."""
+    names, state = [name for name, _ in trained(model)], optimizer.state_dict()["state"]
+    return {f"{names[index]}/{key}": value for index, values in state.items()
+            for key, value in values.items()}
 
 
-def set_optimizer_state(model, optimizer, tensors, groups):
-    """Put back what `optimizer_state` gave."""
-    state = {index: {} for index in range(len(trained_names(model)))}
-    index_of = {name: index for index, name in enumerate(trained_names(model))}
-    for name, tensor in tensors.items():
-        parameter, _, key = name.rpartition("/")
-        state[index_of[parameter]][key] = tensor
-    optimizer.load_state_dict({"state": state, "param_groups": groups})
+def expected_moments(model):
+    """Tensors like those that `optimizer_state` gives."""
+    like = {"step": lambda _: torch.tensor(0.0), "exp_avg": lambda weight: weight,
+            "exp_avg_sq": lambda weight: weight}
+    return {f"{name}/{key}": make(weight) for name, weight in trained(model)
+            for key, make in like.items()}
 
 
-def trained_names(model):
-    """Names of the trained parameters, in the order in which the optimizer has them."""
-    return [name for name, weight in model.named_parameters() if weight.requires_grad]
+def restore_optimizer(run, optimizer):
+    """Give the optimizer of the resumed stage the state that it had."""
+    tensors, names = part(run.resumed, "optimizer"), [name for name, _ in trained(run.model)]
+    state = {index: {key: tensors[f"{name}/{key}"] for key in ("step", "exp_avg", "exp_avg_sq")}
+             for index, name in enumerate(names)}
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
+
+
+def trained(model):
+    """(name, weight) of what is trained, in the order in which the optimizer has it."""
+    return [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
 
 
 # --- reading ------------------------------------------------------------------------------------
@@ -196,7 +203,47 @@ def damage(path):
         state = read(path).state
     except (OSError, ValueError, RecursionError, safetensors.SafetensorError) as error:
         return f"{type(error).__name__}: {error}"
-    return None if isinstance(state, dict) and state.keys() == STATE_KEYS else "its keys are others"
+    if not isinstance(state, dict) or state.keys() != STATE_TYPES.keys():
+        return "state.json has other keys"
+    wrong = [key for key, kind in STATE_TYPES.items() if not isinstance(state[key], kind)]
+    return f"state.json has another kind of {wrong[0]}" if wrong else None
+
+
+def check_state(run, state):
+    """Raise InputError unless the parts of a state fit each other and the run."""
+    try:
+        stage, step = state["position"]
+        steps = [each.steps for each in run.stages] + [0]
+        first = 0 if run.args.eval_before else 1
+        names = ["before"][first:] + [each.name for each in run.stages[:stage]]
+        scores = [row[reference] for row in state["rows"] for reference in ("best", "first")]
+        predicted = {f"predictions/{number:02d}_{row['name']}.jsonl"
+                     for number, row in enumerate(state["rows"], start=first)
+                     if any(score is not None for score in row["best"])}
+        whole = {name for name in state["files"] if name.startswith("predictions/")}
+        fits = (type(stage) is type(step) is int and stage >= 0 and 0 <= step <= steps[stage]
+                and [row["name"] for row in state["rows"]] == names and whole == predicted
+                and all(len(row) == len(run.order) for row in scores)
+                and all(score is None or 0 <= score <= 100 for row in scores for score in row)
+                and all(0 <= seconds < math.inf for seconds in state["seconds"].values())
+                and all(type(file["bytes"]) is int and len(file["sha256"]) == 64
+                        for file in state["files"].values()))
+        set_random_states(state["rng"][run.accelerator.process_index])
+    except MISFIT as error:
+        raise InputError(f"{STATE_FILE} of the checkpoint is damaged ({error!r:.200})") from None
+    if not fits:
+        raise InputError(f"{STATE_FILE} of the checkpoint is damaged: its position, rows and files "
+                         "do not belong together")
+
+
+def restore(run):
+    """Put adapter and method back as they were; refuse an optimizer's state that does not fit."""
+    run.method.load_state_dict(part(run.resumed, "adapter"))
+    stage, step = run.position
+    if stage < len(run.stages) and 0 < step < run.stages[stage].steps:
+        run.method.resume_task(run.stages[stage], part(run.resumed, "method"))
+        check_tensors(part(run.resumed, "optimizer"), expected_moments(run.model),
+                      "the checkpoint's optimizer")
 
 
 def read(path):
@@ -211,13 +258,6 @@ def part(checkpoint, name):
             if key.startswith(prefix)}
 
 
-def restore_optimizer(run, optimizer, schedule):
-    """Give optimizer and schedule of the resumed stage the state that they had."""
-    state = run.resumed.state
-    set_optimizer_state(run.model, optimizer, part(run.resumed, "optimizer"), state["optimizer"])
-    schedule.load_state_dict(state["schedule"])
-
-
 def restore_random_states(run):
     set_random_states(run.resumed.state["rng"][run.accelerator.process_index])
 
@@ -227,7 +267,8 @@ def restore_files(run):
     folder, state = run.args.output_dir, run.resumed.state
     for name, known in state["files"].items():
         path = folder / name
-        if not path.is_file() or sha256_start(path, known["bytes"]) != known["sha256"]:
+        grown = name not in LOGS and path.is_file() and path.stat().st_size != known["bytes"]
+        if grown or not path.is_file() or sha256_start(path, known["bytes"]) != known["sha256"]:
             raise InputError(f"{path} is not as it was at the checkpoint: the run cannot go on "
                              "exactly; start it anew in another --output_dir")
     drop_leftovers(folder, int(run.resumed.name))
@@ -245,11 +286,17 @@ def sha256_start(path, size):
 def drop_leftovers(output_dir, newer_than=0):
     """Delete what killed saves left, and checkpoints above a number, which are damaged."""
     folder = output_dir / FOLDER
-    for path in folder.glob(".*.tmp"):
+    leftovers = [path for path in checkpoints_in(folder) if int(path.name) > newer_than]
+    for path in (*folder.glob(".*.tmp"), *leftovers):
+        remove(path)
+
+
+def remove(path):
+    """Delete a folder with all that is in it, or a file, or a link itself."""
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
-    for path in checkpoints_in(folder):
-        if int(path.name) > newer_than:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    else:
+        path.unlink()
 
 
 def discard(run):

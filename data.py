@@ -339,11 +339,16 @@ def _fit_prompt(definition, text, tokenizer, budget, chat_template):
 
     def encode(length):
         prompt = build_prompt(definition, text[:length])
-        if chat_template:
+        if not chat_template:
+            return prompt, tokenizer(prompt).input_ids
+        try:
             prompt = tokenizer.apply_chat_template(
                 [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True,
                 enable_thinking=False)  # Qwen3 would think aloud before a label; others ignore it
-        return prompt, tokenizer(prompt, add_special_tokens=not chat_template).input_ids
+            return prompt, tokenizer(prompt, add_special_tokens=False).input_ids
+        except Exception as error:  # noqa: BLE001 (a template is a program)
+            raise InputError(f"--chat_template: this tokenizer's template fails "
+                             f"({type(error).__name__}: {error})") from error
 
     prompt, ids = encode(len(text))
     if len(ids) <= budget:

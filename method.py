@@ -17,6 +17,7 @@ from errors import InputError
 from utils import atomic_path, write_json, write_tensors
 
 ADAPTER_FORMAT = 1
+FLOATS = {torch.float16, torch.bfloat16, torch.float32, torch.float64}  # taken one for another
 WEIGHTS_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
 
 
@@ -164,19 +165,20 @@ class Method:
                            if key.startswith(prefix)})
 
 
-def check_tensors(state, expected):
+def check_tensors(state, expected, what="the adapter"):
     """Raise InputError unless `state` is finite and has `expected`'s keys, shapes and types."""
     missing, extra = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
     if missing or extra:
-        raise InputError(f"the adapter does not fit this model: {len(missing)} tensors are missing "
+        raise InputError(f"{what} does not fit this model: {len(missing)} tensors are missing "
                          f"{missing[:2]}, {len(extra)} are unknown {extra[:2]}")
     for key, tensor in state.items():
         want = expected[key]
-        if tensor.shape != want.shape or tensor.is_floating_point() != want.is_floating_point():
-            raise InputError(f"the adapter does not fit this model: {key} is {tensor.dtype} "
+        kinds = FLOATS if want.is_floating_point() else {want.dtype}
+        if tensor.shape != want.shape or tensor.dtype not in kinds:
+            raise InputError(f"{what} does not fit this model: {key} is {tensor.dtype} "
                              f"{list(tensor.shape)}, expected {want.dtype} {list(want.shape)}")
         if not torch.isfinite(tensor).all():
-            raise InputError(f"the adapter is damaged: {key} holds a non-finite number")
+            raise InputError(f"{what} is damaged: {key} holds a non-finite number")
 
 
 def find_targets(model, target_modules):

