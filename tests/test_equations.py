@@ -9,6 +9,7 @@ from scipy.optimize import linear_sum_assignment
 from torch.testing import assert_close
 
 import badit
+import models
 
 SHAPES = [(32, 20, 4), (24, 30, 3), (12, 9, 3)]  # (N, D, K)
 
@@ -223,6 +224,29 @@ def test_fast_svd_finds_a_decaying_spectrum():
     assert_close(bad.singular_values, S[:8], rtol=0, atol=1e-2)
     total, best = 8.0 * bad.lora_B @ bad.lora_A, U[:, :8] @ torch.diag(S[:8]) @ V[:, :8].T
     assert (total - best).norm() <= 0.05 * best.norm()
+
+
+def captured(W, N):
+    """Share of the energy of the exact N leading triplets that "fast" ones capture."""
+    U, S, Vh = badit.top_singular_triplets(W, N, "fast")
+    assert (U.T @ U - torch.eye(N)).abs().max() < 1e-4
+    assert (Vh @ Vh.T - torch.eye(N)).abs().max() < 1e-4
+    exact = torch.linalg.svdvals(W.double())[:N]
+    return float((W @ Vh.T).double().square().sum() / exact.square().sum())
+
+
+def test_fast_svd_on_real_weights(smollm2):
+    """At least 99.9 % of the energy of the exact top 32, in layers whose spectrum is flat."""
+    model, _ = models.load(smollm2)
+    layers = model.model.layers
+    assert min(captured(layers[i].mlp.gate_proj.weight.detach(), 32) for i in (0, 9, 29)) > 0.9999
+
+
+@pytest.mark.parametrize("shape", [(300, 200), (200, 300), (40, 33), (500, 48)])
+def test_fast_svd_on_the_flattest_spectrum(shape):
+    """A random matrix has no gap at all after the leading singular values."""
+    generator = torch.Generator().manual_seed(0)
+    assert captured(torch.randn(shape, generator=generator), 32) > 0.999
 
 
 @pytest.mark.parametrize("svd", ["exact", "fast"])
