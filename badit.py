@@ -27,6 +27,7 @@ from utils import stable_seed
 KRYLOV_BLOCKS, KRYLOV_EXTRA = 8, 16  # of --svd fast: 99.99 % of the leading energy
 KMEANS_PASSES, ROUNDS = 50, 10
 EIGENVALUE_CUTOFF = 1e-6  # of the largest: below it an eigenvalue of P'GP counts as zero
+PROBE_TOKENS = 256  # at least, of those that a regrouping's drift and health are measured on
 NON_FINITE = "non-finite gradient"
 ALPHA_RATIO = (0.1, 10.0)  # static routing: |alpha_p / alpha_q| outside it is not compensated
 
@@ -602,6 +603,15 @@ def router_health(routing):
                 alpha_entropy=float(torch.special.entr(p).sum(-1).mean()))
 
 
+def probe_rows(batch):
+    """The model's inputs for the first rows of a left-padded batch, with PROBE_TOKENS or more."""
+    lengths = batch["attention_mask"].sum(dim=1)  # (batch,)
+    rows = lengths.cumsum(0) - lengths < PROBE_TOKENS
+    longest = max(1, int(lengths[rows].max()))  # fillers have no tokens
+    return {key: batch[key][rows, -longest:]
+            for key in ("input_ids", "attention_mask", "position_ids")}
+
+
 class Dog:
     """When and how the experts of all layers are regrouped, and what is logged of it.
 
@@ -704,11 +714,12 @@ class Dog:
         return old.clone(), no_rounds
 
     def _take_and_measure(self, model, batch, new):
-        """Adopt the groupings (L, N) during one evaluation pass over the last micro-batch.
+        """Adopt the groupings (L, N) during one evaluation pass over rows of the last micro-batch.
 
         Every layer sees the input that the old model gives it, so that `regroup_drift` is the
         relative change of that layer's output alone. Padding is left out. One dict per layer.
         """
+        batch = probe_rows(batch)
         records, tokens = [], batch["attention_mask"].bool()
 
         def measure(grouping):
@@ -726,8 +737,7 @@ class Dog:
                    for layer, grouping in zip(self.layers.values(), new, strict=True)]
         training = model.training
         model.eval()
-        model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"],
-              position_ids=batch["position_ids"], logits_to_keep=1, use_cache=False)
+        model(**batch, logits_to_keep=1, use_cache=False)
         model.train(training)
         for handle in handles:
             handle.remove()
