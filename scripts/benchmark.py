@@ -10,7 +10,6 @@ import copy
 import json
 import os
 import platform
-import resource
 import subprocess
 import sys
 import time
@@ -308,8 +307,9 @@ def print_peak(options):
         step()
     if options.device.type == "cuda":
         print(torch.cuda.max_memory_allocated() / 2**30)
-    else:
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+    else:  # not getrusage, whose peak a process inherits from the one that started it
+        status = dict(line.split(":", 1) for line in open("/proc/self/status"))
+        print(int(status["VmHWM"].split()[0]) / 2**20)
 
 
 # --- 5. evaluation ------------------------------------------------------------------------------

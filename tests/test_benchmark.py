@@ -1,0 +1,102 @@
+"""scripts/benchmark.py: what it compares is what it says, and its table is whole."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "benchmark.py"
+
+
+@pytest.fixture(scope="module")
+def benchmark():
+    """The script as a module."""
+    spec = importlib.util.spec_from_file_location("benchmark", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def options():
+    return SimpleNamespace(full=False, device=torch.device("cpu"), dtype=torch.float32, rounds=2,
+                           threads=1)
+
+
+def test_variants_take_turns(benchmark):
+    """A B A B after a warm-up of each: a slow minute hurts both."""
+    calls = []
+    variants = {name: lambda name=name: calls.append(name) for name in "AB"}
+    seconds = benchmark.in_turn(variants, 3, torch.device("cpu"), warmup=1)
+    assert calls == ["A", "B"] * 4 and {name: len(each) for name, each in seconds.items()} == {
+        "A": 3, "B": 3}
+
+
+def test_a_ratio_is_taken_within_rounds(benchmark):
+    """The machine slows down tenfold in the second round; the ratio stays."""
+    seconds = {"mine": [1.0, 20.0, 1.0], "theirs": [2.0, 40.0, 2.0]}
+    row = benchmark.row("what", seconds, "mine", "theirs")
+    assert row["ratio"] == row["low"] == row["high"] == 0.5 and row["seconds"] == 1.0
+
+
+def test_the_textbook_layer_is_loramoes(benchmark, options):
+    """With all experts active it computes what baselines.loramoe computes in two products."""
+    from baselines.loramoe import LoraMoeLinear
+
+    torch.manual_seed(0)
+    base = torch.nn.Linear(24, 40, bias=False)
+    theirs = benchmark.TextbookMoe(base).eval()
+    for up in theirs.up:
+        torch.nn.init.normal_(up.weight)
+    ours = LoraMoeLinear(base, num_experts=8, rank=4, alpha=32, top_k=8).eval()
+    with torch.no_grad():
+        ours.router.copy_(theirs.router.weight)
+        ours.lora_A.copy_(torch.cat([down.weight for down in theirs.down]))
+        ours.lora_B.copy_(torch.cat([up.weight for up in theirs.up], dim=1))
+    x = torch.randn(2, 5, 24)
+    torch.testing.assert_close(ours(x), theirs(x), rtol=1e-5, atol=1e-5)
+
+
+def test_a_step_trains_every_variant(benchmark, options):
+    """Each has its adapter on every gate_proj, and one step moves it."""
+    model = benchmark.base_model(options)
+    batch = benchmark.random_batch(model, 2, 16, 4, options.device)
+    layers = model.config.num_hidden_layers
+    for make in (lambda m: benchmark.adapted(m, "badit"), lambda m: benchmark.with_peft(m, 32),
+                 benchmark.textbook_moe):
+        variant = make(benchmark.base_model(options))
+        trained = {name: weight for name, weight in variant.named_parameters()
+                   if weight.requires_grad}
+        assert len({name.split("layers.")[1].split(".")[0] for name in trained}) == layers
+        assert all("gate_proj" in name for name in trained)
+        before = {name: weight.detach().clone() for name, weight in trained.items()}
+        benchmark.training_step(variant, batch, options.device)()
+        assert any(not weight.equal(before[name]) for name, weight in trained.items())
+
+
+def test_the_synthetic_weight_has_its_spectrum(benchmark):
+    """Its leading singular values are the given ones, and the tail follows."""
+    spectrum = torch.linspace(30, 1, 80, dtype=torch.float64)
+    W, leading = benchmark.weight_like(spectrum, (120, 100), torch.device("cpu"))
+    found = torch.linalg.svdvals(W.double())
+    torch.testing.assert_close(found[:32], leading, rtol=1e-4, atol=1e-4)
+    assert leading[0] == 30 and found[-1] >= 0.9
+
+
+def test_the_command_writes_json_and_a_table(benchmark, tmp_path, monkeypatch, capsys):
+    """One section from end to end."""
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", "--only", "regroup", "--rounds", "2",
+                                      "--threads", "1", "--out", str(tmp_path)])
+    for name, value in benchmark.MALLOC.items():
+        monkeypatch.setenv(name, value)  # it would start itself again with them
+    benchmark.main()
+    written = json.loads((tmp_path / "benchmark.json").read_text())
+    assert [row["variant"] for row in written["rows"]] == ["all", "Gram matrices",
+                                                           "grouping from them"]
+    assert all(row["seconds"] > 0 for row in written["rows"])
+    table = (tmp_path / "benchmark.md").read_text()
+    assert table.strip() in capsys.readouterr().out and table.count("| regrouping") == 3
