@@ -48,7 +48,7 @@ def test_the_textbook_layer_is_loramoes(benchmark, options):
     from baselines.loramoe import LoraMoeLinear
 
     torch.manual_seed(0)
-    base = torch.nn.Linear(24, 40, bias=False)
+    base = torch.nn.Linear(40, 48, bias=False)
     theirs = benchmark.TextbookMoe(base).eval()
     for up in theirs.up:
         torch.nn.init.normal_(up.weight)
@@ -57,7 +57,7 @@ def test_the_textbook_layer_is_loramoes(benchmark, options):
         ours.router.copy_(theirs.router.weight)
         ours.lora_A.copy_(torch.cat([down.weight for down in theirs.down]))
         ours.lora_B.copy_(torch.cat([up.weight for up in theirs.up], dim=1))
-    x = torch.randn(2, 5, 24)
+    x = torch.randn(2, 5, 40)
     torch.testing.assert_close(ours(x), theirs(x), rtol=1e-5, atol=1e-5)
 
 
