@@ -24,6 +24,7 @@ os.environ |= {"XDG_CACHE_HOME": str(CACHE), "HF_HUB_OFFLINE": "1", "HF_EVALUATE
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from accelerate.state import AcceleratorState, GradientState, PartialState  # noqa: E402
+from forked import Forks  # noqa: E402
 from tokenizers import Tokenizer, pre_tokenizers  # noqa: E402
 from tokenizers.models import WordLevel  # noqa: E402
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast  # noqa: E402
@@ -160,6 +161,14 @@ def smollm2():
         (CACHE / "badit" / folder).symlink_to(USER_CACHE / folder)
     models.embedded_model()
     return models.EMBEDDED
+
+
+@pytest.fixture(scope="session")
+def forks():
+    """The server of processes of their own, which can be killed."""
+    server = Forks()
+    yield server
+    server.close()
 
 
 @pytest.fixture(autouse=True)

@@ -6,7 +6,6 @@ import pytest
 import safetensors.torch
 import torch
 from conftest import QUIET, SMALL, lines_of, results_of, succeed
-from forked import Forks
 
 import models
 from baselines import METHODS
@@ -27,13 +26,6 @@ models.load = lambda name, dtype=None: real(name, torch.float64)
 @pytest.fixture(scope="module")
 def flags(llama, suite):
     return ("--model", llama, "--suite", suite, *FLAGS)
-
-
-@pytest.fixture(scope="module")
-def forks():
-    server = Forks()
-    yield server
-    server.close()
 
 
 def assert_close(one, two, tolerance):

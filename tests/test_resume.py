@@ -11,7 +11,6 @@ import pytest
 import safetensors.torch
 import torch
 from conftest import SMALL, lines_of, results_of, run, snapshot, succeed
-from forked import Forks
 
 import arguments
 import checkpoint
@@ -38,14 +37,6 @@ class Killed(BaseException):
 @pytest.fixture(scope="module")
 def flags(llama, suite):
     return ("--model", llama, "--suite", suite, *FLAGS)
-
-
-@pytest.fixture(scope="module")
-def forks():
-    """The server of processes that can be killed."""
-    server = Forks()
-    yield server
-    server.close()
 
 
 @pytest.fixture(scope="module")
