@@ -5,9 +5,11 @@ JSON answer on each of stdout; `Forks` below is the other end.
 """
 
 import contextlib
+import faulthandler
 import glob
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -23,7 +25,9 @@ class Forks:
 
     def __init__(self):
         root = Path(__file__).resolve().parent
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(root.parent)}
+        # A fork copies no thread: pyarrow's allocator must not have one.
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(root.parent),
+                                    "JE_ARROW_MALLOC_CONF": "background_thread:false"}
         self.server = subprocess.Popen([sys.executable, root / "forked.py"], text=True,
                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                        env=environment)
@@ -64,9 +68,12 @@ def serve():
 
 
 def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A port below those that the system gives to outgoing connections, which could take it."""
+    while True:
+        port = random.randrange(15_000, 30_000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def fork(order, rank, processes, port):
@@ -80,6 +87,7 @@ def fork(order, rank, processes, port):
         os.dup2(handle, 1)
         os.dup2(handle, 2)
         sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
+        faulthandler.enable()  # SIGABRT, of a run that hangs, prints where
         if processes > 1:
             os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_PORT": str(port),
                            "WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes),
@@ -106,7 +114,7 @@ def watch(children, order, start):
     """Wait for all children, sending the signal of the order when its moment has come."""
     waiting, statuses = list(children), {}
     old = matches(order)  # of an earlier run
-    pending = order.get("signal")
+    pending, limit = order.get("signal"), LIMIT
     while waiting:
         for child in list(waiting):
             found, status = os.waitpid(child, os.WNOHANG)
@@ -120,8 +128,9 @@ def watch(children, order, start):
             pending = None
             to = order.get("to")  # a rank, or all
             send(waiting if to is None else [children[to]], order["signal"])
-        if passed > LIMIT:
-            send(waiting, signal.SIGKILL)
+        if passed > limit:
+            limit += 5  # for it to print where
+            send(waiting, signal.SIGABRT)
         time.sleep(0.0005)
     return [statuses[child] for child in children]
 

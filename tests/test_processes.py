@@ -131,7 +131,7 @@ def test_a_failure_of_one_process_ends_all_with_one_message(status, message, pre
     """Nothing hangs, and the reason stands there once."""
     answer = forks(*flags, "--regroup_every", 1, "--output_dir", tmp_path / "out",
                    out=tmp_path / "a", processes=2, prelude=prelude)
-    assert answer["statuses"][1] == status and answer["statuses"][0] != 0
+    assert answer["statuses"][1] == status and answer["statuses"][0] != 0, answer["lines"][-60:]
     reasons = [line for line in answer["lines"] if line.startswith(("error: ", "Zero", "Runtime"))]
     assert len(reasons) == 1 and message in reasons[0], answer["lines"][-30:]
     assert not (tmp_path / "out" / "results.json").exists()
