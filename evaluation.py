@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections import defaultdict
 
 import torch
 from accelerate.utils import gather_object
@@ -11,6 +12,24 @@ from data import pad_left
 from errors import Interrupted
 from metrics import SCORERS, mean, score
 from utils import atomic_path
+
+BRIEF = 6  # words: tasks whose answers have fewer on average are generated apart
+
+
+def make_batches(rows, size):
+    """All row numbers, in lists of at most `size`: this decides the speed, never a prediction.
+
+    Prompts of similar length go together, the longest first, as padding costs; and tasks with brief
+    answers go apart, as a batch generates until its last answer has ended.
+    """
+    words = defaultdict(list)
+    for row in rows:
+        words[row["task"]].append(len(row["references"][0].split()))
+    brief = {task for task, counts in words.items() if mean(counts) < BRIEF}
+    order = sorted(range(len(rows)), key=lambda index: -len(rows[index]["input_ids"]))
+    kinds = [[index for index in order if (rows[index]["task"] in brief) == kind]
+             for kind in (False, True)]
+    return [kind[first:first + size] for kind in kinds for first in range(0, len(kind), size)]
 
 
 def generate(model, tokenizer, batch, max_new_tokens):
@@ -30,14 +49,11 @@ def generate(model, tokenizer, batch, max_new_tokens):
 def evaluate(run, rows, path):
     """Predict all test `rows`, write them to the file `path` and return the predicted rows.
 
-    Each process generates every n-th batch; batches hold prompts of similar length, the longest
-    first. Predictions reach `path`.partial as they come, and `path` itself, in the order of `rows`,
-    once all are there. Every process gets all of them.
+    Each process generates every n-th batch. Predictions reach `path`.partial as they come, and
+    `path` itself, in the order of `rows`, once all are there. Every process gets all of them.
     """
     accelerator, args = run.accelerator, run.args
-    order = sorted(range(len(rows)), key=lambda row: -len(rows[row]["input_ids"]))
-    size, processes = args.eval_batch_size, accelerator.num_processes
-    batches = [order[first:first + size] for first in range(0, len(order), size)]
+    batches, processes = make_batches(rows, args.eval_batch_size), accelerator.num_processes
     partial = path.with_name(path.name + ".partial")
     predicted = {}
     run.model.eval()

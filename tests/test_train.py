@@ -833,6 +833,17 @@ def test_predictions_do_not_depend_on_the_batch_size(trained, evaluate_only, siz
     assert evaluate_only("--eval_batch_size", size) == expected
 
 
+def test_batches_hold_every_row_once_and_what_is_alike():
+    """At most `size` rows; tasks with brief answers apart; by length, the longest first."""
+    import evaluation
+
+    rows = [{"task": task, "input_ids": [0] * length, "references": [answer]}
+            for task, answer in (("label", "yes"), ("summary", "a long answer of some seven words"))
+            for length in (3, 9, 5)]
+    assert evaluation.make_batches(rows, 2) == [[4, 5], [3], [1, 2], [0]]
+    assert evaluation.make_batches(rows, 16) == [[4, 5, 3], [1, 2, 0]]
+
+
 def test_predictions_are_greedy_and_new(trained, llama):
     """Against a loop over arg-max, although the checkpoint asks for sampling at temperature 5;
     neither prompt nor special tokens are in the text."""
