@@ -29,7 +29,7 @@ SETTING_FLAGS = {"task_order": ("sequential",), "paper_metrics": ("sequential",)
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
-        raise InputError(f"{message}; see `python train.py --help`")
+        raise InputError(f"{message}; see `python {self.prog} --help`")
 
 
 def build_parser():

@@ -1,93 +1,176 @@
-"""Show one run: `python report.py runs/X` draws runs/X/figure.png, loss and expert angles."""
+"""Show one run, or make the report of a study.
+
+    python report.py runs/X                      # its table here; runs/X/report.html, figure.png
+    python report.py runs/study --out report     # tables (Markdown, LaTeX, CSV) and figures
+    python report.py runs/study --export records # the small part of each run: no weights, no texts
+
+A run that is incomplete, of another version or of mixed settings is named and left out.
+"""
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from tqdm import tqdm
 
+import figures
+import page
+import records as runs
+import results
+import significance
+import tables
+from arguments import Parser
 from errors import InputError
+from tables import cells, label
 from utils import atomic_path
 
-SMOOTHING = 10  # steps in the running mean of the loss
+FREE = ("code", "versions")
 
 
-def read_run(folder):
-    """results.json and the lines of log.jsonl of a finished run. Raises InputError."""
+# --- one run ------------------------------------------------------------------------------------
+
+
+def show_run(folder):
+    """Print the table of a run and write its page and its figure."""
     try:
-        results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-        lines = (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
-        log = [json.loads(line) for line in lines]
-    except OSError as error:
-        raise InputError(f"{folder} holds no finished training run: {error}") from None
-    except ValueError as error:
-        raise InputError(f"{folder} is damaged: {error}") from None
-    if not isinstance(results, dict) or not {"args", "regroupings"} <= results.keys() or not log:
-        raise InputError(f"{folder} holds no finished training run: its results.json or log.jsonl "
-                         "is of another kind")
-    return results, log
+        record = runs.read(folder)
+        lines = folder / "regroup.jsonl"
+        regroupings = runs.read_lines(lines) if lines.exists() else []
+        shown = "\n".join(results.table(record.results))
+        written = {"report.html": page.render(record, regroupings)}
+    except InputError as error:
+        raise InputError(f"{folder}: {error}") from None
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+        raise InputError(f"{folder} is damaged, or of another version of this program "
+                         f"({error!r})") from None
+    print(shown)
+    for name, text in written.items():
+        write_text(folder / name, text)
+        print(f"page: {folder / name}")
+    if record.log:
+        save(figures.run_figure(record.results, record.log), folder / "figure", ("png",))
+        print(f"figure: {folder / 'figure.png'}")
 
 
-def draw_loss(axes, log):
-    """Loss per optimizer step, with its running mean; stages follow one another."""
-    loss = np.array([record["loss"] for record in log])
-    steps = np.arange(1, len(loss) + 1)
-    axes.plot(steps, loss, color="tab:blue", alpha=0.3, label="each step")
-    window = min(SMOOTHING, len(loss))
-    smooth = np.convolve(loss, np.ones(window) / window, mode="valid")
-    axes.plot(steps[window - 1:], smooth, color="tab:blue", label=f"mean of {window} steps")
-    axes.set(xlabel="optimizer step", ylabel="loss per target token", title="Training loss")
-    axes.set_ylim(bottom=0)
-    axes.legend()
+# --- a study ------------------------------------------------------------------------------------
 
 
-def draw_angles(axes, regroupings):
-    """Mean angles between and inside experts, before and after every regrouping."""
-    for angle, color in (("inter", "tab:green"), ("intra", "tab:red")):
-        points = [(index + shift, event[f"{angle}_{moment}"])
-                  for index, event in enumerate(regroupings, start=1)
-                  for moment, shift in (("before", -0.12), ("after", 0.12))
-                  if event[f"{angle}_{moment}"] is not None]
-        place = "between experts" if angle == "inter" else "inside experts"
-        axes.plot(*zip(*points, strict=True), color=color, marker="o", markersize=4, label=place)
-    axes.axhline(90, color="grey", linewidth=0.8, linestyle=":")
-    axes.set(xlabel="regrouping (left: before it, right: after it; the last only measures)",
-             ylabel="degrees, mean over layers", title="Angles between gradients")
-    axes.set_xticks(range(1, len(regroupings) + 1))
-    axes.set_xlim(0.5, len(regroupings) + 0.5)
-    axes.legend()
+def comparisons(records):
+    """A sentence for BADIT against every other method, by model and setting."""
+    groups, sentences = cells(records), []
+    for (model, variant, setting), theirs in groups.items():
+        ours = groups.get((model, "badit", setting), ())
+        if variant == "badit" or not ours:
+            continue
+        mine = {run.seed: run for run in ours if run.items}
+        pairs = [(mine[run.seed], run) for run in theirs if run.seed in mine and run.items]
+        if pairs:
+            differences = item_differences(pairs)
+            items = sum(values.shape[1] for values in differences.values())
+            sentences.append(significance.sentence(
+                "badit", label(variant), f"{model}, {setting}",
+                *significance.paired_bootstrap(differences), len(pairs), items))
+    return sentences
 
 
-def draw(folder):
-    """Write `folder`/figure.png and return its path."""
-    results, log = read_run(folder)
-    panels = 2 if results["regroupings"] else 1
-    figure, axes = plt.subplots(1, panels, figsize=(6 * panels, 4), squeeze=False,
-                                layout="constrained")
-    draw_loss(axes[0, 0], log)
-    if results["regroupings"]:
-        draw_angles(axes[0, 1], results["regroupings"])
-    args = results["args"]
-    figure.suptitle(f"{args['method']}, {args['setting']} training, {Path(args['model']).name}, "
-                    f"{args['suite']}, seed {args['seed']}")
-    with atomic_path(folder / "figure.png") as temporary:
-        figure.savefig(temporary, format="png", dpi=120)
+def item_differences(pairs):
+    """{task: (seeds, items)} of first-reference scores by each task's metric, ours - theirs."""
+    differences = {}
+    for task, about in pairs[0][0].results["tasks"].items():
+        ids = sorted(pairs[0][0].items[task])
+        differences[task] = np.array([
+            [ours.items[task][name][about["metric"]]["first"]
+             - theirs.items[task][name][about["metric"]]["first"] for name in ids]
+            for ours, theirs in pairs])
+    return differences
+
+
+def make_report(records, left_out, out):
+    """Write report.md, tables/ and figures/ into the folder `out`."""
+    made = tables.all_tables(records)
+    for table in made:
+        write_text(out / "tables" / f"{table.name}.tex", table.latex())
+        write_text(out / "tables" / f"{table.name}.csv", table.csv())
+    drawn = {name: draw(records) for name, draw in figures.FIGURES.items()}
+    drawn = {name: figure for name, figure in drawn.items() if figure is not None}
+    names = [*drawn]
+    for name, figure in tqdm(drawn.items(), desc="figures", unit="figure", delay=5, leave=False):
+        save(figure, out / "figures" / name, ("png", "pdf"))
+    for name, figure in figures.matrices(records):
+        save(figure, out / "figures" / name, ("png", "pdf"))
+        names.append(name)
+    kinds = [record.setting == "single" for record in records]
+    parts = ["# Report\n", f"{len(kinds) - sum(kinds)} runs, {sum(kinds)} single-task runs, "
+             f"{len(left_out)} left out.\n", *(table.markdown() for table in made)]
+    said = comparisons(records)
+    if said:
+        parts.append("## What the differences are worth\n\nPaired bootstrap over seeds and items "
+                     f"({significance.RESAMPLES:,} resamples, tasks as strata), first reference; "
+                     "no correction for the number of comparisons.\n\n"
+                     + "\n".join(f"- {line}" for line in said) + "\n")
+    parts.append("## Figures\n\n" + "\n\n".join(f"![{name}](figures/{name}.png)"
+                                                for name in names) + "\n")
+    if left_out:
+        parts.append("## Left out\n\n" + "\n".join(f"- `{folder}`: {reason}"
+                                                   for folder, reason in left_out) + "\n")
+    write_text(out / "report.md", "\n".join(parts))
+
+
+def write_text(path, text):
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def save(figure, path, kinds):
+    """Write a figure as `path`.png and the like, and close it; equal figures give equal bytes."""
+    for kind in kinds:
+        with atomic_path(path.with_name(f"{path.name}.{kind}")) as temporary:
+            metadata = {"CreationDate": None} if kind == "pdf" else None
+            figure.savefig(temporary, format=kind, dpi=120, metadata=metadata)
     plt.close(figure)
-    return folder / "figure.png"
+
+
+# --- main ---------------------------------------------------------------------------------------
+
+
+def build_parser():
+    parser = Parser(prog="report.py", allow_abbrev=False, description=__doc__,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", type=Path, metavar="FOLDER",
+                        help="the --output_dir of a run, or folders with runs anywhere below")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="write the report of a study there")
+    parser.add_argument("--export", type=Path, metavar="DIR",
+                        help="copy the small part of each run that a report needs")
+    parser.add_argument("--allow_other", nargs="+", choices=FREE, default=[], metavar="WHAT",
+                        help=f"what may differ between runs of one report, of {', '.join(FREE)}")
+    return parser
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("run", type=Path, help="the --output_dir of a finished training run")
-    args = parser.parse_args(argv)
     try:
-        print(f"figure: {draw(args.run)}")
-    except InputError as error:
+        args = build_parser().parse_args(argv)
+        if not (args.out or args.export):
+            if len(args.runs) > 1 or args.allow_other:
+                raise InputError("the report of several runs needs --out DIR")
+            alone = (args.runs[0] / "results.json").exists()
+            if not alone and runs.find(args.runs) != [args.runs[0]]:
+                raise InputError(f"{args.runs[0]} holds several runs: name one, or give --out DIR "
+                                 "for the report of all")
+            show_run(args.runs[0])
+            return 0
+        records, left_out = runs.collect(args.runs, args.allow_other)
+        for folder, reason in left_out:
+            print(f"left out: {folder}: {reason}", file=sys.stderr)
+        if args.export:
+            for record in records:
+                runs.export(record, args.export / record.folder.name)
+            print(f"{len(records)} records in {args.export}")
+        if args.out:
+            make_report(records, left_out, args.out)
+            print(f"{len(records)} runs, {len(left_out)} left out: {args.out / 'report.md'}")
+    except (InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

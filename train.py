@@ -42,12 +42,13 @@ from utils import StopSignals, cache_dir, sha256_file, stable_seed
 # Of the disk, not of this program: one line, no traceback.
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
 # What a run writes into its folder, and what --overwrite may delete there.
-OUTPUTS = (r"results\.json", r"log\.jsonl", r"regroup\.jsonl", r"figure\.png",
+OUTPUTS = (r"results\.json", r"log\.jsonl", r"regroup\.jsonl", r"figure\.png", r"report\.html",
            r"predictions/\d{2,}_[\w.-]+\.jsonl(\.partial)?",
            r"adapter/([\w.-]+/)?adapter_(model\.safetensors|config\.json)", r"tracking/badit/.+",
            r"checkpoints/\.?\d{6,}(\.\w+\.tmp)?/(tensors\.safetensors|state\.json|SHA256SUMS)",
            # atomic writes that were killed
-           r"(.+/)?\.(results\.json|figure\.png|\d{2,}_[\w.-]+\.jsonl|adapter_[\w.]+)\.\w+\.tmp")
+           r"(.+/)?\.(results\.json|figure\.png|report\.html|\d{2,}_[\w.-]+\.jsonl|adapter_[\w.]+)"
+           r"\.\w+\.tmp")
 
 
 # --- a run --------------------------------------------------------------------------------------

@@ -1,0 +1,334 @@
+"""Run a whole study: every method on every model, seed and setting. scripts/sweep.sh calls this.
+
+    python study.py --dry-run                      # the paper's 360 runs, then the single-task ones
+    python study.py --models smollm2-135m --methods badit lora --seeds 1 2 -- --epochs 1
+    python report.py runs/study --out report       # tables and figures of what has finished
+
+Words after -- go to train.py in every run. Each run has a folder of its own, so the same command
+goes on with whatever was stopped; --nth runs one line of the list, for a cluster.
+"""
+
+import argparse
+import hashlib
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import data
+from arguments import TRAINING_FLAGS, Parser, parse_flags, read_results
+from baselines import METHODS
+from errors import InputError
+from flags import positive
+from flags import seed as seed_number
+from models import EMBEDDED, MODELS
+
+# Short names for --methods: the paper's six and the untrained model, matched baselines, ablations,
+# controls, and Fig. 12.
+VARIANTS = {
+    **{name: name for name in METHODS},
+    # As many trainable parameters as BADIT, and its scaling: alpha / rank = 272 / 34 = 8.
+    "lora-matched": "lora --alpha 272 --match_parameters badit",
+    "pissa-matched": "pissa --alpha 272 --match_parameters badit",
+    "badit-no_bad": "badit --no_bad", "badit-no_dog": "badit --no_dog",
+    "badit-no_bad-no_dog": "badit --no_bad --no_dog",
+    "badit-random": "badit --grouping random", "badit-refine": "badit --refine",
+    "badit-static": "badit --routing static",
+    # Half of the experts active and alpha / rank = 8, as at K = 8 and r = 4.
+    "badit-K2": "badit --num_experts 2 --top_k 1", "badit-K4": "badit --num_experts 4 --top_k 2",
+    "badit-K16": "badit --num_experts 16 --top_k 8",
+    "badit-r1": "badit --alpha 8 --rank 1", "badit-r2": "badit --alpha 16 --rank 2",
+    "badit-r8": "badit --alpha 64 --rank 8", "badit-r16": "badit --alpha 128 --rank 16",
+}
+PAPER_METHODS = ("lora", "pissa", "olora", "loramoe", "gainlora", "badit")
+SETTINGS = ("mixed", "sequential")
+CHOSEN = {"--method", "--model", "--seed", "--setting", "--suite", "--tasks", "--output_dir",
+          "--resume", "--overwrite", "--from_results", "--eval_only", "--adapter"}
+
+# For the estimate of cost alone. Parameters in billions, by the models' cards.
+BILLIONS = {"qwen3-8b": 8.2, "qwen3-4b": 4.0, "llama3-8b": 8.0, "llama3-3b": 3.2,
+            "gemma2-9b": 9.2, "gemma2-2b": 2.6, "smollm2-135m": 0.135}
+# SuperNI, counted by data.encode_suite with SmolLM2's tokenizer at --max_length 1024.
+TRAIN_TOKENS, PROMPT_TOKENS, TEST_ITEMS, TASKS = 2_773_992, 266_650, 1_197, 15
+
+
+class PlannedRun(NamedTuple):
+    """One line of the list."""
+
+    folder: Path
+    words: list[str]  # its whole command
+    model: str
+    setting: str
+    trains: bool
+
+
+def build_parser():
+    parser = Parser(prog="study.py", allow_abbrev=False, description=__doc__,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--models", nargs="+", default=[name for name in MODELS if name != EMBEDDED],
+        metavar="MODEL", help=f"of {', '.join(MODELS)}, or checkpoint folders (default: the six "
+                              "of the paper)")
+    add("--methods", nargs="+", default=list(PAPER_METHODS), metavar="METHOD",
+        help=f"of {', '.join(VARIANTS)}, or a method and its flags in quotes, such as "
+             "'badit --regroup_every 30' (default: the paper's six)")
+    add("--seeds", nargs="+", type=seed_number, default=[1, 2, 3, 4, 5], metavar="SEED",
+        help="(default: 1 2 3 4 5)")
+    add("--settings", nargs="+", default=list(SETTINGS), choices=SETTINGS, metavar="SETTING",
+        help="of mixed, sequential (default: both)")
+    add("--no_single", action="store_true",
+        help="without the runs on one task each, which the metric Forward needs")
+    add("--suite", default="superni", help="mini, superni, or a folder (default: superni)")
+    add("--tasks", nargs="+", metavar="TASK", help="only these, by name or T-number")
+    add("--runs", type=Path, default=Path("runs/study"),
+        help="where every run gets its folder (default: runs/study)")
+    add("--launcher", default="accelerate launch --config_file scripts/accelerate/one_gpu.yaml",
+        help="what starts train.py: python, or accelerate launch with another file of "
+             "scripts/accelerate (default: %(default)s)")
+    add("--dry-run", action="store_true", dest="dry_run",
+        help="print the commands, one a line; and on stderr their number and a rough cost")
+    add("--nth", type=int, metavar="I", help="only line I of the list, from 0")
+    add("--tflops", type=positive, default=200.0,
+        help="for the cost: 10^12 operations per second that a GPU sustains in training (default: "
+             "200, assumed, not measured)")
+    add("--step_ms", type=positive, default=30.0,
+        help="for the cost: milliseconds to generate one token for a batch (default: 30, assumed)")
+    return parser
+
+
+def parse(argv):
+    """`argv` -> (args, words for train.py). Raises InputError for what train.py would refuse."""
+    cut = argv.index("--") if "--" in argv else len(argv)
+    args, passed_on = build_parser().parse_args(argv[:cut]), argv[cut + 1:]
+    for name in ("models", "methods", "seeds", "settings"):
+        values = getattr(args, name)
+        if len(set(values)) != len(values):
+            raise InputError(f"--{name} names one twice: {' '.join(map(str, values))}")
+    for model in args.models:
+        if model not in MODELS and not Path(model).is_dir():
+            raise InputError(f"--models {model} is no folder and none of {', '.join(MODELS)}")
+    for word in passed_on:
+        if word.split("=")[0] in CHOSEN:
+            raise InputError(f"{word} after -- is what the study chooses for each run")
+    for method in args.methods:
+        if method not in VARIANTS and (method.split() or [""])[0] not in METHODS:
+            raise InputError(f"--methods {method!r} is unknown; allowed: {', '.join(VARIANTS)}, or "
+                             "a method and its flags in quotes")
+        for setting in args.settings:  # a bad flag ends the study here, not each of its runs
+            parse_flags(flags_of(args, passed_on, method, args.models[0], args.seeds[0], setting))
+    return args, passed_on
+
+
+# --- the list of runs ---------------------------------------------------------------------------
+
+
+def flags_of(args, passed_on, method, model, seed, setting, task=None):
+    """The words for train.py of one run, but for its folder."""
+    name, *flags = VARIANTS.get(method, method).split()
+    tasks = [task] if task else args.tasks
+    words = ["--method", name, *flags, "--model", model, "--suite", args.suite,
+             *(["--tasks", *tasks] if tasks else []), "--seed", str(seed)]
+    if not METHODS[name].trains:
+        return words + untrained(passed_on)
+    return [*words, "--setting", setting, *(for_one_task(passed_on) if task else passed_on)]
+
+
+def groups(words):
+    """Words in groups, each a flag with its values."""
+    found = []
+    for word in words:
+        if word.startswith("--") or not found:
+            found.append([])
+        found[-1].append(word)
+    return found
+
+
+def without(words, dropped):
+    return [word for group in groups(words)
+            if group[0].removeprefix("--").split("=")[0] not in dropped for word in group]
+
+
+def untrained(passed_on):
+    """The flags that mean something to a model that is not trained."""
+    return without(passed_on, TRAINING_FLAGS)
+
+
+def for_one_task(passed_on):
+    """The flags that mean something to a run on one task alone."""
+    return without(passed_on, {"task_order", "eval_tasks", "eval_before", "paper_metrics",
+                               "single_task_results"})
+
+
+def task_names(args):
+    if args.suite == "superni":  # known, wherever the data may be
+        return data.resolve_names(args.tasks or list(data.SUPERNI), list(data.SUPERNI))
+    suite = data.load_suite(args.suite)
+    return list((data.select_tasks(suite, args.tasks) if args.tasks else suite).tasks)
+
+
+def plan(args, passed_on):
+    """All runs: those of the settings, then those on one task alone that their Forward needs."""
+
+    def planned(name, words, model, setting, trains):
+        folder = args.runs / name
+        command = [*shlex.split(args.launcher), "train.py", *words, "--output_dir", str(folder),
+                   "--resume"]
+        return PlannedRun(folder, command, model, setting, trains)
+
+    runs, single = [], []
+    for model in args.models:
+        for method in args.methods:
+            trains = METHODS[VARIANTS.get(method, method).split()[0]].trains
+            slug = "-".join(word.lstrip("-") for word in method.split())
+            stem = f"{slug}-{{}}-{Path(model).name}-seed{{}}"
+            # An untrained model scores the same under every seed and setting.
+            for seed in args.seeds if trains else [1]:
+                for setting in args.settings if trains else ["mixed"]:
+                    words = flags_of(args, passed_on, method, model, seed, setting)
+                    name = stem.format(setting if trains else "eval", seed)
+                    runs.append(planned(name, words, model, setting, trains))
+                for task in task_names(args) if trains and not args.no_single else []:
+                    words = flags_of(args, passed_on, method, model, seed, "single", task)
+                    digest = hashlib.sha256(shlex.join(words).encode()).hexdigest()[:8]
+                    name = f"single/{stem.format(task.split('_')[0], seed)}-{digest}"
+                    single.append(planned(name, words, model, "single", trains))
+    return runs + single
+
+
+def hours(run, args):
+    """A rough estimate of a run's GPU hours on SuperNI, from `--tflops` and `--step_ms`.
+
+    Training takes 4 operations per weight and token (forward, and backward without the gradients
+    of frozen weights), reading a prompt 2; generation is bound by its steps.
+    """
+    flags, _ = parse_flags(run.words[run.words.index("train.py") + 1:])
+    weights = 1e9 * BILLIONS[run.model]
+    share = 1 / TASKS if run.setting == "single" else 1
+    train = 4 * weights * TRAIN_TOKENS * flags.epochs * share if run.trains else 0
+    rounds = TASKS if run.setting == "sequential" and run.trains else 1
+    read = 2 * weights * PROMPT_TOKENS * share * rounds
+    steps = TEST_ITEMS * share / flags.eval_batch_size * flags.max_new_tokens * rounds
+    return ((train + read) / (1e12 * args.tflops) + steps * args.step_ms / 1000) / 3600
+
+
+def print_dry_run(runs, args):
+    """The commands on stdout; their number and cost on stderr."""
+    for run in runs:
+        print(shlex.join(run.words))
+    single = sum(run.setting == "single" for run in runs)
+    done = sum((run.folder / "results.json").exists() for run in runs)
+    note = f"{len(runs) - single} runs, {single} on one task alone; {done} of them finished"
+    if all(run.model in BILLIONS for run in runs) and args.suite == "superni" and not args.tasks:
+        kinds = {}  # runs that cost the same
+        for run in runs:
+            kinds.setdefault((run.model, run.setting, run.trains), []).append(run)
+        total = sum(len(same) * hours(same[0], args) for same in kinds.values())
+        note += (f"; about {total:,.1f} GPU hours at {args.tflops:g} TFLOP/s and "
+                 f"{args.step_ms:g} ms a generated token (both assumed), {total / 8 / 24:,.1f} "
+                 "days on 8 GPUs")
+    print(note, file=sys.stderr)
+
+
+# --- running ------------------------------------------------------------------------------------
+
+
+class Child:
+    """A command in a process group of its own, which gets the signals that ask this one to stop."""
+
+    def __init__(self, words):
+        self.stopped_by = None
+        self.process = subprocess.Popen(words, start_new_session=True)
+
+    def wait(self):
+        """The exit status, once every process of the group has ended."""
+        asking = (signal.SIGINT, signal.SIGTERM)
+        before = {number: signal.signal(number, self._pass_on) for number in asking}
+        try:
+            status = self.process.wait()
+            while self._group_lives():  # a launcher may end before what it has launched
+                time.sleep(0.2)
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+        return status
+
+    def _pass_on(self, number, _):
+        self.stopped_by = signal.Signals(number)
+        if self._group_lives():
+            os.killpg(self.process.pid, number)
+
+    def _group_lives(self):
+        try:
+            os.killpg(self.process.pid, 0)
+        except ProcessLookupError:
+            return False
+        return True
+
+
+def finished(run):
+    """Whether the run has its results. Raises InputError where they are of other flags."""
+    path = run.folder / "results.json"
+    if not path.exists():
+        return False
+    wanted, _ = parse_flags(run.words[run.words.index("train.py") + 1:])
+    there = read_results(path)["args"]
+    different = sorted(name for name, value in there.items()  # the batch follows the processes
+                       if name != "batch_size" and vars(wanted).get(name) != value)
+    if different:
+        raise InputError(f"{path} is of a run with another --{different[0]} "
+                         f"({there[different[0]]!r}): name another --runs")
+    return True
+
+
+def run_all(runs):
+    """Run what is not finished -> exit status: 0, 1 after failures, 128 + signal if stopped."""
+    failed, done = [], 0
+    for number, run in enumerate(runs, start=1):
+        try:
+            if finished(run):
+                done += 1
+                continue
+        except InputError as error:
+            print(f"error: {error}", file=sys.stderr)
+            failed.append(run)
+            continue
+        print(f"\n[{number} of {len(runs)}] {shlex.join(run.words)}", flush=True)
+        child = Child(run.words)
+        status = child.wait()
+        if child.stopped_by or status in (128 + signal.SIGINT, 128 + signal.SIGTERM):
+            stopped_by = child.stopped_by or signal.Signals(status - 128)
+            print(f"stopped by {stopped_by.name} in run {number} of {len(runs)}; the same command "
+                  "goes on", file=sys.stderr)
+            return 128 + stopped_by
+        if status or not (run.folder / "results.json").exists():
+            failed.append(run)
+    print(f"\n{len(runs)} runs: {done} were finished before, {len(runs) - done - len(failed)} "
+          f"finished now, {len(failed)} failed")
+    for run in failed:
+        print(f"failed: {shlex.join(run.words)}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def main(argv=None):
+    try:
+        args, passed_on = parse(sys.argv[1:] if argv is None else list(argv))
+        runs = plan(args, passed_on)
+        if args.nth is not None:
+            if not 0 <= args.nth < len(runs):
+                raise InputError(f"--nth {args.nth} is outside 0 to {len(runs) - 1}")
+            runs = [runs[args.nth]]
+        if args.dry_run:
+            print_dry_run(runs, args)
+            return 0
+        return run_all(runs)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
