@@ -1,0 +1,225 @@
+"""The list of runs, the scripts around it, and a sweep that is interrupted and goes on."""
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import accelerate.commands.config.config_args as accelerate_config
+import pytest
+from conftest import SMALL, lines_of, results_of
+
+import arguments
+import records
+import study
+
+ROOT = Path(study.__file__).resolve().parent
+SCRIPTS = sorted((ROOT / "scripts").glob("*.sh"))
+TINY = ("--launcher", "python", "--no_single", "--settings", "mixed")
+
+
+def dry(capsys, *argv):
+    """The commands that a dry run prints, as words, and what it says about them."""
+    assert study.main(["--dry-run", *map(str, argv)]) == 0
+    out, err = capsys.readouterr()
+    return [shlex.split(line) for line in out.splitlines()], err
+
+
+def train_flags(words):
+    """A command's flags, as train.py reads them."""
+    args, _ = arguments.parse_flags(words[words.index("train.py") + 1:])
+    return args
+
+
+# --- the list -----------------------------------------------------------------------------------
+
+
+def test_the_papers_study(capsys):
+    """6 models x 6 methods x 5 seeds x 2 settings, then 15 single-task runs for each of 180."""
+    start = time.perf_counter()
+    commands, said = dry(capsys)
+    assert time.perf_counter() - start < 60
+    assert len(commands) == 360 + 2700 and "360 runs, 2700 on one task alone" in said
+    settings = [words[words.index("--setting") + 1] for words in commands]
+    assert settings.count("mixed") == settings.count("sequential") == 180
+    assert set(settings[360:]) == {"single"}
+    folders = [words[words.index("--output_dir") + 1] for words in commands]
+    assert len(set(folders)) == len(folders)
+    cells = {(args.model, args.method, args.seed, args.setting)
+             for args in map(train_flags, commands[:360])}
+    assert len(cells) == 360 and {cell[2] for cell in cells} == {1, 2, 3, 4, 5}
+    for words in commands[360::97]:
+        args = train_flags(words)
+        assert len(args.tasks) == 1 and args.setting == "single" and args.resume
+
+
+def test_single_task_runs_are_known_by_their_settings(capsys):
+    """Another flag gives another folder; how Forward's runs are evaluated together does not."""
+    argv = ("--models", "smollm2-135m", "--methods", "lora", "--seeds", 1, "--tasks", "T363")
+    folders = [dry(capsys, *argv, "--", *more)[0][-1][-2] for more in (
+        (), ("--epochs", "1"), ("--eval_tasks", "seen"), ("--eval_before",))]
+    assert folders[0] == folders[2] == folders[3] != folders[1]
+    assert folders[0].startswith("runs/study/single/lora-task363-smollm2-135m-seed1-")
+
+
+def test_an_untrained_model_runs_once(capsys):
+    """One line for all seeds and settings, without the flags of training."""
+    commands, _ = dry(capsys, "--methods", "base", "--models", "smollm2-135m", "--", "--epochs",
+                      "1", "--max_eval_per_task", "3", "--max_train_per_task=5")
+    assert len(commands) == 1 and train_flags(commands[0]).max_eval_per_task == 3
+    assert not any("train_per_task" in word for word in commands[0])
+
+
+def test_flags_of_one_method_stay_with_it(capsys):
+    commands, _ = dry(capsys, "--models", "smollm2-135m", "--seeds", 3, "--methods", "lora",
+                      "badit --regroup_every 30", "lora-matched", *TINY)
+    given = [train_flags(words) for words in commands]
+    assert [args.regroup_every for args in given] == [None, 30, None]
+    assert [args.match_parameters for args in given] == [None, None, "badit"]
+    assert commands[1][:2] == ["python", "train.py"]
+
+
+def test_variants_have_the_names_that_a_report_gives_them():
+    for words in study.VARIANTS.values():
+        args, _ = arguments.parse_flags(["--method", *words.split()])
+        assert records.variant_of(vars(args)) == words
+
+
+@pytest.mark.parametrize("argv, named", [
+    (["--models", "gpt"], "gpt"), (["--methods", "badix"], "badix"), (["--methods", ""], "''"),
+    (["--methods", "lora --regroup_every 3"], "regroup_every"), (["--seeds", "x"], "'x'"),
+    (["--seeds", "1", "1"], "twice"), (["--settings", "single"], "'single'"),
+    (["--suite", "nowhere"], "nowhere"), (["--tasks", "T999"], "T999"),
+    (["--nth", "3060"], "3060"), (["--nth", "-1"], "-1"), (["--tflops", "0"], "'0'"),
+    (["--", "--learning_rate", "0"], "'0'"), (["--", "--seed", "4"], "--seed"),
+    (["--", "--output_dir=x"], "--output_dir=x"), (["--", "--no_such"], "--no_such"),
+], ids=lambda value: " ".join(value) if isinstance(value, list) else "")
+def test_bad_input_is_one_line(argv, named, capsys):
+    assert study.main([*argv, *(["--dry-run"] if "--" not in argv else [])]) == 2
+    out, err = capsys.readouterr()
+    assert not out and err.startswith("error: ") and err.count("\n") == 1 and named in err
+
+
+# --- running ------------------------------------------------------------------------------------
+
+
+def planned(folder, code, *flags):
+    """A run whose program is `code`; its flags stand behind, as train.py's would."""
+    words = [sys.executable, "-c", code, "train.py", *flags, "--output_dir", str(folder)]
+    return study.PlannedRun(folder, words, "smollm2-135m", "mixed", True)
+
+
+SUCCEEDS = """
+import json, sys, pathlib, arguments
+args, _ = arguments.parse_flags(sys.argv[2:])
+folder = pathlib.Path(args.output_dir); folder.mkdir(parents=True)
+kept = {k: v for k, v in vars(args).items() if k not in arguments.RUN_FLAGS}
+results = {"args": kept, "metrics": {}, "run": {}, "base_sha256": "", "scores": {}}
+(folder / "results.json").write_text(json.dumps(results))
+"""
+
+
+def test_a_failed_run_does_not_stop_the_rest(tmp_path, capfd, monkeypatch):
+    """It is reported at the end; what is finished is not run again; other flags are refused."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    runs = [planned(tmp_path / "a", "raise SystemExit(3)"), planned(tmp_path / "b", SUCCEEDS),
+            planned(tmp_path / "c", "pass")]  # ends well, without results
+    assert study.run_all(runs) == 1
+    out, err = capfd.readouterr()
+    assert "3 runs: 0 were finished before, 1 finished now, 2 failed" in out
+    assert err.count("failed: ") == 2 and "/a" in err and "/c" in err
+    assert study.run_all([runs[1]]) == 0
+    assert "1 were finished before" in capfd.readouterr().out
+    other = planned(tmp_path / "b", SUCCEEDS, "--epochs", "1")
+    assert study.run_all([other]) == 1
+    assert "another --epochs (10)" in capfd.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_sweep_is_interrupted_and_resumed(llama, suite, tmp_path):
+    """SIGTERM in the first of two runs: it saves; the same command finishes both."""
+    command = ["bash", ROOT / "scripts" / "sweep.sh", "--models", llama, "--suite", suite,
+               "--methods", "badit", "lora", "--seeds", "1", *TINY, "--runs", tmp_path / "runs",
+               "--", *SMALL, "--epochs", "20", "--eval_batch_size", "8"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    log = open(tmp_path / "log", "w")
+    sweep = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+    first, second = (tmp_path / "runs" / f"{name}-mixed-llama-seed1" for name in ("badit", "lora"))
+    deadline = time.monotonic() + 90
+    while not (first / "log.jsonl").exists() or len(lines_of(first / "log.jsonl")) < 3:
+        assert sweep.poll() is None and time.monotonic() < deadline, (tmp_path / "log").read_text()
+        time.sleep(0.02)
+    sweep.send_signal(signal.SIGTERM)
+    assert sweep.wait(60) == 128 + signal.SIGTERM
+    assert "the same command goes on" in (tmp_path / "log").read_text()
+    assert not (first / "results.json").exists() and any((first / "checkpoints").iterdir())
+    again = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert again.returncode == 0 and "resuming at step" in again.stdout, again.stderr[-2000:]
+    assert "2 runs: 0 were finished before, 2 finished now, 0 failed" in again.stdout
+    for folder in (first, second):
+        assert len(lines_of(folder / "log.jsonl")) == 100 and results_of(folder)["metrics"]
+
+
+# --- scripts ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_scripts_are_short_and_sound(script):
+    assert len(script.read_text().splitlines()) < 40
+    for check in (["bash", "-n"], [Path(sys.executable).parent / "shellcheck", "-x"]):
+        done = subprocess.run([*check, script], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("script, lines, words", [
+    ("sweep.sh", 60, ()), ("table1.sh", 61 + 450, ("base",)),
+    ("table2_ablations.sh", 50, ("--no_bad", "--no_dog", "random")),
+    ("table3_cost.sh", 6, ("pissa", "--no_dog")),
+    ("fig12_sensitivity.sh", 80, ("--num_experts", "--rank"))])
+def test_experiments_by_name(script, lines, words):
+    """Each prints its list, here for one model."""
+    more = ["--no_single"] if script == "sweep.sh" else []
+    done = subprocess.run(["bash", ROOT / "scripts" / script, "--dry-run", "--models", "qwen3-4b",
+                           *more], capture_output=True, text=True)
+    commands = done.stdout.splitlines()
+    assert done.returncode == 0 and len(commands) == lines, done.stderr
+    assert all(any(word in command.split() for command in commands) for word in words)
+
+
+def test_slurm_runs_one_line_of_the_same_list(capsys):
+    """Job I of the array runs line I, with the arguments of the sweep."""
+    argv = ["--models", "qwen3-4b", "--seeds", "2", "--dry-run"]
+    commands, _ = dry(capsys, *argv[:-1])
+    environment = os.environ | {"SLURM_SUBMIT_DIR": str(ROOT), "SLURM_ARRAY_TASK_ID": "7"}
+    done = subprocess.run(["bash", ROOT / "scripts" / "slurm_array.sh", *argv], env=environment,
+                          capture_output=True, text=True)
+    assert [shlex.split(line) for line in done.stdout.splitlines()] == [commands[7]]
+
+
+def test_the_smollm2_study():
+    """The zero-shot row stands in the list of each of the script's sweeps, and is run once."""
+    script = ["bash", ROOT / "scripts" / "smollm2_superni.sh"]
+    done = subprocess.run([*script, "cpu", "--dry-run"], capture_output=True, text=True)
+    commands = done.stdout.splitlines()
+    assert done.returncode == 0 and len(commands) == 9 + 1, done.stderr
+    assert len({line for line in commands if "--method base" in line}) == 1
+    for words in map(shlex.split, commands):
+        assert len(train_flags(words).tasks) == 6 and train_flags(words).max_eval_per_task == 50
+    for wrong in (["tiny"], []):
+        refused = subprocess.run([*script, *wrong], capture_output=True, text=True)
+        assert refused.returncode and refused.stderr.count("\n") == 1
+        assert "full, short" in refused.stderr
+
+
+def test_accelerate_configurations():
+    """Accelerate reads them; each is what its name says."""
+    found = {path.stem: accelerate_config.load_config_from_file(str(path))
+             for path in (ROOT / "scripts" / "accelerate").glob("*.yaml")}
+    described = {name: (config.num_processes, config.mixed_precision,
+                        str(config.distributed_type).split(".")[-1])
+                 for name, config in found.items()}
+    assert described == {"one_gpu": (1, "bf16", "NO"), "eight_gpus": (8, "bf16", "MULTI_GPU"),
+                         "cpu": (1, "no", "NO")}
