@@ -192,7 +192,7 @@ def protocol(record, free=()):
         values |= {"global batch": results["global_batch_size"], "compiler": results["compiler"]}
         values |= {f"data of {task}": about["sha256"] for task, about in results["tasks"].items()}
         if "regroup_every" in METHODS[args["method"]].reads:
-            values["--regroup_every"] = args["regroup_every"]
+            values[f"--regroup_every, {record.setting}"] = args["regroup_every"]
     return {name: value for name, value in values.items() if name not in free}
 
 

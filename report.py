@@ -9,6 +9,7 @@ A run that is incomplete, of another version or of mixed settings is named and l
 
 import argparse
 import sys
+from collections import Counter
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -118,6 +119,16 @@ def make_report(records, left_out, out):
     write_text(out / "report.md", "\n".join(parts))
 
 
+def export(records, out):
+    """Copy the small part of each run into a folder of its name in `out`."""
+    names = Counter(record.folder.name for record in records)
+    for name, count in names.items():
+        if count > 1:
+            raise InputError(f"two runs are named {name}: export them to folders of their own")
+    for record in records:
+        runs.export(record, out / record.folder.name)
+
+
 def write_text(path, text):
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
@@ -164,8 +175,7 @@ def main(argv=None):
         for folder, reason in left_out:
             print(f"left out: {folder}: {reason}", file=sys.stderr)
         if args.export:
-            for record in records:
-                runs.export(record, args.export / record.folder.name)
+            export(records, args.export)
             print(f"{len(records)} records in {args.export}")
         if args.out:
             make_report(records, left_out, args.out)

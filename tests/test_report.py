@@ -1,0 +1,439 @@
+"""What a report reads, leaves out, computes and draws, on tiny runs."""
+
+import csv
+import io
+import itertools
+import json
+import shutil
+import statistics
+
+import matplotlib.image
+import numpy as np
+import pytest
+from conftest import SMALL, TASKS, results_of, succeed, write_json
+from scipy.stats import wilcoxon
+
+import data
+import figures
+import records
+import report
+import significance
+import tables
+
+EVALUATED = ("mixed", "sequential", "single")
+
+
+@pytest.fixture(scope="module")
+def folder(llama, suite, tmp_path_factory):
+    """Runs of badit, lora and the bare model; badit also on every task alone."""
+    root = tmp_path_factory.mktemp("runs")
+    common = ("--model", llama, "--suite", suite, *SMALL[4:])
+    train = (*common, "--epochs", 2, "--learning_rate", "1e-2")
+    for method, more in (("badit", ("--svd", "exact")), ("lora", ())):
+        for setting in ("mixed", "sequential"):
+            succeed(*train, "--method", method, "--setting", setting, *more,
+                    "--output_dir", root / f"{method}-{setting}-1")
+    for task in TASKS:
+        succeed(*train, "--method", "badit", "--setting", "single", "--tasks", task,
+                "--output_dir", root / "single" / task)
+    succeed(*common, "--method", "base", "--output_dir", root / "base")
+    return root
+
+
+@pytest.fixture
+def study(folder, tmp_path):
+    """A copy, with a second seed of which every score is 10 lower, at least 0."""
+    root = tmp_path / "study"
+    shutil.copytree(folder, root)
+    for run in sorted(root.glob("*-1")):
+        other = run.with_name(run.name[:-1] + "2")
+        shutil.copytree(run, other)
+
+        def lower(content):
+            content["args"]["seed"] = 2
+            for rows in content["scores"].values():
+                rows[:] = [[max(0, score - 10) for score in row] for row in rows]
+        change(other, lower)
+    return root
+
+
+def change(folder, edit):
+    """Edit results.json with a function."""
+    content = results_of(folder)
+    edit(content)
+    write_json(folder / "results.json", content)
+
+
+def refused(capsys, *argv):
+    """The one line with which report.main ends."""
+    assert report.main([*map(str, argv)]) == 2
+    out, err = capsys.readouterr()
+    assert err.startswith("error: ") and err.count("\n") == 1
+    return err
+
+
+# --- what is read, and what is left out ---------------------------------------------------------
+
+
+def test_all_whole_runs_are_read(folder):
+    kept, left_out = records.collect([folder])
+    assert not left_out and len(kept) == 8
+    found = {(record.variant, record.setting) for record in kept}
+    assert found == {*itertools.product(("badit", "lora"), ("mixed", "sequential")),
+                     ("badit", "single"), ("base", "eval")}
+    for record in kept:
+        if record.setting != "single":
+            means = {task: statistics.fmean(
+                item[record.results["tasks"][task]["metric"]]["best"] for item in items.values())
+                for task, items in record.items.items()}
+            assert means == pytest.approx(record.final("best"))
+
+
+def test_final_scores_are_the_last_row(folder):
+    kept, _ = records.collect([folder])
+    for record in kept:
+        matrix = record.results["scores"]["best"]
+        row = matrix[0] if record.setting == "single" else matrix[-1]
+        assert list(record.final("best").values()) == row
+        assert len(matrix) == {"sequential": 3}.get(record.setting, 1)
+
+
+@pytest.mark.parametrize("damage, reason", [
+    (lambda run: (run / "results.json").unlink(), "incomplete: it has no results.json"),
+    (lambda run: (run / "log.jsonl").unlink(), "incomplete: it has no log.jsonl"),
+    (lambda run: (run / "log.jsonl").write_text(""), "log.jsonl is empty"),
+    (lambda run: (run / "results.json").write_text("{"), "results.json cannot be read"),
+    (lambda run: change(run, lambda r: r.pop("versions")), "another version of this program"),
+    (lambda run: change(run, lambda r: r["args"].pop("alpha")), "another version"),
+    (lambda run: change(run, lambda r: r["args"].update(method="badix")), "another version"),
+    (lambda run: change(run, lambda r: r["args"].update(epochs=3)), "--epochs 3, most have 2"),
+    (lambda run: change(run, lambda r: r.update(code_sha256="x")), "mixed settings: code"),
+    (lambda run: change(run, lambda r: r.update(base_sha256="x")), "weights of llama"),
+    (lambda run: change(run, lambda r: r.update(precision="bf16")), "precision \"bf16\""),
+    (lambda run: change(run, lambda r: r["tasks"]["say_both"].update(sha256="x")),
+     "data of say_both"),
+    (lambda run: change(run, lambda r: r["scores"]["best"][-1].__setitem__(0, None)),
+     "not evaluated on all"),
+    (lambda run: change(run, lambda r: r["scores"]["first"][-1].pop()), "does not fit its tasks"),
+    (lambda run: shutil.copytree(run, run.with_name("z")), "the same run as"),
+], ids=lambda value: value if isinstance(value, str) else "")
+def test_other_runs_are_named_and_left_out(study, damage, reason):
+    """Never averaged in: the seed is missing from its cell."""
+    damage(study / "lora-sequential-2")
+    kept, left_out = records.collect([study])
+    assert len(left_out) == 1 and reason in left_out[0][1], left_out
+    seeds = [record.seed for record in kept
+             if (record.variant, record.setting) == ("lora", "sequential")]
+    assert seeds == ([1, 2] if reason.startswith("the same") else [1])
+    assert left_out[0][0].name == ("z" if reason.startswith("the same") else "lora-sequential-2")
+
+
+def test_other_code_can_be_let_in(study, capsys):
+    change(study / "lora-mixed-2", lambda results: results.update(code_sha256="x"))
+    assert records.collect([study], ("code",))[1] == []
+    assert report.main([str(study), "--out", str(study / "out")]) == 0
+    assert "left out: " in capsys.readouterr().err
+    assert "lora-mixed-2`: mixed settings: code" in (study / "out" / "report.md").read_text()
+
+
+def test_bad_input_is_one_line(folder, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "begun" / "run" / "checkpoints").mkdir(parents=True)
+    out = ("--out", tmp_path / "out")
+    assert "no run in it" in refused(capsys, tmp_path / "empty", *out)
+    assert "nowhere is no folder" in refused(capsys, tmp_path / "nowhere", *out)
+    assert "no finished run" in refused(capsys, tmp_path / "begun", *out)
+    assert "several runs" in refused(capsys, folder)
+    assert "--out DIR" in refused(capsys, folder, folder)
+    assert "'speed'" in refused(capsys, folder, *out, "--allow_other", "speed")
+    assert "incomplete" in refused(capsys, tmp_path / "begun" / "run")
+    assert not (tmp_path / "out").exists()
+
+
+# --- tables -------------------------------------------------------------------------------------
+
+
+def table(study, name):
+    """One table, and its rows by method and, where there is one, setting."""
+    kept, _ = records.collect([study])
+    found = {made.name: made for made in tables.all_tables(kept)}[name]
+    key = 3 if "setting" in found.header else 2
+    return found, {tuple(row[1:key]): dict(zip(found.header, row, strict=True))
+                   for row in found.rows}
+
+
+def test_table1(study):
+    """Means, sample deviations, and Forward from the runs on one task alone, by hand."""
+    _, rows = table(study, "table1")
+    single = {task: results_of(study / "single" / task)["scores"]["first"][0][0] for task in TASKS}
+    mixed = [results_of(study / f"badit-mixed-{seed}") for seed in (1, 2)]
+    rouge = [sum(run["scores"]["first"][-1]) / 3 for run in mixed]
+    badit = rows["badit",]
+    assert badit["mixed Rouge"].values == pytest.approx(rouge)
+    assert badit["mixed Rouge"].mean == pytest.approx(sum(rouge) / 2)
+    assert badit["mixed Rouge"].std == pytest.approx(abs(rouge[0] - rouge[1]) / 2**0.5)
+    assert badit["seeds"] == "2 + 2"
+    # Only seed 1 has single-task runs.
+    gains = [score - single[task] for task, score in zip(
+        mixed[0]["task_order"], mixed[0]["scores"]["first"][-1], strict=True)]
+    assert badit["mixed Forward"].values == pytest.approx([sum(gains) / 3])
+    a = results_of(study / "badit-sequential-1")["scores"]["first"]
+    backward = ((a[2][0] - a[0][0]) + (a[2][1] - a[1][1])) / 2
+    forget = ((max(a[0][0], a[1][0]) - a[2][0]) + (a[1][1] - a[2][1])) / 2
+    assert badit["sequential Backward"].values[0] == pytest.approx(backward)
+    assert badit["sequential Forget"].values[0] == pytest.approx(forget)
+    assert rows["lora",]["sequential Forward"].text() == ""  # no single-task run of lora
+    zero = results_of(study / "base")["scores"]["first"][0]
+    assert rows["zero-shot",]["mixed Rouge"].values == pytest.approx([sum(zero) / 3])
+    assert all(cell.text() == "" for name, cell in rows["zero-shot",].items()
+               if name.startswith("sequential"))
+
+
+def test_single_task_runs_of_other_settings_are_not_used(study):
+    """Another learning rate is another protocol: Forward stays empty."""
+    for task in TASKS:
+        change(study / "single" / task, lambda r: r["args"].update(learning_rate=1.0))
+    _, rows = table(study, "table1")
+    assert rows["badit",]["mixed Forward"].values == ()
+    shutil.rmtree(study / "single" / "say_both")
+    _, rows = table(study, "table1")
+    assert rows["badit",]["sequential Forward"].values == ()
+
+
+def test_the_papers_figures_stand_beside_runs_on_all_of_its_tasks():
+    """[paper, difference], and nothing beside a subset of the tasks."""
+    paper = json.loads(tables.PAPER.read_text())
+    fake = type("Run", (), {"order": list(data.SUPERNI)})
+    where = ("table1", "qwen3-8b", "badit", "mixed/rouge")
+    assert tables.paper_figure(paper, *where, [fake]) == 55.87
+    assert tables.Cell((55.0, 56.0), 55.87).text() == "55.50 ± 0.71 [55.87, -0.37]"
+    assert tables.Cell((55.0,), 55.87).text() == "55.00 [55.87, -0.87]"
+    assert tables.Cell((), 55.87).text() == ""
+    fake.order = fake.order[1:]
+    assert tables.paper_figure(paper, *where, [fake]) is None
+    assert tables.paper_figure(paper, *where, []) is None
+
+
+def test_table2_sums_what_is_lost(study):
+    """Delta = lost Rouge (both settings) + gained Forget; empty while one is missing."""
+    for setting in ("mixed", "sequential"):
+        for seed in (1, 2):
+            other = study / f"no_dog-{setting}-{seed}"
+            shutil.copytree(study / f"badit-{setting}-{seed}", other)
+
+            def edit(results):
+                results["args"]["no_dog"] = True
+                results["scores"]["first"][-1][0] -= 6
+            change(other, edit)
+    _, rows = table(study, "table2")
+    assert set(rows) == {("badit",), ("badit-no_dog",)}
+    assert rows["badit",]["Δ"].values == ()
+    whole, less = (rows[name,] for name in ("badit", "badit-no_dog"))
+    expected = sum(sign * (whole[name].mean - less[name].mean) for name, sign in (
+        ("sequential Rouge", 1), ("sequential Forget", -1), ("mixed Rouge", 1)))
+    assert less["Δ"].values == pytest.approx([expected]) and expected > 4
+    shutil.rmtree(study / "no_dog-mixed-1"), shutil.rmtree(study / "no_dog-mixed-2")
+    _, rows = table(study, "table2")
+    assert rows["badit-no_dog",]["Δ"].values == ()
+
+
+def test_table3_is_relative_to_loramoe(study):
+    """Same seed, same kind of machine; else the row is not there."""
+    for name, seconds in (("loramoe", (1.0, 9.0, 0.0)), ("badit", (2.0, 8.0, 2.5))):
+        other = study / f"{name}-mixed-3"
+        shutil.copytree(study / "badit-mixed-1", other)
+
+        def edit(results, name=name, seconds=seconds):
+            results["args"] |= {"method": name, "seed": 3}
+            results["run"]["seconds"] |= dict(zip(("decompose", "train", "regroup"), seconds,
+                                                  strict=True))
+        change(other, edit)
+    _, rows = table(study, "table3")
+    assert rows["badit",]["relative"].values == pytest.approx([1.25])
+    assert rows["loramoe",]["relative"].values == (1.0,)
+    assert set(rows) == {("badit",), ("loramoe",)}  # lora has no run with seed 3
+    change(study / "badit-mixed-3", lambda results: results["run"].update(threads=64))
+    _, rows = table(study, "table3")
+    assert set(rows) == {("loramoe",)}
+
+
+def test_scores_by_category_and_by_metric(study):
+    """Categories are means over their tasks; exact match and Rouge-L are over all items."""
+    for run in [*study.glob("*-[12]"), study / "base", *(study / "single").iterdir()]:
+        change(run, lambda results: [about.update(category="x" if task == "say_both" else "y")
+                                     for task, about in results["tasks"].items()])
+    _, rows = table(study, "categories")
+    results = results_of(study / "lora-mixed-1")
+    scores = dict(zip(results["task_order"], results["scores"]["first"][-1], strict=True))
+    row = rows["lora", "mixed"]
+    assert row["x"].values[0] == pytest.approx(scores["say_both"])
+    assert row["y"].values[0] == pytest.approx((scores["colour_name"] + scores["which_is"]) / 2)
+    _, rows = table(study, "references")
+    lines = [json.loads(line) for line in
+             (study / "lora-mixed-1" / "predictions" / "01_mixed.jsonl").read_text().splitlines()]
+    exact = statistics.fmean(line["scores"]["accuracy"]["first"] for line in lines)  # 5 each
+    assert rows["lora", "mixed"]["exact match"].values[0] == pytest.approx(exact)
+    assert rows["lora", "mixed"]["best reference"].values[0] == pytest.approx(
+        statistics.fmean(results["scores"]["best"][-1]))
+
+
+def test_forms_of_a_table(study):
+    """CSV gives all digits back; LaTeX is escaped; Markdown has a line for each row."""
+    made, rows = table(study, "table1")
+    lines = list(csv.DictReader(io.StringIO(made.csv())))
+    assert [line["method"] for line in lines] == ["zero-shot", "lora", "badit"]
+    assert float(lines[2]["mixed Rouge mean"]) == rows["badit",]["mixed Rouge"].mean
+    assert lines[2]["mixed Rouge n"] == "2" and lines[2]["mixed Rouge paper"] == ""
+    assert lines[0]["sequential Rouge mean"] == ""
+    assert made.markdown().count("\n| ") == 2 + 3
+    assert tables.escape("a_b & 5 % ± --x") == r"a\_b \& 5 \% $\pm$ -{}-x"
+    assert made.latex().count(r"\\") == 1 + 3 and r"\begin{tabular}{llllr" in made.latex()
+
+
+# --- significance -------------------------------------------------------------------------------
+
+
+def test_bootstrap_against_loops():
+    """The same resampling, one draw after the other; and the mean is exact."""
+    generator = np.random.default_rng(1)
+    differences = {"a": generator.normal(1, 3, (4, 6)), "b": generator.normal(-0.5, 1, (4, 9))}
+    mean, low, high = significance.paired_bootstrap(differences, 20_000)
+    draws = []
+    for _ in range(20_000):
+        seeds = generator.integers(0, 4, 4)
+        draws.append(np.mean([values[seeds][:, generator.integers(0, values.shape[1],
+                                                                  values.shape[1])].mean()
+                              for values in differences.values()]))
+    assert mean == pytest.approx((differences["a"].mean() + differences["b"].mean()) / 2)
+    assert [low, high] == pytest.approx(np.quantile(draws, [0.025, 0.975]), abs=0.03)
+    assert significance.paired_bootstrap(differences, 20_000) == (mean, low, high)
+
+
+def test_bootstrap_of_a_constant_is_that_constant():
+    assert significance.paired_bootstrap({"a": np.full((2, 5), 3.0)}, 100) == (
+        pytest.approx((3.0, 3.0, 3.0)))
+
+
+@pytest.mark.parametrize("seeds", range(2, 8))
+def test_smallest_wilcoxon_p(seeds):
+    """What SciPy gives where every pair favours the same side."""
+    p = wilcoxon(np.arange(1, seeds + 1), method="exact").pvalue
+    assert significance.smallest_wilcoxon_p(seeds) == pytest.approx(p)
+
+
+@pytest.mark.parametrize("numbers, said, unsaid", [
+    ((2.0, 1.0, 3.0, 5), ("2.00 points higher", "excludes 0", "below 0.0625"), "narrow"),
+    ((-2.0, -3.0, 1.0, 2), ("2.00 points lower", "do not show which", "below 0.5", "narrow"),
+     "excludes"),
+    ((1.0, -1.0, 3.0, 1), ("1 seed,", "One seed says nothing"), "Wilcoxon"),
+])
+def test_plain_sentences(numbers, said, unsaid):
+    mean, low, high, seeds = numbers
+    text = significance.sentence("badit", "lora", "m, mixed", mean, low, high, seeds, 60)
+    assert all(part in text for part in said) and unsaid not in text
+
+
+def test_comparisons_pair_seeds_and_items(study):
+    """Of the mean over tasks of BADIT minus the other, first reference."""
+    kept, _ = records.collect([study])
+    lines = report.comparisons(kept)
+    assert len(lines) == 2 and all("than lora" in line and "2 seeds, 15 items" in line
+                                   for line in lines)
+    ours, theirs = (results_of(study / f"{name}-mixed-1")["scores"]["first"][-1]
+                    for name in ("badit", "lora"))
+    difference = statistics.fmean(ours) - statistics.fmean(theirs)  # items: equal for both seeds
+    assert f"{abs(difference):.2f} points {'higher' if difference >= 0 else 'lower'}" in lines[0]
+
+
+# --- whole reports ------------------------------------------------------------------------------
+
+
+def assert_drawn(path):
+    """A picture with something on it, neither tiny nor of one colour."""
+    pixels = matplotlib.image.imread(path)
+    assert min(pixels.shape[:2]) > 150 and pixels.std() > 0.02, path
+
+
+def test_a_report_and_one_of_its_export(study, tmp_path, capsys):
+    """Every part is there and drawn; the export holds no text and gives the same report."""
+    assert report.main([str(study), "--out", str(tmp_path / "one")]) == 0
+    assert "9 runs" not in capsys.readouterr().err
+    names = {path.relative_to(tmp_path / "one").as_posix()
+             for path in (tmp_path / "one").rglob("*") if path.is_file()}
+    drawn = {"learning_curves", "angles", "router_health", "parameters",
+             *(f"matrix-{name}-llama-seed{seed}" for name in ("badit", "lora") for seed in (1, 2))}
+    made = {"table1", "categories", "references", "tasks"}
+    assert names == {"report.md", *(f"figures/{name}.{kind}" for name in drawn
+                                    for kind in ("png", "pdf")),
+                     *(f"tables/{name}.{kind}" for name in made
+                       for kind in ("tex", "csv"))}
+    for name in drawn:
+        assert_drawn(tmp_path / "one" / "figures" / f"{name}.png")
+    text = (tmp_path / "one" / "report.md").read_text()
+    assert "# Report" in text and "What the differences are worth" in text
+    assert report.main([str(study), "--export", str(tmp_path / "small")]) == 0
+    kept = {path.name for path in (tmp_path / "small").rglob("*") if path.is_file()}
+    assert kept == {"results.json", "log.jsonl", "items.json"}
+    assert not any("Now complete" in path.read_text() for path in (tmp_path / "small").rglob("*.*"))
+    assert report.main([str(tmp_path / "small"), "--out", str(tmp_path / "two")]) == 0
+    assert (tmp_path / "two" / "report.md").read_text() == text
+    for path in (tmp_path / "one").rglob("*.p*"):
+        same = tmp_path / "two" / path.relative_to(tmp_path / "one")
+        assert path.read_bytes() == same.read_bytes(), path
+
+
+def test_export_does_not_overwrite_its_source(folder, tmp_path, capsys):
+    shutil.copytree(folder / "base", tmp_path / "base")
+    before = (tmp_path / "base" / "results.json").read_bytes()
+    assert "overwrite" in refused(capsys, tmp_path, "--export", tmp_path)
+    assert (tmp_path / "base" / "results.json").read_bytes() == before
+    shutil.copytree(folder / "badit-mixed-1", tmp_path / "more" / "base")
+    assert "two runs are named base" in refused(capsys, tmp_path, "--export", tmp_path / "small")
+    assert not (tmp_path / "small").exists()
+
+
+def test_sensitivity_needs_two_values(study):
+    """Fig. 12: a line over K, at r = 4; nothing for one value."""
+    kept, _ = records.collect([study])
+    assert figures.sensitivity(kept) is None
+    shutil.copytree(study / "badit-mixed-1", study / "K4")
+    change(study / "K4", lambda results: results["args"].update(num_experts=4, top_k=2))
+    kept, _ = records.collect([study])
+    figure = figures.sensitivity(kept)
+    (axes,) = [axes for axes in figure.axes if axes.lines]
+    line = next(line for line in axes.lines if line.get_label() == "mixed")
+    assert list(line.get_xdata()) == [4, 8]
+    report.save(figure, study / "K", ("png",))
+    assert_drawn(study / "K.png")
+
+
+@pytest.mark.parametrize("name", ["badit-sequential-1", "badit-mixed-1", "base", "single/say_both"])
+def test_one_run(folder, tmp_path, capsys, name):
+    """Its table in the terminal, a figure, and a page that needs nothing else."""
+    run = tmp_path / "run"
+    shutil.copytree(folder / name, run)
+    prediction = next((run / "predictions").iterdir())
+    lines = [json.loads(line) for line in prediction.read_text().splitlines()]
+    for line in lines:
+        line["prediction"] = "<script>alert(1)</script>"
+    prediction.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert report.main([str(run)]) == 0
+    out = capsys.readouterr().out
+    assert "rouge: " in out and "report.html" in out
+    text = (run / "report.html").read_text()
+    assert text.startswith("<!doctype html>") and "<script>" not in text
+    assert "&lt;script&gt;" in text and "http" not in text.replace("data:image", "")
+    pictures = {"badit-sequential-1": 3, "badit-mixed-1": 2, "base": 0, "single/say_both": 2}[name]
+    assert text.count('src="data:image/png;base64,') == pictures == text.count("<img")
+    assert ("figure.png" in out) == (name != "base")
+    for task in results_of(run)["task_order"]:
+        assert task in text
+
+
+def test_a_finished_run_with_a_page_can_be_overwritten(folder, llama, suite, tmp_path):
+    """report.html and figure.png are files of a run, which --overwrite deletes."""
+    shutil.copytree(folder / "base", tmp_path / "run")
+    assert report.main([str(tmp_path / "run")]) == 0
+    succeed("--method", "base", "--model", llama, "--suite", suite, *SMALL[4:], "--overwrite",
+            "--output_dir", tmp_path / "run")
+    assert not (tmp_path / "run" / "report.html").exists()
