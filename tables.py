@@ -173,12 +173,14 @@ def table1(records, paper):
                 for setting, name in wanted]
             n = f"{len(runs['mixed'])} + {len(runs['sequential'])}"
             first = next(run for some in runs.values() for run in some)
-            counts = f"{first.results['parameters']['trainable']:,}"
+            counts = " / ".join(f"{first.results['parameters'][kind] / 1e6:.2f} M"
+                                for kind in ("trainable", "stored"))
         rows.append([model, label(variant), counts, n, *numbers])
-    header = ["model", "method", "trained weights", "seeds"]
+    header = ["model", "method", "trained / stored", "seeds"]
     header += [f"{setting} {METRICS[name]}" for setting, name in wanted]
     return Table("table1", "Table 1: all methods", "Against the first reference, 0 to 100: mean ± "
-                 "standard deviation over seeds (mixed + sequential); in brackets the paper's mean "
+                 "standard deviation over seeds (mixed + sequential); weights that are trained and "
+                 "that an adapter stores; in brackets the paper's mean "
                  "and the difference from it. Empty: not measured.", header, rows)
 
 

@@ -204,7 +204,7 @@ def test_the_smollm2_study():
     script = ["bash", ROOT / "scripts" / "smollm2_superni.sh"]
     done = subprocess.run([*script, "cpu", "--dry-run"], capture_output=True, text=True)
     commands = done.stdout.splitlines()
-    assert done.returncode == 0 and len(commands) == 9 + 1, done.stderr
+    assert done.returncode == 0 and len(commands) == 20 + 4, done.stderr
     assert len({line for line in commands if "--method base" in line}) == 1
     for words in map(shlex.split, commands):
         assert len(train_flags(words).tasks) == 6 and train_flags(words).max_eval_per_task == 50
