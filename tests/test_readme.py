@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from conftest import succeed
 
+import study
 import train
 from baselines import METHODS
 
@@ -64,6 +65,18 @@ def train_commands():
             words = shlex.split(line, comments=True)
             if "train.py" in words:
                 yield words[words.index("train.py") + 1:]
+
+
+def test_study_commands_parse():
+    """The README's sweeps are accepted, in code blocks and in the text."""
+    text = " ".join(README.split())
+    commands = [shlex.split(words) for words in re.findall(r"`(--m[^`]*seq[^`]*)`", text)]
+    commands += [shlex.split(line, comments=True)[2:] for line in README.splitlines()
+                 if line.startswith("bash scripts/sweep.sh")]
+    assert len(commands) == 2
+    for words in commands:
+        args, _ = study.parse(words)
+        assert study.plan(args, [])
 
 
 @pytest.mark.parametrize("flags", [c for c in train_commands() if c and "--help" not in c
