@@ -131,21 +131,29 @@ def select_experts(logits, top_k):
     return selected.scatter_(-1, order[..., :top_k], True)
 
 
-class RoutedBank(torch.autograd.Function):
-    """y + B (w * (A u)): the whole bank in two products, each component weighted by its token.
+def add_components(y, u, A, B, w):
+    """y + B (w * (A u)), and A u: the whole bank in two products, each component weighted.
 
-    y (tokens, out), u (tokens, in), A (N, in), B (out, N), w (tokens, N); `active` (tokens, N) bool
-    or None for all. Where `active` is False the component still acts on u, but A and B get no
-    gradient from it. The narrow products with A and w are in the bank's precision, the wide ones in
-    that of y: under bf16 the leading singular values would otherwise double the rounding error.
+    y (tokens, out), u (tokens, in), A (N, in), B (out, N), w (tokens, N). The narrow products with
+    A and w are in the bank's precision, the wide one in that of y: under bf16 the leading singular
+    values would otherwise double the rounding error.
+    """
+    with torch.autocast(u.device.type, enabled=False):
+        h = u.to(A.dtype) @ A.T  # (tokens, N)
+        return torch.addmm(y, (h * w).to(y.dtype), B.to(y.dtype).T), h  # (tokens, out)
+
+
+class RoutedBank(torch.autograd.Function):
+    """`add_components` with its backward; `active` (tokens, N) bool, or None for all.
+
+    Where `active` is False the component still acts on u, but A and B get no gradient from it.
     """
 
     @staticmethod
     def forward(ctx, y, u, A, B, w, active):
-        with torch.autocast(u.device.type, enabled=False):
-            h = u.to(A.dtype) @ A.T  # (tokens, N)
-            ctx.save_for_backward(u, A, B, w, active, h)
-            return torch.addmm(y, (h * w).to(y.dtype), B.to(y.dtype).T)  # (tokens, out)
+        y, h = add_components(y, u, A, B, w)
+        ctx.save_for_backward(u, A, B, w, active, h)
+        return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -208,13 +216,15 @@ class BankLinear(nn.Module):
         """y (tokens, out) plus what the experts make of x (..., in)."""
         weight, active = self.per_component(self.route(x))  # (tokens, N)
         u = self.dropout(x).reshape(-1, x.shape[-1])  # (tokens, in): one mask for all experts
+        if not torch.is_grad_enabled():
+            return add_components(y, u, self.lora_A, self.lora_B, weight)[0]
         return RoutedBank.apply(y, u, self.lora_A, self.lora_B, weight, active)
 
     def per_component(self, routing):
         """Expand a Routing from experts to components: s * weight and active, (tokens, N)."""
         K = self.num_experts
         weight = self.scaling * routing.weight.reshape(-1, K).index_select(1, self.expert_of)
-        if routing.active is None:
+        if routing.active is None or not torch.is_grad_enabled():
             return weight, None
         return weight, routing.active.reshape(-1, K).index_select(1, self.expert_of)
 

@@ -14,7 +14,9 @@ import warnings
 from pathlib import Path
 from typing import NamedTuple
 
-USER_CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "badit"
+# Kept for the worker processes of pytest-xdist, which inherit the change below.
+USER_CACHE = Path(os.environ.setdefault("BADIT_TESTS_USER_CACHE", str(
+    Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "badit")))
 CACHE = Path(tempfile.mkdtemp(prefix="badit-tests-"))
 atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
 # Set before anything imports the libraries that read them.
