@@ -11,8 +11,10 @@ import numpy as np
 
 import metrics
 from data import SUPERNI
+from study import SENSITIVITY, VARIANTS
 from tables import cells, label, values_of
 
+matplotlib.rcParams["text.parse_math"] = False  # a $ in a name is a $
 SMOOTHING = 10  # steps in the running mean of the loss
 COLOURS = [*plt.get_cmap("tab10").colors, *plt.get_cmap("Dark2").colors]
 
@@ -262,13 +264,9 @@ def sensitivity(records):
     """Fig. 12: BADIT's score against K (r = 4) and against r (K = 8)."""
     groups = cells(records)
     points = defaultdict(list)
-    for (model, _, setting), runs in groups.items():
+    for (model, variant, setting), runs in groups.items():
         args = runs[0].results["args"]
-        plain = {name: value for name, value in args.items()
-                 if name in ("grouping", "no_bad", "no_dog", "routing", "refine")}
-        if args["method"] != "badit" or setting == "eval" or plain != {
-                "grouping": "dog", "no_bad": False, "no_dog": False, "routing": "token",
-                "refine": False}:
+        if variant not in [VARIANTS[name] for name in SENSITIVITY]:
             continue
         score = metrics.mean(values_of(runs, "rouge", records))
         for name, other, fixed in (("num_experts", "rank", 4), ("rank", "num_experts", 8)):

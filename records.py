@@ -5,6 +5,7 @@ A record is a run's --output_dir, or what `export` keeps of it: no weights and n
 
 import functools
 import json
+import math
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 import metrics
-from arguments import build_parser
+from arguments import RUN_FLAGS, build_parser, parse_values
 from baselines import METHODS
 from errors import InputError
 from utils import write_json
@@ -23,7 +24,7 @@ RESULT_KEYS = {"args", "base_sha256", "code_sha256", "compiler", "global_batch_s
                "parameters", "precision", "processes", "regroupings", "rows", "run", "scores",
                "settings", "task_order", "tasks", "versions"}
 # What a method's flags do not say about it: the same for all, or part of the schedule.
-SHARED_FLAGS = {"seed", "target_modules", "dropout", "regroup_every"}
+SHARED_FLAGS = {"seed", "target_modules", "dropout", "regroup_every", "svd"}
 EVALUATION_ARGS = ("max_eval_per_task", "max_length", "max_new_tokens", "chat_template")
 TRAINING_ARGS = ("epochs", "learning_rate", "warmup_ratio", "max_grad_norm", "max_train_per_task",
                  "target_modules", "dropout")
@@ -86,23 +87,87 @@ def read(folder):
         missing = sorted(RESULT_KEYS - set(results)) if isinstance(results, dict) else "all"
         raise InputError(f"its results.json is of another version of this program (without "
                          f"{missing})")
-    args = results["args"]
     try:
+        args = results["args"]
+        check_args(args)
         trained = METHODS[args["method"]].trains and not args["eval_only"]
-        variant = variant_of(args)
         setting = args["setting"] if trained else "eval"
         record = Record(folder, results, _read_log(folder) if trained else [],
-                        {} if setting == "single" else _read_items(folder), variant,
+                        {} if setting == "single" else _read_items(folder), variant_of(args),
                         Path(args["model"]).name, setting, args["seed"])
-        for reference in ("best", "first"):
-            if not all(len(row) == len(record.order) for row in record.matrix(reference)):
-                raise InputError("its score matrix does not fit its tasks")
-            if None in record.final(reference).values():
-                raise InputError("it was not evaluated on all of its tasks at its end")
-    except (KeyError, TypeError, IndexError, AttributeError) as error:
+        check(record)
+    except InputError:
+        raise
+    except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
         raise InputError(f"it is damaged, or of another version of this program ({error!r})"
                          ) from None
     return record
+
+
+def check_args(args):
+    """Raise InputError unless `args` are values of all flags, as this program has them."""
+    wanted = set(default_args()) - set(RUN_FLAGS)
+    if set(args) != wanted:
+        raise InputError("it is of another version of this program, with other flags: "
+                         f"{sorted(wanted ^ set(args))[:5]}")
+    parse_values({name: value for name, value in args.items()}, "results.json")
+    if args["method"] not in METHODS:
+        raise InputError(f"its method {args['method']!r} is unknown; allowed: {', '.join(METHODS)}")
+
+
+def number(value, low=-math.inf, high=math.inf):
+    """`value`, if it is a finite number in [low, high]. Raises InputError."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high \
+            or not math.isfinite(value):
+        raise InputError(f"it is damaged: {value!r:.40} is no number from {low:g} to {high:g}")
+    return value
+
+
+def check(record):
+    """Raise InputError unless everything that a report reads is there, of its type, and fits."""
+    results, order = record.results, record.order
+    if sorted(results["tasks"]) != sorted(order) or not order or not results["rows"]:
+        raise InputError("it is damaged: its tasks do not fit their order")
+    for about in results["tasks"].values():
+        if about["metric"] not in metrics.SCORERS or not isinstance(about["category"], str):
+            raise InputError(f"it is damaged: no metric and category in {about!r:.60}")
+    for reference in ("best", "first"):
+        matrix = record.matrix(reference)
+        stages = len(order) if record.setting in ("sequential", "single") else 1
+        if len(matrix) != stages or not all(len(row) == len(order) for row in matrix):
+            raise InputError("its score matrix does not fit its tasks")
+        for score in (score for row in matrix for score in row if score is not None):
+            number(score, 0, 100)
+        if None in record.final(reference).values():
+            raise InputError("it was not evaluated on all of its tasks at its end")
+    for value in (results["parameters"]["trainable"], results["parameters"]["stored"],
+                  *results["run"]["seconds"].values(), results["run"]["threads"],
+                  results["processes"], *(line["loss"] for line in record.log)):
+        number(value)
+    for event in results["regroupings"]:
+        for key in ("inter_after", "intra_after", "alpha_entropy", "alpha_max"):
+            if event[key] is not None:
+                number(event[key])
+    if record.setting != "single":
+        check_items(record)
+
+
+def check_items(record):
+    """Raise InputError unless the scores per item give the scores per task."""
+    if set(record.items) != set(record.order):
+        raise InputError("incomplete: it has no scores per item (predictions/ or items.json) of "
+                         f"{sorted(set(record.order) - set(record.items))[:3]}")
+    for task, items in record.items.items():
+        for item in items.values():
+            for metric in metrics.SCORERS:
+                for reference in ("best", "first"):
+                    number(item[metric][reference], 0, 100)
+        for reference in ("best", "first"):
+            metric = record.results["tasks"][task]["metric"]
+            mean = metrics.mean(item[metric][reference] for item in items.values())
+            if not math.isclose(mean, record.final(reference)[task], abs_tol=1e-6):
+                raise InputError(f"it is damaged: the items of {task} score {mean:.2f} on average, "
+                                 f"results.json says {record.final(reference)[task]:.2f}")
 
 
 def _read_json(path):
@@ -126,8 +191,8 @@ def read_lines(path):
 
 def _read_log(folder):
     log = read_lines(folder / "log.jsonl")
-    if not log or not all(isinstance(line, dict) and "loss" in line for line in log):
-        raise InputError("its log.jsonl is empty or of another kind")
+    if not log:
+        raise InputError("its log.jsonl is empty")
     return log
 
 
@@ -162,8 +227,6 @@ def find(folders):
 def export(record, destination):
     """Write the small part of a record, which a report needs, to the folder `destination`."""
     destination.mkdir(parents=True, exist_ok=True)
-    if destination.resolve() == record.folder.resolve():
-        raise InputError(f"--export would overwrite {record.folder}")
     shutil.copyfile(record.folder / "results.json", destination / "results.json")
     if record.log:
         shutil.copyfile(record.folder / "log.jsonl", destination / "log.jsonl")
@@ -187,12 +250,18 @@ def protocol(record, free=()):
     values |= {f"metric of {task}": about["metric"] for task, about in results["tasks"].items()}
     if record.setting != "single":
         values["tasks"] = sorted(results["tasks"])
+        values |= {f"test items of {task}": sorted(items) for task, items in record.items.items()}
+    if record.setting == "sequential":
+        values["--task_order"] = args["task_order"]
     if record.setting != "eval":
         values |= {f"--{name}": args[name] for name in TRAINING_ARGS}
         values |= {"global batch": results["global_batch_size"], "compiler": results["compiler"]}
         values |= {f"data of {task}": about["sha256"] for task, about in results["tasks"].items()}
-        if "regroup_every" in METHODS[args["method"]].reads:
+        reads = METHODS[args["method"]].reads
+        if "regroup_every" in reads:
             values[f"--regroup_every, {record.setting}"] = args["regroup_every"]
+        if "svd" in reads:
+            values["--svd"] = args["svd"]
     return {name: value for name, value in values.items() if name not in free}
 
 
@@ -259,11 +328,14 @@ def single_task_scores(record, records, reference):
     """{task: score of the same method, model and seed trained on it alone}, of what there is."""
     scores = {}
     for other in records:
-        same = (other.model, other.variant, other.seed) == (record.model, record.variant,
-                                                            record.seed)
-        if other.setting == "single" and same:
+        if other.setting == "single" and _alike(other) == _alike(record):
             scores |= other.final(reference)
     return {task: scores[task] for task in record.order if task in scores}
+
+
+def _alike(record):
+    """What a run on one task alone shares with the run that it is for, beside the protocol."""
+    return record.model, record.variant, record.seed, record.results["args"]["regroup_every"]
 
 
 def scores_of(record, records, reference):

@@ -9,7 +9,6 @@ A run that is incomplete, of another version or of mixed settings is named and l
 
 import argparse
 import sys
-from collections import Counter
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -119,12 +118,14 @@ def make_report(records, left_out, out):
     write_text(out / "report.md", "\n".join(parts))
 
 
-def export(records, out):
+def export(records, out, folders):
     """Copy the small part of each run into a folder of its name in `out`."""
-    names = Counter(record.folder.name for record in records)
-    for name, count in names.items():
-        if count > 1:
-            raise InputError(f"two runs are named {name}: export them to folders of their own")
+    taken = {path.resolve() for path in runs.find(folders)}
+    for record in records:
+        destination = (out / record.folder.name).resolve()
+        if destination in taken:
+            raise InputError(f"--export would overwrite {destination}, or write it twice")
+        taken.add(destination)
     for record in records:
         runs.export(record, out / record.folder.name)
 
@@ -165,17 +166,19 @@ def main(argv=None):
         if not (args.out or args.export):
             if len(args.runs) > 1 or args.allow_other:
                 raise InputError("the report of several runs needs --out DIR")
-            alone = (args.runs[0] / "results.json").exists()
-            if not alone and runs.find(args.runs) != [args.runs[0]]:
+            found = args.runs
+            if not (found[0] / "results.json").exists():
+                found = runs.find(found)
+            if len(found) > 1:
                 raise InputError(f"{args.runs[0]} holds several runs: name one, or give --out DIR "
                                  "for the report of all")
-            show_run(args.runs[0])
+            show_run(found[0])
             return 0
         records, left_out = runs.collect(args.runs, args.allow_other)
         for folder, reason in left_out:
             print(f"left out: {folder}: {reason}", file=sys.stderr)
         if args.export:
-            export(records, args.export)
+            export(records, args.export, args.runs)
             print(f"{len(records)} records in {args.export}")
         if args.out:
             make_report(records, left_out, args.out)

@@ -9,6 +9,7 @@ goes on with whatever was stopped; --nth runs one line of the list, for a cluste
 """
 
 import argparse
+import contextlib
 import hashlib
 import os
 import shlex
@@ -18,6 +19,8 @@ import sys
 import time
 from pathlib import Path
 from typing import NamedTuple
+
+import psutil
 
 import data
 from arguments import TRAINING_FLAGS, Parser, parse_flags, read_results
@@ -44,6 +47,8 @@ VARIANTS = {
     "badit-r1": "badit --alpha 8 --rank 1", "badit-r2": "badit --alpha 16 --rank 2",
     "badit-r8": "badit --alpha 64 --rank 8", "badit-r16": "badit --alpha 128 --rank 16",
 }
+SENSITIVITY = ("badit", "badit-K2", "badit-K4", "badit-K16", "badit-r1", "badit-r2", "badit-r8",
+               "badit-r16")
 PAPER_METHODS = ("lora", "pissa", "olora", "loramoe", "gainlora", "badit")
 SETTINGS = ("mixed", "sequential")
 CHOSEN = {"--method", "--model", "--seed", "--setting", "--suite", "--tasks", "--output_dir",
@@ -92,6 +97,8 @@ def build_parser():
     add("--dry-run", action="store_true", dest="dry_run",
         help="print the commands, one a line; and on stderr their number and a rough cost")
     add("--nth", type=int, metavar="I", help="only line I of the list, from 0")
+    add("--stop_after", type=int, metavar="SECONDS",
+        help="ask the run under way to save and stop after so long; the same command goes on")
     add("--tflops", type=positive, default=200.0,
         help="for the cost: 10^12 operations per second that a GPU sustains in training (default: "
              "200, assumed, not measured)")
@@ -115,12 +122,23 @@ def parse(argv):
         if word.split("=")[0] in CHOSEN:
             raise InputError(f"{word} after -- is what the study chooses for each run")
     for method in args.methods:
-        if method not in VARIANTS and (method.split() or [""])[0] not in METHODS:
-            raise InputError(f"--methods {method!r} is unknown; allowed: {', '.join(VARIANTS)}, or "
-                             "a method and its flags in quotes")
+        check_method(method)
         for setting in args.settings:  # a bad flag ends the study here, not each of its runs
             parse_flags(flags_of(args, passed_on, method, args.models[0], args.seeds[0], setting))
     return args, passed_on
+
+
+def check_method(method):
+    """Raise InputError unless it is a name, or a method with flags that this method reads."""
+    name, *words = method.split() or [""]
+    if method not in VARIANTS and name not in METHODS:
+        raise InputError(f"--methods {method!r} is unknown; allowed: {', '.join(VARIANTS)}, or a "
+                         "method and its flags in quotes")
+    for word in words:
+        flag = word.removeprefix("--").split("=")[0]
+        if word.startswith("--") and flag not in set(METHODS[name].reads) - {"seed"}:
+            raise InputError(f"--methods {method!r}: {name} has no flag --{flag} of its own; those "
+                             "for all runs stand after --")
 
 
 # --- the list of runs ---------------------------------------------------------------------------
@@ -196,6 +214,12 @@ def plan(args, passed_on):
                     digest = hashlib.sha256(shlex.join(words).encode()).hexdigest()[:8]
                     name = f"single/{stem.format(task.split('_')[0], seed)}-{digest}"
                     single.append(planned(name, words, model, "single", trains))
+    folders = {}
+    for run in runs + single:
+        if run.folder in folders:
+            raise InputError(f"two runs would share the folder {run.folder}: "
+                             f"{shlex.join(run.words)} and {shlex.join(folders[run.folder])}")
+        folders[run.folder] = run.words
     return runs + single
 
 
@@ -236,37 +260,59 @@ def print_dry_run(runs, args):
 # --- running ------------------------------------------------------------------------------------
 
 
-class Child:
-    """A command in a process group of its own, which gets the signals that ask this one to stop."""
+class Stopper:
+    """Passes SIGINT, SIGTERM and the end of `seconds` on to the command under way, once.
 
-    def __init__(self, words):
-        self.stopped_by = None
-        self.process = subprocess.Popen(words, start_new_session=True)
+    A context manager; `asked` is the signal, None until one has come.
+    """
 
-    def wait(self):
-        """The exit status, once every process of the group has ended."""
+    def __init__(self, seconds=None):
+        self.asked, self.group = None, None
+        self.end = None if seconds is None else time.monotonic() + seconds
+
+    def __enter__(self):
         asking = (signal.SIGINT, signal.SIGTERM)
-        before = {number: signal.signal(number, self._pass_on) for number in asking}
-        try:
-            status = self.process.wait()
-            while self._group_lives():  # a launcher may end before what it has launched
-                time.sleep(0.2)
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-        return status
+        self.before = {number: signal.signal(number, self._ask) for number in asking}
+        return self
 
-    def _pass_on(self, number, _):
-        self.stopped_by = signal.Signals(number)
-        if self._group_lives():
-            os.killpg(self.process.pid, number)
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
-    def _group_lives(self):
-        try:
-            os.killpg(self.process.pid, 0)
-        except ProcessLookupError:
-            return False
-        return True
+    def _ask(self, number, _=None):
+        if self.asked is not None:
+            return  # a second one would stop a run without saving
+        self.asked = signal.Signals(number)
+        if self.group is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.group, number)
+
+    def check(self):
+        """The signal that asks to stop, or None; the end of time counts as SIGTERM."""
+        if self.end is not None and time.monotonic() >= self.end:
+            self._ask(signal.SIGTERM)
+        return self.asked
+
+    def run(self, words):
+        """Run a command in a process group of its own -> its status, once all of it has ended."""
+        process = subprocess.Popen(words, start_new_session=True)
+        self.group = process.pid
+        if self.asked is not None:  # in between
+            os.killpg(self.group, self.asked)
+        while process.poll() is None or group_lives(self.group):
+            self.check()
+            time.sleep(0.2)
+        self.group = None
+        return process.returncode
+
+
+def group_lives(group):
+    """Whether a process group has a member that has not ended: launchers may end first."""
+    for process in psutil.process_iter(["status"]):
+        with contextlib.suppress(ProcessLookupError):
+            if os.getpgid(process.pid) == group and process.info["status"] != psutil.STATUS_ZOMBIE:
+                return True
+    return False
 
 
 def finished(run):
@@ -284,28 +330,31 @@ def finished(run):
     return True
 
 
-def run_all(runs):
+def run_all(runs, stop_after=None):
     """Run what is not finished -> exit status: 0, 1 after failures, 128 + signal if stopped."""
     failed, done = [], 0
-    for number, run in enumerate(runs, start=1):
-        try:
-            if finished(run):
-                done += 1
+    with Stopper(stop_after) as stopper:
+        for number, run in enumerate(runs, start=1):
+            try:
+                if finished(run):
+                    done += 1
+                    continue
+            except InputError as error:
+                print(f"error: {error}", file=sys.stderr)
+                failed.append(run)
                 continue
-        except InputError as error:
-            print(f"error: {error}", file=sys.stderr)
-            failed.append(run)
-            continue
-        print(f"\n[{number} of {len(runs)}] {shlex.join(run.words)}", flush=True)
-        child = Child(run.words)
-        status = child.wait()
-        if child.stopped_by or status in (128 + signal.SIGINT, 128 + signal.SIGTERM):
-            stopped_by = child.stopped_by or signal.Signals(status - 128)
-            print(f"stopped by {stopped_by.name} in run {number} of {len(runs)}; the same command "
-                  "goes on", file=sys.stderr)
-            return 128 + stopped_by
-        if status or not (run.folder / "results.json").exists():
-            failed.append(run)
+            status = None
+            if not stopper.check():
+                print(f"\n[{number} of {len(runs)}] {shlex.join(run.words)}", flush=True)
+                status = stopper.run(run.words)
+            if status in (128 + signal.SIGINT, 128 + signal.SIGTERM):  # sent to the run alone
+                stopper.asked = stopper.asked or signal.Signals(status - 128)
+            if stopper.asked:
+                print(f"stopped by {stopper.asked.name} in run {number} of {len(runs)}; the same "
+                      "command goes on", file=sys.stderr)
+                return 128 + stopper.asked
+            if status or not (run.folder / "results.json").exists():
+                failed.append(run)
     print(f"\n{len(runs)} runs: {done} were finished before, {len(runs) - done - len(failed)} "
           f"finished now, {len(failed)} failed")
     for run in failed:
@@ -323,11 +372,15 @@ def main(argv=None):
             runs = [runs[args.nth]]
         if args.dry_run:
             print_dry_run(runs, args)
+            sys.stdout.flush()
             return 0
-        return run_all(runs)
+        return run_all(runs, args.stop_after)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # of --dry-run | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
 
 
 if __name__ == "__main__":

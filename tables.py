@@ -98,7 +98,8 @@ class Table(NamedTuple):
 def escape(text):
     """`text` for LaTeX."""
     for old, new in (("\\", r"\textbackslash{}"), ("&", r"\&"), ("%", r"\%"), ("_", r"\_"),
-                     ("#", r"\#"), ("±", r"$\pm$"), ("--", "-{}-"), ("Δ", r"$\Delta$")):
+                     ("#", r"\#"), ("$", r"\$"), ("^", r"\^{}"), ("~", r"\~{}"),
+                     ("±", r"$\pm$"), ("--", "-{}-"), ("Δ", r"$\Delta$")):
         text = text.replace(old, new)
     return text
 

@@ -12,5 +12,8 @@
 # A run that reaches its time limit saves; the same sbatch command goes on with it, and a finished
 # one takes a second. Run scripts/setup.sh once before, on a node that sees the package index.
 set -euo pipefail
-cd "${SLURM_SUBMIT_DIR:?start this with sbatch, from the folder of train.py}"
-exec bash scripts/sweep.sh "$@" --nth "${SLURM_ARRAY_TASK_ID:?give sbatch --array=0-N}"
+if [ -z "${SLURM_SUBMIT_DIR:-}" ] || [ -z "${SLURM_ARRAY_TASK_ID:-}" ]; then
+  echo "error: start this from the folder of train.py with sbatch --array=0-N" >&2; exit 2
+fi
+cd "$SLURM_SUBMIT_DIR"
+exec bash scripts/sweep.sh --nth "$SLURM_ARRAY_TASK_ID" "$@"

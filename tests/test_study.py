@@ -90,8 +90,11 @@ def test_variants_have_the_names_that_a_report_gives_them():
 
 @pytest.mark.parametrize("argv, named", [
     (["--models", "gpt"], "gpt"), (["--methods", "badix"], "badix"), (["--methods", ""], "''"),
-    (["--methods", "lora --regroup_every 3"], "regroup_every"), (["--seeds", "x"], "'x'"),
-    (["--seeds", "1", "1"], "twice"), (["--settings", "single"], "'single'"),
+    (["--methods", "lora --regroup_every 3"], "regroup_every"),
+    (["--methods", "badit --seed 5"], "--seed"), (["--methods", "lora --epochs 3"], "--epochs"),
+    (["--methods", "badit-no_dog", "badit --no_dog"], "share the folder"),
+    (["--seeds", "x"], "'x'"), (["--seeds", "1", "1"], "twice"),
+    (["--settings", "single"], "'single'"),
     (["--suite", "nowhere"], "nowhere"), (["--tasks", "T999"], "T999"),
     (["--nth", "3060"], "3060"), (["--nth", "-1"], "-1"), (["--tflops", "0"], "'0'"),
     (["--", "--learning_rate", "0"], "'0'"), (["--", "--seed", "4"], "--seed"),
@@ -138,6 +141,43 @@ def test_a_failed_run_does_not_stop_the_rest(tmp_path, capfd, monkeypatch):
     assert "another --epochs (10)" in capfd.readouterr().err
 
 
+LAUNCHER = """
+import os, signal, subprocess, sys, time
+subprocess.Popen([sys.executable, "-c", sys.argv[1], *sys.argv[2:]])
+time.sleep(60)
+"""
+SAVES = """
+import os, pathlib, signal, sys, time
+def save(*_):
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(9))  # a second one would lose it
+    time.sleep(1)
+    pathlib.Path(sys.argv[-1], "saved").touch()
+    sys.exit(143)
+signal.signal(signal.SIGTERM, save)
+pathlib.Path(sys.argv[-1], "begun").touch()
+time.sleep(60)
+"""
+
+
+def test_a_stop_waits_for_what_a_launcher_has_started(tmp_path, capfd):
+    """The launcher ends at once, the program saves first; the next run does not start."""
+    (tmp_path / "a").mkdir()
+    words = [sys.executable, "-c", LAUNCHER, SAVES, "train.py", "--output_dir", str(tmp_path / "a")]
+    runs = [study.PlannedRun(tmp_path / "a", words, "smollm2-135m", "mixed", True),
+            planned(tmp_path / "b", SUCCEEDS)]
+    assert study.run_all(runs, stop_after=3) == 128 + signal.SIGTERM
+    assert (tmp_path / "a" / "begun").exists() and (tmp_path / "a" / "saved").exists()
+    assert not (tmp_path / "b").exists()
+    assert "stopped by SIGTERM in run 1 of 2" in capfd.readouterr().err
+
+
+def test_output_may_be_cut(tmp_path):
+    """study.py --dry-run | head: no traceback."""
+    done = subprocess.run(f"{sys.executable} study.py --dry-run | head -n 1", shell=True, cwd=ROOT,
+                          capture_output=True, text=True)
+    assert done.stdout.count("\n") == 1 and "Traceback" not in done.stderr
+
+
 @pytest.mark.slow
 def test_a_sweep_is_interrupted_and_resumed(llama, suite, tmp_path):
     """SIGTERM in the first of two runs: it saves; the same command finishes both."""
@@ -174,44 +214,63 @@ def test_scripts_are_short_and_sound(script):
         assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.fixture
+def calls(tmp_path):
+    """Run a script that prints what it would exec -> the arguments of each call of study.py."""
+    (tmp_path / "env").write_text("exec() { printf '%q ' \"$@\"; echo; }\n")
+
+    def call(script, *argv, **environment):
+        environment = os.environ | environment | {"BASH_ENV": str(tmp_path / "env")}
+        done = subprocess.run(["bash", ROOT / "scripts" / script, *argv], env=environment,
+                              capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        lines = [shlex.split(line) for line in done.stdout.splitlines()]
+        assert all(Path(words[1]).name in ("study.py", "sweep.sh") for words in lines)
+        return [words[2:] for words in lines]
+    return call
+
+
 @pytest.mark.parametrize("script, lines, words", [
-    ("sweep.sh", 60, ()), ("table1.sh", 61 + 450, ("base",)),
+    ("sweep.sh", 60 + 450, ()), ("table1.sh", 61 + 450, ("base",)),
     ("table2_ablations.sh", 50, ("--no_bad", "--no_dog", "random")),
     ("table3_cost.sh", 6, ("pissa", "--no_dog")),
     ("fig12_sensitivity.sh", 80, ("--num_experts", "--rank"))])
-def test_experiments_by_name(script, lines, words):
-    """Each prints its list, here for one model."""
-    more = ["--no_single"] if script == "sweep.sh" else []
-    done = subprocess.run(["bash", ROOT / "scripts" / script, "--dry-run", "--models", "qwen3-4b",
-                           *more], capture_output=True, text=True)
-    commands = done.stdout.splitlines()
-    assert done.returncode == 0 and len(commands) == lines, done.stderr
-    assert all(any(word in command.split() for command in commands) for word in words)
+def test_experiments_by_name(script, lines, words, calls, capsys):
+    """Each has its list, here for one model."""
+    (argv,) = calls(script, "--models", "qwen3-4b")
+    commands, _ = dry(capsys, *argv)
+    assert len(commands) == lines
+    assert all(any(word in command for command in commands) for word in words)
 
 
-def test_slurm_runs_one_line_of_the_same_list(capsys):
+def test_slurm_runs_one_line_of_the_same_list(calls, capsys):
     """Job I of the array runs line I, with the arguments of the sweep."""
-    argv = ["--models", "qwen3-4b", "--seeds", "2", "--dry-run"]
-    commands, _ = dry(capsys, *argv[:-1])
-    environment = os.environ | {"SLURM_SUBMIT_DIR": str(ROOT), "SLURM_ARRAY_TASK_ID": "7"}
-    done = subprocess.run(["bash", ROOT / "scripts" / "slurm_array.sh", *argv], env=environment,
-                          capture_output=True, text=True)
-    assert [shlex.split(line) for line in done.stdout.splitlines()] == [commands[7]]
+    sweep = ["--models", "qwen3-4b", "--seeds", "2", "--", "--epochs", "3"]
+    (argv,) = calls("slurm_array.sh", *sweep, SLURM_SUBMIT_DIR=str(ROOT), SLURM_ARRAY_TASK_ID="7")
+    assert dry(capsys, *argv)[0] == [dry(capsys, *sweep)[0][7]]
 
 
-def test_the_smollm2_study():
+@pytest.mark.parametrize("form, count", [("full", 10 * (13 + 180)), ("short", 10 * 13),
+                                         ("cpu", 4 * 6)])
+def test_the_smollm2_study(form, count, calls, capsys):
     """The zero-shot row stands in the list of each of the script's sweeps, and is run once."""
-    script = ["bash", ROOT / "scripts" / "smollm2_superni.sh"]
-    done = subprocess.run([*script, "cpu", "--dry-run"], capture_output=True, text=True)
-    commands = done.stdout.splitlines()
-    assert done.returncode == 0 and len(commands) == 20 + 4, done.stderr
-    assert len({line for line in commands if "--method base" in line}) == 1
-    for words in map(shlex.split, commands):
-        assert len(train_flags(words).tasks) == 6 and train_flags(words).max_eval_per_task == 50
-    for wrong in (["tiny"], []):
-        refused = subprocess.run([*script, *wrong], capture_output=True, text=True)
-        assert refused.returncode and refused.stderr.count("\n") == 1
-        assert "full, short" in refused.stderr
+    commands = [words for argv in calls("smollm2_superni.sh", form)
+                for words in dry(capsys, *argv)[0]]
+    assert len(commands) == count
+    assert len({" ".join(words) for words in commands if "base" in words}) == 1
+    for words in commands if form == "cpu" else commands[::40]:
+        args = train_flags(words)
+        assert args.max_eval_per_task == (50 if form == "cpu" else None)
+        assert args.method == "base" or args.epochs == (10 if form == "full" else 1)
+
+
+@pytest.mark.parametrize("script, argv", [("smollm2_superni.sh", ["tiny"]),
+                                          ("smollm2_superni.sh", []), ("slurm_array.sh", [])])
+def test_scripts_refuse_in_one_line(script, argv):
+    refused = subprocess.run(["bash", ROOT / "scripts" / script, *argv], capture_output=True,
+                             text=True)
+    assert refused.returncode == 2 and refused.stderr.count("\n") == 1
+    assert refused.stderr.startswith("error: ")
 
 
 def test_accelerate_configurations():
