@@ -14,6 +14,7 @@ from metrics import SCORERS, mean, score
 from utils import atomic_path
 
 BRIEF = 6  # words: tasks whose answers have fewer on average are generated apart
+FILLED = 0.6  # of a batch's longest prompt: a shorter one opens a new batch
 
 
 def make_batches(rows, size):
@@ -26,10 +27,15 @@ def make_batches(rows, size):
     for row in rows:
         words[row["task"]].append(len(row["references"][0].split()))
     brief = {task for task, counts in words.items() if mean(counts) < BRIEF}
-    order = sorted(range(len(rows)), key=lambda index: -len(rows[index]["input_ids"]))
-    kinds = [[index for index in order if (rows[index]["task"] in brief) == kind]
-             for kind in (False, True)]
-    return [kind[first:first + size] for kind in kinds for first in range(0, len(kind), size)]
+    batches, batch, kind, longest = [], [], None, 0
+    for index in sorted(range(len(rows)), key=lambda index: (
+            rows[index]["task"] in brief, -len(rows[index]["input_ids"]))):
+        now, length = rows[index]["task"] in brief, len(rows[index]["input_ids"])
+        if not batch or len(batch) == size or now != kind or length < FILLED * longest:
+            batch, kind, longest = [], now, length
+            batches.append(batch)
+        batch.append(index)
+    return batches
 
 
 def generate(model, tokenizer, batch, max_new_tokens):

@@ -254,9 +254,9 @@ def parameters_and_scores(records):
                            label=f"{label(variant)} (n = {len(scores)})")
         place.set(title=f"{model}, {setting}", xlabel="trained weights, millions",
                   ylabel="score (mean, standard deviation)")
-        place.set_xlim(left=0)
         place.margins(0.2)
-        place.legend(fontsize=8)
+        place.set_xlim(0, 1.2 * place.dataLim.x1)
+        place.legend(fontsize=8, loc="upper left")
     return figure
 
 

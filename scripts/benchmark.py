@@ -13,6 +13,7 @@ import platform
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -324,18 +325,9 @@ def evaluate(options):
     ours = (load_adapter(ours, options.adapter) if options.adapter else
             adapted(ours, "badit")).eval()
     suite = data.load_suite(options.suite)
-    count, of = (4, 15) if options.full else (2, 4)
-    tasks = {name: task._replace(test=task.test[:count])
-             for name, task in list(suite.tasks.items())[:of]}
-    encoded = data.encode_suite(suite._replace(tasks=tasks), tokenizer, 1024, splits=("test",))
+    encoded = data.encode_suite(suite, tokenizer, 1024, splits=("test",))
     rows = [row for task in encoded.test.values() for row in task]
     by_length = sorted(rows, key=lambda row: -len(row["input_ids"]))
-    batch_size = build_parser().get_default("eval_batch_size")
-    ours_batches = [[rows[index] for index in batch]
-                    for batch in evaluation.make_batches(rows, batch_size)]
-
-    def chunks(rows, size):
-        return [rows[first:first + size] for first in range(0, len(rows), size)]
 
     def predict(model, batches, **fixed):
         for some in batches:
@@ -352,15 +344,29 @@ def evaluate(options):
         seconds = in_turn({
             "BADIT": lambda: predict(ours, [by_length[-16:]], **fixed),
             "bare base model": lambda: predict(bare, [by_length[-16:]], **fixed),
-        }, 3, options.device)
+        }, 7 if options.full else 3, options.device)
         yield row("20 tokens for each prompt", seconds, "BADIT", "bare base model", "1.11")
+        batches = {
+            "our batches": evaluation.make_batches(
+                rows, build_parser().get_default("eval_batch_size")),
+            "unsorted, batches of 8, 50 tokens": [
+                range(first, min(first + 8, len(rows))) for first in range(0, len(rows), 8)]}
+        count = 12 if options.full else 3
         seconds = in_turn({
-            "our batches": lambda: predict(ours, ours_batches),
-            "unsorted, batches of 8, 50 tokens": lambda: predict(
-                ours, chunks(rows, 8), max_new_tokens=50, min_new_tokens=50),
-        }, 1, options.device, warmup=0)
-    yield row(f"evaluating {len(rows)} items of {suite.name}", seconds, "our batches",
-              "unsorted, batches of 8, 50 tokens", 0.5)
+            name: partial(predict, ours, [[rows[index] for index in batch]
+                                          for batch in spread(all_of_them, count)],
+                          **(fixed | dict(max_new_tokens=50, min_new_tokens=50)
+                             if name.startswith("unsorted") else {}))
+            for name, all_of_them in batches.items()}, 1, options.device, warmup=0)
+    for name, all_of_them in batches.items():
+        seconds[name] = [some * len(all_of_them) / count for some in seconds[name]]
+    yield row(f"all {len(rows)} items of {suite.name}, from {count} batches", seconds,
+              "our batches", "unsorted, batches of 8, 50 tokens", 0.5)
+
+
+def spread(batches, count):
+    """`count` batches from the middles of as many equal parts of the list."""
+    return [batches[int((part + 0.5) * len(batches) / count)] for part in range(count)]
 
 
 # --- 6. scaling ---------------------------------------------------------------------------------

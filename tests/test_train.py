@@ -834,14 +834,15 @@ def test_predictions_do_not_depend_on_the_batch_size(trained, evaluate_only, siz
 
 
 def test_batches_hold_every_row_once_and_what_is_alike():
-    """At most `size` rows; tasks with brief answers apart; by length, the longest first."""
+    """At most `size` rows, none half padding; tasks with brief answers apart; longest first."""
     import evaluation
 
     rows = [{"task": task, "input_ids": [0] * length, "references": [answer]}
             for task, answer in (("label", "yes"), ("summary", "a long answer of some seven words"))
-            for length in (3, 9, 5)]
-    assert evaluation.make_batches(rows, 2) == [[4, 5], [3], [1, 2], [0]]
-    assert evaluation.make_batches(rows, 16) == [[4, 5, 3], [1, 2, 0]]
+            for length in (7, 9, 8, 3)]
+    assert evaluation.make_batches(rows, 2) == [[5, 6], [4], [7], [1, 2], [0], [3]]
+    assert evaluation.make_batches(rows, 16) == [[5, 6, 4], [7], [1, 2, 0], [3]]
+    assert evaluation.make_batches([], 4) == []
 
 
 def test_predictions_are_greedy_and_new(trained, llama):
