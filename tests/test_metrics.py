@@ -234,7 +234,7 @@ def test_one_task():
         # The last stage has not run yet.
         ([(2, 0), (2, 1), (2, 2)], set(OURS), {"backward_paper", "forget_rate_paper"}),
     ],
-    ids=str,
+    ids=lambda value: str(sorted(value)),
 )
 def test_missing_entries(missing, gone, paper_gone):
     """Section 8: what needs a missing entry is None, everything else keeps its value."""

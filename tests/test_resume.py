@@ -209,7 +209,8 @@ def test_a_signal_saves_and_stops(number, moment, flags, whole, forks, tmp_path)
 def test_a_signal_between_checkpoints_saves_one(flags, forks, tmp_path):
     """No --checkpoint_every: the signal alone makes the checkpoint."""
     argv = (*flags[:-2], *DOG, "--epochs", 200, "--output_dir", tmp_path / "out")
-    answer = forks(*argv, out=tmp_path / "a", signal=signal.SIGTERM, after=1.0)
+    answer = forks(*argv, out=tmp_path / "a", signal=signal.SIGTERM,
+                   seen=f"{tmp_path}/out/log.jsonl")
     assert answer["statuses"] == [128 + signal.SIGTERM]
     state = checkpoint.read(tmp_path / "out/checkpoints/000001").state
     assert 0 < state["position"][1] == len(lines_of(tmp_path / "out/log.jsonl")) < 400
