@@ -87,6 +87,16 @@ def item_differences(pairs):
     return differences
 
 
+def shared_settings(records):
+    """What all runs of the report have in common, as Markdown; checksums are left out."""
+    shared = {name: value for record in records for name, value in runs.protocol(record).items()
+              if not name.startswith(("data of", "weights of", "test items of", "metric of"))
+              and name not in ("code", "versions")}
+    lines = [f"- {name}: {', '.join(map(str, value)) if isinstance(value, list) else value}"
+             for name, value in sorted(shared.items())]
+    return "## Settings that all runs share\n\n" + "\n".join(lines) + "\n"
+
+
 def make_report(records, left_out, out):
     """Write report.md, tables/ and figures/ into the folder `out`."""
     made = tables.all_tables(records)
@@ -103,7 +113,8 @@ def make_report(records, left_out, out):
         names.append(name)
     kinds = [record.setting == "single" for record in records]
     parts = ["# Report\n", f"{len(kinds) - sum(kinds)} runs, {sum(kinds)} single-task runs, "
-             f"{len(left_out)} left out.\n", *(table.markdown() for table in made)]
+             f"{len(left_out)} left out.\n", shared_settings(records),
+             *(table.markdown() for table in made)]
     said = comparisons(records)
     if said:
         parts.append("## What the differences are worth\n\nPaired bootstrap over seeds and items "

@@ -6,6 +6,7 @@ import itertools
 import json
 import shutil
 import statistics
+from pathlib import Path
 
 import matplotlib.image
 import numpy as np
@@ -501,3 +502,22 @@ def test_names_with_dollars(study, tmp_path):
         change(run, lambda results: results["args"].update(model="models/a$_$b"))
     assert report.main([str(study), "--out", str(tmp_path / "out")]) == 0
     assert r"a\$\_\$b" in (tmp_path / "out" / "tables" / "table1.tex").read_text()
+
+
+COMMITTED = Path(report.__file__).resolve().parent / "results" / "smollm2-135m"
+
+
+def test_the_committed_report_is_made_from_its_records(tmp_path, monkeypatch):
+    """No number in it is typed by hand; nor is one in the README's table."""
+    monkeypatch.chdir(COMMITTED.parents[1])
+    records_folder = (COMMITTED / "records").relative_to(COMMITTED.parents[1])
+    assert report.main([str(records_folder), "--out", str(tmp_path / "out")]) == 0
+    text = (COMMITTED / "report.md").read_text()
+    assert (tmp_path / "out" / "report.md").read_text() == text
+    for path in (COMMITTED / "tables").iterdir():
+        assert path.read_text() == (tmp_path / "out" / "tables" / path.name).read_text()
+    readme = (COMMITTED.parents[1] / "README.md").read_text()
+    rows = [line for line in readme.splitlines() if line.startswith("| smollm2-135m |")]
+    assert len(rows) >= 5 and set(rows) <= set(text.splitlines())
+    sentences = [line for line in readme.splitlines() if line.startswith("- smollm2-135m, ")]
+    assert sentences and set(sentences) <= set(text.splitlines())
