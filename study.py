@@ -267,7 +267,7 @@ class Stopper:
     """
 
     def __init__(self, seconds=None):
-        self.asked, self.group = None, None
+        self.asked, self.group, self.told = None, None, False
         self.end = None if seconds is None else time.monotonic() + seconds
 
     def __enter__(self):
@@ -280,12 +280,15 @@ class Stopper:
             signal.signal(number, handler)
 
     def _ask(self, number, _=None):
-        if self.asked is not None:
-            return  # a second one would stop a run without saving
-        self.asked = signal.Signals(number)
-        if self.group is not None:
+        self.asked = self.asked or signal.Signals(number)
+        self._tell()
+
+    def _tell(self):
+        """Pass the signal on, once: a second one would stop a run without saving."""
+        if self.group is not None and self.asked and not self.told:
+            self.told = True
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(self.group, number)
+                os.killpg(self.group, self.asked)
 
     def check(self):
         """The signal that asks to stop, or None; the end of time counts as SIGTERM."""
@@ -297,8 +300,7 @@ class Stopper:
         """Run a command in a process group of its own -> its status, once all of it has ended."""
         process = subprocess.Popen(words, start_new_session=True)
         self.group = process.pid
-        if self.asked is not None:  # in between
-            os.killpg(self.group, self.asked)
+        self._tell()  # a signal may have come in between
         while process.poll() is None or group_lives(self.group):
             self.check()
             time.sleep(0.2)
