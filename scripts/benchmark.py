@@ -344,7 +344,7 @@ def evaluate(options):
         seconds = in_turn({
             "BADIT": lambda: predict(ours, [by_length[-16:]], **fixed),
             "bare base model": lambda: predict(bare, [by_length[-16:]], **fixed),
-        }, 7 if options.full else 3, options.device)
+        }, options.rounds, options.device)
         yield row("20 tokens for each prompt", seconds, "BADIT", "bare base model", "1.11")
         batches = {
             "our batches": evaluation.make_batches(
@@ -449,7 +449,8 @@ def main():
     parser.add_argument("--full", action="store_true",
                         help="SmolLM2 and Qwen3-8B's layer shapes (default: tiny shapes)")
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS))
-    parser.add_argument("--rounds", type=int, default=7, help="of every comparison (default: 7)")
+    parser.add_argument("--rounds", type=int,
+                        help="of every comparison (default: 3, with --full 7)")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of torch")
     parser.add_argument("--suite", default="mini", help="for `evaluate` (default: mini)")
     parser.add_argument("--adapter", help="of SmolLM2, for `evaluate` (default: untrained)")
@@ -458,6 +459,7 @@ def main():
     parser.add_argument("--peak", choices=("targets", "all"), help=argparse.SUPPRESS)
     parser.add_argument("--checkpointing", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    options.rounds = options.rounds or (7 if options.full else 3)
     if not (options.peak or os.environ.keys() & MALLOC.keys()):  # read when a process starts
         os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | MALLOC)
     cuda = torch.cuda.is_available()
