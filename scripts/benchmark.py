@@ -448,7 +448,8 @@ def main():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--full", action="store_true",
                         help="SmolLM2 and Qwen3-8B's layer shapes (default: tiny shapes)")
-    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS))
+    parser.add_argument("--only", nargs="+", choices=SECTIONS,
+                        help="default: all, but `processes` with --full alone")
     parser.add_argument("--rounds", type=int,
                         help="of every comparison (default: 3, with --full 7)")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of torch")
@@ -460,6 +461,8 @@ def main():
     parser.add_argument("--checkpointing", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     options.rounds = options.rounds or (7 if options.full else 3)
+    options.only = options.only or [name for name in SECTIONS
+                                    if options.full or name != "processes"]
     if not (options.peak or os.environ.keys() & MALLOC.keys()):  # read when a process starts
         os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | MALLOC)
     cuda = torch.cuda.is_available()
