@@ -163,21 +163,33 @@ def colour_of(panels):
     return {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(variants)}
 
 
-def learning_curves(records):
-    """Smoothed loss of every method, mean over seeds; None where nothing was trained."""
-    panels = panels_of(records, lambda run: bool(run.log))
+def panelled(records, wanted):
+    """A figure, and of each panel (axes, title, [(variant, runs, colour)]); None where it is empty.
+
+    A panel is a model in a setting; only runs for which `wanted(run)` holds are in it.
+    """
+    panels = panels_of(records, wanted)
     if not panels:
-        return None
+        return None, []
     colours = colour_of(panels)
     figure, axes = grid(len(panels))
-    for place, ((model, setting), variants) in zip(axes, panels.items(), strict=True):
-        for variant, runs in variants.items():
+    return figure, [(place, f"{model}, {setting}",
+                     [(variant, runs, colours[variant]) for variant, runs in variants.items()])
+                    for place, ((model, setting), variants) in zip(axes, panels.items(),
+                                                                   strict=True)]
+
+
+def learning_curves(records):
+    """Smoothed loss of every method, mean over seeds; None where nothing was trained."""
+    figure, panels = panelled(records, lambda run: bool(run.log))
+    for place, title, variants in panels:
+        for variant, runs, colour in variants:
             losses = [[line["loss"] for line in run.log] for run in runs]
             shortest = min(map(len, losses))
             mean = np.mean([loss[:shortest] for loss in losses], axis=0)
             window = max(1, shortest // 10)
-            place.plot(*running_mean(mean, window), color=colours[variant], label=label(variant))
-        place.set(title=f"{model}, {setting}", xlabel="optimizer step",
+            place.plot(*running_mean(mean, window), color=colour, label=label(variant))
+        place.set(title=title, xlabel="optimizer step",
                   ylabel=f"loss per target token,\nmean of {window} steps and all seeds")
         place.set_ylim(bottom=0)
         place.legend(fontsize=8)
@@ -194,19 +206,15 @@ def series(runs, key):
 
 def angles(records):
     """Fig. 4 and 11: angles between and inside experts over training."""
-    panels = panels_of(records, lambda run: bool(run.results["regroupings"]))
-    if not panels:
-        return None
-    colours = colour_of(panels)
-    figure, axes = grid(len(panels))
-    for place, ((model, setting), variants) in zip(axes, panels.items(), strict=True):
-        for variant, runs in variants.items():
+    figure, panels = panelled(records, lambda run: bool(run.results["regroupings"]))
+    for place, title, variants in panels:
+        for variant, runs, colour in variants:
             for angle, style in (("inter", "--"), ("intra", "-")):
-                place.plot(*series(runs, f"{angle}_after"), style, color=colours[variant],
+                place.plot(*series(runs, f"{angle}_after"), style, color=colour,
                            marker="o", markersize=3,
                            label=f"{label(variant)}, {'between' if angle == 'inter' else 'inside'}")
         place.axhline(90, color="grey", linewidth=0.8, linestyle=":")
-        place.set(title=f"{model}, {setting}", ylabel="degrees, mean over layers and seeds",
+        place.set(title=title, ylabel="degrees, mean over layers and seeds",
                   xlabel="regrouping, or measurement where there is none")
         place.xaxis.get_major_locator().set_params(integer=True)
         place.legend(fontsize=8)
@@ -239,20 +247,16 @@ def router_health(records):
 
 def parameters_and_scores(records):
     """Trained weights against the score after all training, mean over seeds."""
-    panels = panels_of(records, lambda run: run.setting != "eval")
-    if not panels:
-        return None
-    colours = colour_of(panels)
-    figure, axes = grid(len(panels))
-    for place, ((model, setting), variants) in zip(axes, panels.items(), strict=True):
-        for variant, runs in variants.items():
+    figure, panels = panelled(records, lambda run: run.setting != "eval")
+    for place, title, variants in panels:
+        for variant, runs, colour in variants:
             scores = values_of(runs, "rouge", records)
             spread = np.std(scores, ddof=1) if len(scores) > 1 else 0
             millions = runs[0].results["parameters"]["trainable"] / 1e6
             place.errorbar(millions, np.mean(scores), spread,
-                           marker="o", capsize=3, linestyle="none", color=colours[variant],
+                           marker="o", capsize=3, linestyle="none", color=colour,
                            label=f"{label(variant)} (n = {len(scores)})")
-        place.set(title=f"{model}, {setting}", xlabel="trained weights, millions",
+        place.set(title=title, xlabel="trained weights, millions",
                   ylabel="score (mean, standard deviation)")
         place.margins(0.2)
         place.set_xlim(0, 1.2 * place.dataLim.x1)
