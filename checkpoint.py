@@ -26,7 +26,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 
 from errors import InputError
 from method import check_tensors
-from utils import sha256_file, write_tensors
+from utils import fsync, sha256_file, write_tensors
 
 FOLDER, KEPT = "checkpoints", 2
 TENSORS_FILE, STATE_FILE, SUMS_FILE = "tensors.safetensors", "state.json", "SHA256SUMS"
@@ -100,14 +100,6 @@ def write(path, tensors, state):
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-
-
-def fsync(path):
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def log_hashes(run):

@@ -10,6 +10,19 @@ from torch.distributed import DistError, TCPStore
 from errors import InputError
 
 PATIENCE = timedelta(seconds=5)
+# What the launcher sets for what shards gradients, by the name that users know.
+SHARDED = {"ACCELERATE_USE_DEEPSPEED": "DeepSpeed", "ACCELERATE_USE_FSDP": "FSDP",
+           "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+           "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism configuration"}
+
+
+def refuse_sharding():
+    """Raise InputError where the launcher asks for more than DDP; before Accelerate obeys it."""
+    for variable, name in SHARDED.items():
+        if os.environ.get(variable, "false").lower() not in ("false", "0", ""):
+            raise InputError(f"{name} is not supported, only DDP ({variable} is set): sharded "
+                             "gradients would make Eq. 8 wrong, and the trainable state is small "
+                             "enough for every process; launch with --multi_gpu")
 
 
 def check_equal(accelerator, state, step):

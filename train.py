@@ -114,6 +114,7 @@ def make_accelerator(args):
     precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")  # what the launcher sets
     if precision not in ("no", "bf16"):
         raise InputError(f"--mixed_precision {precision} is not supported; allowed: no, bf16")
+    processes.refuse_sharding()
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
     torch.use_deterministic_algorithms(args.deterministic, warn_only=True)
@@ -129,8 +130,8 @@ def make_accelerator(args):
                          "to accelerate launch")
     kind = accelerator.distributed_type.value
     if kind not in ("NO", "MULTI_GPU", "MULTI_CPU"):
-        raise InputError(f"distributed training by {kind} is not supported, only DDP: sharded "
-                         "gradients would make Eq. 8 wrong, and the trainable state is small")
+        raise InputError(f"distributed training by {kind} is not supported, only DDP on GPUs or "
+                         "CPUs")
     if args.batch_size is None:
         micro_batches = accelerator.num_processes * args.gradient_accumulation_steps
         if PAPER_BATCH % micro_batches:

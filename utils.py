@@ -14,9 +14,9 @@ import safetensors.torch
 
 @contextlib.contextmanager
 def atomic_path(path):
-    """Yield a temporary path beside `path`; on success fsync it and rename it over `path`.
+    """Yield a temporary path beside `path`; on success rename it over `path`, both on the disk.
 
-    An exception, a full disk or a kill leaves whatever was at `path` before.
+    An exception, a full disk, a kill or a power failure leaves whatever was at `path` before.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -28,13 +28,22 @@ def atomic_path(path):
         umask = os.umask(0)
         os.umask(umask)
         os.chmod(temporary, 0o666 & ~umask)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
+        fsync(temporary)
         os.replace(temporary, path)
+        fsync(path.parent)
     except BaseException:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
         raise
+
+
+def fsync(path):
+    """Return when the file `path`, or the names in the folder `path`, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def write_json(path, value):

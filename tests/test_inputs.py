@@ -16,6 +16,7 @@ from transformers import AutoTokenizer
 
 import arguments
 import models
+import processes
 import train
 from baselines import METHODS
 
@@ -482,6 +483,15 @@ def test_unsupported_precision(no_weights, llama, suite, monkeypatch):
     """The launcher's precision is checked as well."""
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
     refused("--model", llama, "--suite", suite, *SMALL, named=("fp16", "bf16"))
+
+
+@pytest.mark.parametrize("variable, name", processes.SHARDED.items())
+def test_sharded_gradients_are_refused(no_weights, llama, suite, monkeypatch, variable, name):
+    """By name and with the reason, whether its library is installed or not."""
+    monkeypatch.setenv(variable, "true")
+    refused("--model", llama, "--suite", suite, *SMALL, named=(name, "only DDP", "Eq. 8"))
+    monkeypatch.setenv(variable, "false")
+    processes.refuse_sharding()
 
 
 @pytest.mark.parametrize("content, named", [
