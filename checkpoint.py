@@ -26,12 +26,13 @@ from accelerate.utils import broadcast_object_list, gather_object
 
 from errors import InputError
 from method import check_tensors
+from results import MODEL_HASHES
 from utils import fsync, sha256_file, write_tensors
 
 FOLDER, KEPT = "checkpoints", 2
 TENSORS_FILE, STATE_FILE, SUMS_FILE = "tensors.safetensors", "state.json", "SHA256SUMS"
 LOGS = ("log.jsonl", "regroup.jsonl")
-STATE_TYPES = {"position": list, "rows": list, "files": dict, "identity": dict, "base_sha256": str,
+STATE_TYPES = {"position": list, "rows": list, "files": dict, "identity": dict, "hashes": dict,
                "seconds": dict, "rng": list}
 # What reading a file of another making can raise, where its checksum is right.
 MISFIT = (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError)
@@ -65,8 +66,7 @@ def save(run, optimizer=None):
         return
     tensors = {f"adapter.{key}": tensor for key, tensor in run.method.state_dict().items()}
     state = {"position": run.position, "rows": run.rows, "files": run.files | log_hashes(run),
-             "identity": run.identity, "base_sha256": run.method.base_sha256,
-             "seconds": run.seconds, "rng": rng}
+             "identity": run.identity, "hashes": run.hashes, "seconds": run.seconds, "rng": rng}
     if optimizer is not None:
         tensors |= {f"method.{key}": value for key, value in run.method.training_state().items()}
         tensors |= {f"optimizer.{key}": tensor
@@ -217,6 +217,7 @@ def check_state(run, state):
                 and [row["name"] for row in state["rows"]] == names and whole == predicted
                 and all(len(row) == len(run.order) for row in scores)
                 and all(score is None or 0 <= score <= 100 for row in scores for score in row)
+                and state["hashes"].keys() == MODEL_HASHES.keys()
                 and all(0 <= seconds < math.inf for seconds in state["seconds"].values())
                 and all(type(file["bytes"]) is int and len(file["sha256"]) == 64
                         for file in state["files"].values()))

@@ -1,7 +1,9 @@
 """Language models by name: the six of the paper from the hub, and a small one that needs no hub."""
 
 import contextlib
+import hashlib
 import importlib.util
+import json
 import logging
 import os
 import shutil
@@ -68,6 +70,16 @@ def load(name_or_path, dtype=None):
         bos_token_id=tokenizer.bos_token_id, pad_token_id=tokenizer.pad_token_id,
         eos_token_id=sorted({tokenizer.eos_token_id, *stops} - {None}) or None)
     return model, tokenizer
+
+
+def config_sha256(model, tokenizer):
+    """SHA-256 of what, beside its weights, decides what a loaded model answers."""
+    config = model.config.to_diff_dict()
+    for key in ("_name_or_path", "transformers_version"):  # may differ for the same model
+        config.pop(key, None)
+    content = [config, model.generation_config.eos_token_id, tokenizer.backend_tokenizer.to_str(),
+               tokenizer.special_tokens_map, tokenizer.chat_template]
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def load_tokenizer(name_or_path):

@@ -27,6 +27,8 @@ from utils import sha256_file, write_json
 
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "numpy", "scipy", "rouge_score",
             "safetensors")
+# What identifies the base model in results.json and in checkpoints, in words.
+MODEL_HASHES = {"base_sha256": "weights", "config_sha256": "a configuration or tokenizer"}
 # Beside its arguments, what a run with --setting single must share with the run that it is for.
 SAME_FOR_SINGLE = ("global_batch_size", "precision", "compiler", "code_sha256")
 
@@ -160,7 +162,7 @@ def write_results(run, rows, argv):
         "git_commit": git_commit(),
         "versions": versions(),
         "read_files": read_files(run),
-        "base_sha256": run.method.base_sha256,
+        **run.hashes,
         "precision": run.accelerator.mixed_precision,
         "processes": run.accelerator.num_processes,
         "compiler": compiler(run),

@@ -70,7 +70,7 @@ class Run:
         self.position, self.rows = Position(0, 0), []  # rows of the score matrix so far
         self.files = {}  # finished ones that no later step writes again, with their checksums
         self.resumed = None  # the checkpoint of a stage that is to be gone on with
-        self.base_sha256 = None  # which the base model must have, if that is known
+        self.hashes, self.known_hashes = {}, {}  # of the loaded model: as it is, as it must be
 
     @property
     def global_batch(self):
@@ -203,7 +203,8 @@ def load_model(run):
     run.model = run.method = None  # of an earlier stage: not two models at a time
     accelerator.free_memory()
     with run.timed("load"):
-        model, _ = models.load(args.model, dtype)
+        model, tokenizer = models.load(args.model, dtype)
+        config_sha256 = models.config_sha256(model, tokenizer)
         model.to(accelerator.device)
     run.base_parameters = sum(weight.numel() for weight in model.parameters())
     with run.timed("decompose"):
@@ -221,11 +222,14 @@ def load_model(run):
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     run.model, run.method = model, method_of(model)
+    run.hashes = {"base_sha256": run.method.base_sha256, "config_sha256": config_sha256}
+    for name, sha256 in run.known_hashes.items():
+        if sha256 != run.hashes.get(name):
+            raise InputError(f"model {args.model} has {results.MODEL_HASHES[name]} other than in "
+                             f"the run to be {'resumed' if args.resume else 'repeated'}: its "
+                             f"{name} was {sha256!r:.20}, now {run.hashes.get(name)!r:.20}")
     if run.resumed is not None:
         checkpoint.restore(run)
-    if run.base_sha256 not in (None, run.method.base_sha256):
-        raise InputError(f"model {args.model} has other weights than in the run to be "
-                         f"{'resumed' if args.resume else 'repeated'}: their SHA-256 differs")
     if run.single_task_scores and run.method.base_sha256 != run.single_base_sha256:
         raise InputError(f"--single_task_results {args.single_task_results} was made on another "
                          "base model")
@@ -546,7 +550,7 @@ def resume(run):
     refuse_another_run(run, state["identity"], f"checkpoint {folder / checkpoint.FOLDER}")
     checkpoint.check_state(run, state)
     run.resumed, run.position, run.rows = found, Position(*state["position"]), state["rows"]
-    run.base_sha256, run.files = state["base_sha256"], state["files"]
+    run.known_hashes, run.files = state["hashes"], state["files"]
     run.seconds |= state["seconds"]
     run.steps = run.position.step + sum(
         stage.steps for stage in run.stages[:run.position.stage])
@@ -591,7 +595,7 @@ def execute(args, argv, stop, first_to_say):
     if args.from_results is not None:
         recorded = read_results(args.from_results)
         refuse_another_run(run, results.recorded_identity(recorded), args.from_results)
-        run.base_sha256 = recorded["base_sha256"]
+        run.known_hashes = {name: recorded.get(name) for name in results.MODEL_HASHES}
     finished = resume(run) if args.resume else None
     if finished is not None:
         run.print(f"{args.output_dir} is finished already")

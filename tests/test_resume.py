@@ -362,19 +362,37 @@ def test_what_may_be_another(what, stopped, whole, monkeypatch):
         assert (folder / name).read_bytes() == (whole("badit") / name).read_bytes()
 
 
-def test_another_base_model_is_refused(stopped, llama, tmp_path):
-    """The same architecture and folder name, other weights."""
-    argv, folder = stopped
-    held = tmp_path / "held"
-    shutil.copytree(llama, held)
-    weights = safetensors.torch.load_file(llama / "model.safetensors")
+def change_weights(file):
+    weights = safetensors.torch.load_file(file)
     weights["model.norm.weight"] += 1
+    safetensors.torch.save_file(weights, file, {"format": "pt"})
+
+
+def change_json(**values):
+    return lambda file: file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
+@pytest.mark.parametrize("name, change, named", [
+    ("model.safetensors", change_weights, "weights other than"),
+    ("config.json", change_json(rms_norm_eps=1e-3), "a configuration or tokenizer other than"),
+    ("generation_config.json", change_json(eos_token_id=[2, 7]), "a configuration or tokenizer"),
+    ("tokenizer.json", lambda file: file.write_text(
+        file.read_text().replace('"w1"', '"w1x"')), "a configuration or tokenizer")])
+def test_another_base_model_is_refused(name, change, named, stopped, llama, whole, tmp_path):
+    """The same folder, another file in it: neither gone on with nor repeated."""
+    argv, folder = stopped
+    file, held = llama / name, (llama / name).read_bytes()
+    before = snapshot(folder)
     try:
-        safetensors.torch.save_file(weights, llama / "model.safetensors", {"format": "pt"})
-        outcome = run(*argv, "--resume")
+        change(file)
+        outcomes = [run(*argv, "--resume"),
+                    run("--from_results", whole("badit") / "results.json", "--output_dir",
+                        tmp_path / "again")]
     finally:
-        shutil.copy(held / "model.safetensors", llama / "model.safetensors")
-    assert outcome.status == 2 and "other weights" in outcome.err[-1]
+        file.write_bytes(held)
+    for outcome in outcomes:
+        assert outcome.status == 2 and named in outcome.err[-1]
+    assert snapshot(folder) == before and not (tmp_path / "again").exists()
 
 
 @pytest.mark.parametrize("name", ["log.jsonl", "regroup.jsonl", "predictions"])
