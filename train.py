@@ -10,14 +10,12 @@ import importlib.util
 import json
 import math
 import os
-import re
 import shlex
 import signal
 import sys
 import time
 from collections import defaultdict
 from functools import partial
-from pathlib import Path
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, skip_first_batches
@@ -30,6 +28,7 @@ import checkpoint
 import data
 import evaluation
 import models
+import output_dir
 import processes
 import results
 from arguments import OVERRIDABLE, PAPER_BATCH, parse_flags, read_results
@@ -41,14 +40,6 @@ from utils import StopSignals, cache_dir, sha256_file, stable_seed
 
 # Of the disk, not of this program: one line, no traceback.
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
-# What a run writes into its folder, and what --overwrite may delete there.
-OUTPUTS = (r"results\.json", r"log\.jsonl", r"regroup\.jsonl", r"figure\.png", r"report\.html",
-           r"predictions/\d{2,}_[\w.-]+\.jsonl(\.partial)?",
-           r"adapter/([\w.-]+/)?adapter_(model\.safetensors|config\.json)", r"tracking/badit/.+",
-           r"checkpoints/\.?\d{6,}(\.\w+\.tmp)?/(tensors\.safetensors|state\.json|SHA256SUMS)",
-           # atomic writes that were killed
-           r"(.+/)?\.(results\.json|figure\.png|report\.html|\d{2,}_[\w.-]+\.jsonl|adapter_[\w.]+)"
-           r"\.\w+\.tmp")
 
 
 # --- a run --------------------------------------------------------------------------------------
@@ -469,56 +460,6 @@ def save_between_stages(run, position):
 # --- main ---------------------------------------------------------------------------------------
 
 
-def check_output_dir(args):
-    """Refuse an --output_dir that is in use, cannot be written, or holds what the run reads."""
-    folder = args.output_dir
-    standing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not standing.is_dir() or not os.access(standing, os.W_OK | os.X_OK):
-        raise InputError(f"--output_dir {folder}: {standing} is no folder that can be written to")
-    if standing != folder or not any(folder.iterdir()):
-        return
-    if not (args.overwrite or args.resume):
-        raise InputError(f"--output_dir {folder} is not empty: name another, or give --resume to "
-                         "go on with the run in it, or --overwrite to replace what this program "
-                         "wrote there")
-    refuse_obstacles(folder)
-    if args.resume:
-        return
-    for flag in ("adapter", "single_task_results"):
-        needed = getattr(args, flag)
-        if needed and Path(needed).resolve().is_relative_to(folder.resolve()):
-            raise InputError(f"--{flag} {needed} lies in --output_dir {folder}, where --overwrite "
-                             "would delete it: name another --output_dir")
-
-
-def refuse_obstacles(folder):
-    """Raise InputError where a link, perhaps out of the folder, or a folder is in the way."""
-    folders = ("predictions", "adapter", "tracking", checkpoint.FOLDER)
-    for path in folder.rglob("*"):
-        name = path.relative_to(folder).as_posix()
-        if path.is_symlink() and (name in folders or is_output(name)):
-            raise InputError(f"{path} is a link: a run writes into its own folder only")
-        if path.is_dir() and is_output(name) and not name.startswith("tracking/"):
-            raise InputError(f"{path} is a folder: a run writes a file of this name")
-
-
-def is_output(name):
-    """Whether a path relative to --output_dir is one that a run writes."""
-    return any(re.fullmatch(pattern, name) for pattern in OUTPUTS)
-
-
-def clear_output_dir(folder, keep=()):
-    """Make `folder`, without files, but those to `keep`, that this program wrote there before."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--output_dir {folder} cannot be made: {error.strerror}") from None
-    for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder).as_posix()
-        if path.is_file() and is_output(name) and not name.startswith(keep):
-            path.unlink()
-
-
 def check_tracker(name):
     if name != "none" and importlib.util.find_spec(name) is None:
         raise InputError(f"--report_to {name}: not installed, run `pip install {name}`")
@@ -563,12 +504,12 @@ def prepare_output_dir(run):
     folder = run.args.output_dir
     if run.accelerator.is_main_process:
         if run.resumed is None:
-            clear_output_dir(folder)
+            output_dir.clear(folder)
             checkpoint.drop_leftovers(folder)
         else:
             checkpoint.restore_files(run)
             keep = (*run.files, "adapter/", f"{checkpoint.FOLDER}/0", "tracking/")
-            clear_output_dir(folder, keep)
+            output_dir.clear(folder, keep)
     run.accelerator.wait_for_everyone()
     if run.resumed is not None and (folder / "regroup.jsonl").exists():
         lines = (folder / "regroup.jsonl").read_text(encoding="utf-8").splitlines()
@@ -605,11 +546,18 @@ def execute(args, argv, stop, first_to_say):
     counts = results.parameter_counts(run)
     run.print(f"parameters: {counts['trainable']:,} trainable, {counts['stored']:,} stored, "
               f"{counts['active']:,} active per token, {counts['total']:,} in the base model")
+    with output_dir.reserved(run):
+        return carry_out(run, argv, first_to_say)
+
+
+def carry_out(run, argv, first_to_say):
+    """Train, evaluate and write down what a run is for -> its results."""
+    args, accelerator = run.args, run.accelerator
     prepare_output_dir(run)
     accelerator.init_trackers("badit", config={
         key: value if isinstance(value, (int, float, str)) else str(value)
         for key, value in results.recorded_args(run).items()})
-    stop.deferred = True
+    run.stop.deferred = True
     try:
         if run.trains:
             train_all(run)
@@ -646,7 +594,7 @@ def main(argv=None):
     with StopSignals() as stop:
         try:
             args, _ = parse_flags(argv)
-            check_output_dir(args)
+            output_dir.check(args)
             execute(args, argv, stop, first_to_say)
             return 0
         except InputError as error:

@@ -1,6 +1,7 @@
 """Runs that are stopped and go on: exactly, after any kill, and never as another experiment."""
 
 import errno
+import fcntl
 import json
 import os
 import random
@@ -421,6 +422,36 @@ def test_contradictions_are_refused(flags, tmp_path):
     outcome = run(*flags, "--resume", "--output_dir", tmp_path / "log")
     assert outcome.status == 2 and "log.jsonl is a link" in outcome.err[0]
     assert (tmp_path / "elsewhere.txt").read_text() == "mine"
+
+
+def test_two_runs_in_one_folder_are_refused(stopped, whole, monkeypatch):
+    """The second says so and touches nothing; a run that was killed holds the folder no longer."""
+    argv, folder = stopped
+    with open(folder / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        before = snapshot(folder)
+        for how in ("--resume", "--overwrite"):
+            outcome = run(*argv, how)
+            assert outcome.status == 2 and "another run is writing there" in outcome.err[-1]
+            assert snapshot(folder) == before
+
+    def no_locks(*_):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    outcome = succeed(*argv, "--resume")
+    assert any("its file system has no locks" in line for line in outcome.out)
+    assert_equal_runs(folder, whole("badit"))
+
+
+@pytest.mark.parametrize("name", [".lock", "log.jsonl", "results.json"])
+def test_a_pipe_in_place_of_a_record_is_refused(name, flags, tmp_path):
+    """It would be waited for."""
+    (tmp_path / "out").mkdir()
+    os.mkfifo(tmp_path / "out" / name)
+    for how in ("--resume", "--overwrite"):
+        outcome = run(*flags, "--output_dir", tmp_path / "out", how)
+        assert outcome.status == 2 and f"{name} is no file" in outcome.err[0]
 
 
 # --- a full disk --------------------------------------------------------------------------------

@@ -1,0 +1,98 @@
+"""The folder of a run: what is written there, by one run at a time, and what may be deleted."""
+
+import contextlib
+import fcntl
+import os
+import re
+from pathlib import Path
+
+from errors import InputError
+
+LOCK = ".lock"  # there while a run writes, or where one was killed
+# What a run writes into its folder, and what --overwrite may delete there.
+OUTPUTS = (r"results\.json", r"log\.jsonl", r"regroup\.jsonl", r"figure\.png", r"report\.html",
+           r"predictions/\d{2,}_[\w.-]+\.jsonl(\.partial)?",
+           r"adapter/([\w.-]+/)?adapter_(model\.safetensors|config\.json)", r"tracking/badit/.+",
+           r"checkpoints/\.?\d{6,}(\.\w+\.tmp)?/(tensors\.safetensors|state\.json|SHA256SUMS)",
+           # atomic writes that were killed
+           r"(.+/)?\.(results\.json|figure\.png|report\.html|\d{2,}_[\w.-]+\.jsonl|adapter_[\w.]+)"
+           r"\.\w+\.tmp")
+FOLDERS = ("predictions", "adapter", "tracking", "checkpoints")
+
+
+def check(args):
+    """Refuse an --output_dir that is in use, cannot be written, or holds what the run reads."""
+    folder = args.output_dir
+    standing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not standing.is_dir() or not os.access(standing, os.W_OK | os.X_OK):
+        raise InputError(f"--output_dir {folder}: {standing} is no folder that can be written to")
+    if standing != folder or not any(folder.iterdir()):
+        return
+    if not (args.overwrite or args.resume):
+        raise InputError(f"--output_dir {folder} is not empty: name another, or give --resume to "
+                         "go on with the run in it, or --overwrite to replace what this program "
+                         "wrote there")
+    refuse_obstacles(folder)
+    if args.resume:
+        return
+    for flag in ("adapter", "single_task_results"):
+        needed = getattr(args, flag)
+        if needed and Path(needed).resolve().is_relative_to(folder.resolve()):
+            raise InputError(f"--{flag} {needed} lies in --output_dir {folder}, where --overwrite "
+                             "would delete it: name another --output_dir")
+
+
+def refuse_obstacles(folder):
+    """Raise InputError for a link, perhaps out of the folder, or what is no file, in the way."""
+    for path in folder.rglob("*"):
+        name = path.relative_to(folder).as_posix()
+        written = name == LOCK or is_output(name)
+        if path.is_symlink() and (name in FOLDERS or written):
+            raise InputError(f"{path} is a link: a run writes into its own folder only")
+        if written and not path.is_file() and not name.startswith("tracking/"):
+            raise InputError(f"{path} is no file: a run writes a file of this name")
+
+
+def is_output(name):
+    """Whether a path relative to --output_dir is one that a run writes."""
+    return any(re.fullmatch(pattern, name) for pattern in OUTPUTS)
+
+
+def clear(folder, keep=()):
+    """Delete the files that this program wrote into `folder` before, but those to `keep`."""
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if path.is_file() and is_output(name) and not name.startswith(keep):
+            path.unlink()
+
+
+@contextlib.contextmanager
+def reserved(run):
+    """A context with an --output_dir that no other run enters; held by the main process.
+
+    Without it, two runs would write the same logs and delete each other's checkpoints.
+    """
+    folder = run.args.output_dir
+    if not run.accelerator.is_main_process:
+        yield
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / LOCK, "a")
+    except OSError as error:
+        raise InputError(f"--output_dir {folder} cannot be written: {error.strerror}") from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until this process ends or dies
+            if os.fstat(file.fileno()).st_nlink == 0:  # deleted since, below, by a run that ended
+                raise BlockingIOError
+        except BlockingIOError:
+            raise InputError(f"--output_dir {folder}: another run is writing there; let it end, or "
+                             "stop it, first") from None
+        except OSError as error:
+            run.print(f"--output_dir {folder}: its file system has no locks ({error.strerror}); "
+                      "start no second run there")
+        try:
+            yield
+        finally:
+            (folder / LOCK).unlink(missing_ok=True)
