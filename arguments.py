@@ -10,6 +10,7 @@ from baselines import METHODS
 from errors import InputError
 from flags import fraction, positive, positive_int, seed
 from method import read_adapter_config
+from utils import read_text
 
 PAPER_BATCH = 8
 TRACKERS = ("tensorboard", "wandb", "trackio", "mlflow")
@@ -206,7 +207,7 @@ def check_settings(settings, method, source):
 def read_results(path):
     """The content of a finished run's results.json. Raises InputError where it is none."""
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        content = json.loads(read_text(path))
     except OSError as error:
         raise InputError(f"cannot read {path} ({error.strerror})") from None
     except (ValueError, RecursionError) as error:

@@ -27,7 +27,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from errors import InputError
 from method import check_tensors
 from results import MODEL_HASHES
-from utils import fsync, sha256_file, write_tensors
+from utils import fsync, read_text, sha256_file, write_tensors
 
 FOLDER, KEPT = "checkpoints", 2
 TENSORS_FILE, STATE_FILE, SUMS_FILE = "tensors.safetensors", "state.json", "SHA256SUMS"
@@ -187,7 +187,7 @@ def newest(run):
 def damage(path):
     """Why the checkpoint `path` cannot be used, or None."""
     try:
-        lines = (path / SUMS_FILE).read_text(encoding="utf-8").splitlines()
+        lines = read_text(path / SUMS_FILE).splitlines()
         sums = {name: sha256 for sha256, name in (line.split("  ", 1) for line in lines)}
         for name in (TENSORS_FILE, STATE_FILE):
             if sums.get(name) != sha256_file(path / name):
@@ -240,7 +240,7 @@ def restore(run):
 
 
 def read(path):
-    state = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
+    state = json.loads(read_text(path / STATE_FILE))
     return Checkpoint(path.name, safetensors.torch.load_file(path / TENSORS_FILE), state)
 
 

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from errors import InputError
 from metrics import SCORERS
-from utils import atomic_path, cache_dir, sha256_file, stable_seed
+from utils import atomic_path, cache_dir, read_text, sha256_file, stable_seed
 
 TASKS_DIR = Path(__file__).resolve().parent / "tasks"
 SUPERNI_URL = ("https://raw.githubusercontent.com/circle-hit/SAPT/"
@@ -146,7 +146,7 @@ def load_task(folder):
 
 def _read_split(file):
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(read_text(file))
     except OSError as error:
         raise InputError(f"cannot read {file}: {error.strerror}") from None
     except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, or nested too deeply

@@ -7,3 +7,9 @@ class InputError(ValueError):
 
 class Interrupted(Exception):
     """The run was asked to stop, and has saved all that it needs to go on."""
+
+
+def one_line(text):
+    """`text` as a terminal can show it in one line, whatever names and values it quotes."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode()
+                   for char in text)

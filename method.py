@@ -14,7 +14,7 @@ from torch import nn
 from tqdm import tqdm
 
 from errors import InputError
-from utils import atomic_path, write_json, write_tensors
+from utils import atomic_path, open_file, read_text, write_json, write_tensors
 
 ADAPTER_FORMAT = 1
 FLOATS = {torch.float16, torch.bfloat16, torch.float32, torch.float64}  # taken one for another
@@ -239,7 +239,7 @@ def read_adapter_config(path):
     """The configuration of a saved adapter. Raises InputError where it is not one."""
     file = Path(path) / CONFIG_FILE
     try:
-        config = json.loads(file.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+        config = json.loads(read_text(file), parse_constant=_refuse_constant)
     except OSError as error:
         raise InputError(f"no adapter at {path}: cannot read {file} ({error.strerror})") from None
     except (ValueError, RecursionError) as error:
@@ -275,6 +275,7 @@ def load_adapter(model, path):
         raise InputError(f"{path} was made by method {config['method']!r}; "
                          f"known: {', '.join(METHODS)}")
     try:
+        open_file(path / WEIGHTS_FILE).close()  # no pipe, which safetensors would wait for
         state = safetensors.torch.load_file(path / WEIGHTS_FILE)
     except (OSError, safetensors.SafetensorError) as error:
         raise InputError(f"cannot read {path / WEIGHTS_FILE}: {error}") from None

@@ -17,7 +17,7 @@ import metrics
 from arguments import RUN_FLAGS, build_parser, parse_values
 from baselines import METHODS
 from errors import InputError
-from utils import write_json
+from utils import read_json_lines, read_text, write_json
 
 ITEMS_FILE = "items.json"  # per-item scores of an exported record
 RESULT_KEYS = {"args", "base_sha256", "code_sha256", "compiler", "global_batch_size", "metrics",
@@ -172,7 +172,7 @@ def check_items(record):
 
 def _read_json(path):
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(read_text(path))
     except FileNotFoundError:
         raise InputError(f"incomplete: it has no {path.name}") from None
     except (OSError, ValueError, RecursionError) as error:
@@ -182,7 +182,7 @@ def _read_json(path):
 def read_lines(path):
     """The values in a file of JSON lines. Raises InputError."""
     try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        return read_json_lines(path)
     except FileNotFoundError:
         raise InputError(f"incomplete: it has no {path.name}") from None
     except (OSError, ValueError, RecursionError) as error:

@@ -23,7 +23,7 @@ import metrics
 from arguments import RUN_FLAGS, as_argv
 from errors import InputError
 from method import WEIGHTS_FILE
-from utils import sha256_file, write_json
+from utils import read_text, sha256_file, write_json
 
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "numpy", "scipy", "rouge_score",
             "safetensors")
@@ -64,7 +64,7 @@ def read_single_task_results(run):
     if path is None:
         return
     try:
-        single = json.loads(Path(path).read_text(encoding="utf-8"))
+        single = json.loads(read_text(path))
         theirs = dict(single["args"])
         theirs |= {key: single[key] for key in SAME_FOR_SINGLE}
         hashes = {name: task["sha256"] for name, task in dict(single["tasks"]).items()}

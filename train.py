@@ -34,9 +34,9 @@ import results
 from arguments import OVERRIDABLE, PAPER_BATCH, parse_flags, read_results
 from baselines import METHODS
 from checkpoint import Position
-from errors import InputError, Interrupted
+from errors import InputError, Interrupted, one_line
 from method import Stage, load_adapter, method_of, save_adapter
-from utils import StopSignals, cache_dir, sha256_file, stable_seed
+from utils import StopSignals, cache_dir, read_json_lines, sha256_file, stable_seed
 
 # Of the disk, not of this program: one line, no traceback.
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
@@ -512,8 +512,7 @@ def prepare_output_dir(run):
             output_dir.clear(folder, keep)
     run.accelerator.wait_for_everyone()
     if run.resumed is not None and (folder / "regroup.jsonl").exists():
-        lines = (folder / "regroup.jsonl").read_text(encoding="utf-8").splitlines()
-        run.regroupings = [json.loads(line) for line in lines]
+        run.regroupings = read_json_lines(folder / "regroup.jsonl")
 
 
 def execute(args, argv, stop, first_to_say):
@@ -612,12 +611,6 @@ def main(argv=None):
             if first_to_say():
                 raise
             return 1
-
-
-def one_line(text):
-    """`text` as a terminal can show it in one line, whatever names and values it quotes."""
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode()
-                   for char in text)
 
 
 def resume_command(argv):

@@ -6,11 +6,13 @@ import hashlib
 import json
 import os
 import signal
+import stat
 import tempfile
 from pathlib import Path
 
 import safetensors.torch
 
+LARGEST_TEXT = 2**30  # bytes
 
 @contextlib.contextmanager
 def atomic_path(path):
@@ -63,9 +65,32 @@ def write_tensors(path, tensors):
         raise OSError(errno.EIO, str(error), str(path)) from error
 
 
+def open_file(path):
+    """`path` opened for reading bytes. Raises OSError for a pipe or a device: it might not end."""
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe would be waited for
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return open(handle, "rb")
+
+
+def read_text(path):
+    """The UTF-8 text of a file. Raises OSError, also for what is no file or far too large."""
+    with open_file(path) as file:
+        if os.fstat(file.fileno()).st_size > LARGEST_TEXT:
+            raise OSError(errno.EINVAL, f"larger than {LARGEST_TEXT:,} bytes", str(path))
+        return file.read().decode("utf-8")
+
+
+def read_json_lines(path):
+    """The values of a JSON-lines file. Raises OSError or ValueError."""
+    lines = read_text(path).split("\n")  # not splitlines: texts hold other line breaks
+    return [json.loads(line) for line in (lines[:-1] if lines[-1] == "" else lines)]
+
+
 def sha256_file(path):
     """SHA-256 of a file's bytes, as lower-case hexadecimal digits."""
-    with open(path, "rb") as file:
+    with open_file(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
