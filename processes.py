@@ -1,6 +1,9 @@
 """What the processes of one run agree on: that they hold the same, and who says why they end."""
 
+import contextlib
+import ctypes
 import os
+import signal
 from datetime import timedelta
 
 import torch
@@ -10,6 +13,7 @@ from torch.distributed import DistError, TCPStore
 from errors import InputError
 
 PATIENCE = timedelta(seconds=5)
+PR_SET_PDEATHSIG = 1  # of <sys/prctl.h>
 # What the launcher sets for what shards gradients, by the name that users know.
 SHARDED = {"ACCELERATE_USE_DEEPSPEED": "DeepSpeed", "ACCELERATE_USE_FSDP": "FSDP",
            "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
@@ -23,6 +27,13 @@ def refuse_sharding():
             raise InputError(f"{name} is not supported, only DDP ({variable} is set): sharded "
                              "gradients would make Eq. 8 wrong, and the trainable state is small "
                              "enough for every process; launch with --multi_gpu")
+
+
+def end_with_launcher():
+    """Get a SIGTERM when the launcher of this process ends first: it may pass none on (Linux)."""
+    if {"ACCELERATE_DYNAMO_BACKEND", "TORCHELASTIC_RUN_ID"} & os.environ.keys():
+        with contextlib.suppress(AttributeError):  # another system than Linux
+            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def check_equal(accelerator, state, step):

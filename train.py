@@ -50,7 +50,7 @@ class Run:
 
     def __init__(self, args, accelerator, stop):
         self.args, self.accelerator, self.stop = args, accelerator, stop
-        self.trains = METHODS[args.method].trains and not args.eval_only
+        self.trains = trains(args)
         self.tasks = self.order = self.encoded = self.tokenizer = self.stages = None  # load_data
         self.model = self.method = self.base_parameters = None  # load_model
         self.single_task_scores = self.single_base_sha256 = None
@@ -98,6 +98,11 @@ class Run:
         if number:
             self.stop.received = signal.Signals(number)
         return number > 0
+
+
+def trains(args):
+    """Whether a run with these flags trains anything."""
+    return METHODS[args.method].trains and not args.eval_only
 
 
 def make_accelerator(args):
@@ -552,11 +557,11 @@ def execute(args, argv, stop, first_to_say):
 def carry_out(run, argv, first_to_say):
     """Train, evaluate and write down what a run is for -> its results."""
     args, accelerator = run.args, run.accelerator
+    run.stop.deferred = True
     prepare_output_dir(run)
     accelerator.init_trackers("badit", config={
         key: value if isinstance(value, (int, float, str)) else str(value)
         for key, value in results.recorded_args(run).items()})
-    run.stop.deferred = True
     try:
         if run.trains:
             train_all(run)
@@ -591,6 +596,7 @@ def main(argv=None):
         return status
 
     with StopSignals() as stop:
+        processes.end_with_launcher()
         try:
             args, _ = parse_flags(argv)
             output_dir.check(args)
@@ -600,23 +606,27 @@ def main(argv=None):
             return end(2, f"error: {error}")
         except OSError as error:
             full = (f"; what was saved before is whole: make room there, then "
-                    f"{resume_command(argv)}") if error.errno in DISK_ERRORS else ""
+                    f"{command(argv, stop)}") if error.errno in DISK_ERRORS else ""
             return end(2, f"error: {error}{full}")
         except (Interrupted, KeyboardInterrupt) as error:
             number = stop.received or signal.SIGINT
-            saved = "saved" if isinstance(error, Interrupted) else "nothing more was saved"
+            saves = isinstance(error, Interrupted) and trains(args)
+            saved = "saved" if saves else "nothing more was saved"
             return end(128 + number, f"stopped by {number.name}, {saved}; go on with: "
-                                     f"{resume_command(argv)}")
+                                     f"{command(argv, stop)}")
         except Exception:
             if first_to_say():
                 raise
             return 1
 
 
-def resume_command(argv):
-    """The command that goes on with a run that was stopped."""
-    kept = [word for word in argv if word not in ("--resume", "--overwrite")]
-    return f"{results.launcher()} train.py {shlex.join([*kept, '--resume'])}"
+def command(argv, stop):
+    """The command that goes on with a run, or starts it again where it had not begun to write."""
+    if stop.deferred:
+        argv = [*(word for word in argv if word not in ("--resume", "--overwrite")), "--resume"]
+    threads = os.environ.get("OMP_NUM_THREADS")  # a run goes on with as many
+    prefix = f"OMP_NUM_THREADS={shlex.quote(threads)} " if threads else ""
+    return f"{prefix}{results.launcher()} train.py {shlex.join(argv)}"
 
 
 if __name__ == "__main__":

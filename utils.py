@@ -8,11 +8,13 @@ import os
 import signal
 import stat
 import tempfile
+import time
 from pathlib import Path
 
 import safetensors.torch
 
 LARGEST_TEXT = 2**30  # bytes
+ECHO = 3  # seconds
 
 @contextlib.contextmanager
 def atomic_path(path):
@@ -106,17 +108,19 @@ def stable_seed(*parts):
 
 
 class StopSignals:
-    """A context in which SIGTERM and Ctrl-C ask to stop: at once, or when `deferred` is set, later.
+    """A context in which SIGTERM, SIGHUP and Ctrl-C ask to stop: at once or, if `deferred`, later.
 
-    A deferred signal is found in `received`; a second one stops at once, by KeyboardInterrupt.
+    A deferred signal is found in `received`. Another stops at once, by KeyboardInterrupt, unless it
+    comes within ECHO seconds: launchers pass on what their processes have got themselves.
     """
 
     def __init__(self):
-        self.received, self.deferred, self.before = None, False, {}
+        self.received, self.since, self.deferred, self.before = None, None, False, {}
 
     def __enter__(self):
-        for number in (signal.SIGTERM, signal.SIGINT):
-            self.before[number] = signal.signal(number, self._receive)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # of nohup
+                self.before[number] = signal.signal(number, self._receive)
         return self
 
     def __exit__(self, *_):
@@ -124,8 +128,22 @@ class StopSignals:
             signal.signal(number, handler)
 
     def _receive(self, number, frame):
-        again, self.received = self.received is not None, signal.Signals(number)
+        again = self.received is not None
+        if again and time.monotonic() - self.since < ECHO:
+            return
+        self.received, self.since = signal.Signals(number), time.monotonic()
+        if number == signal.SIGHUP:
+            _leave_terminal()
         if again or not self.deferred:
             raise KeyboardInterrupt
-        # Not print: the signal may come in the middle of one.
-        os.write(2, f"\n{self.received.name}: stopping at the next checkpoint\n".encode())
+        with contextlib.suppress(OSError):  # not print: the signal may come in the middle of one
+            os.write(2, f"\n{self.received.name}: stopping at the next checkpoint; another, after "
+                        f"{ECHO} seconds, stops at once\n".encode())
+
+
+def _leave_terminal():
+    """Throw away what would be printed: the terminal, and what reads a pipe there, have gone."""
+    with open(os.devnull, "w") as null:
+        for stream in (1, 2):
+            if not stat.S_ISREG(os.fstat(stream).st_mode):
+                os.dup2(null.fileno(), stream)

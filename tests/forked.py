@@ -46,10 +46,11 @@ class Forks:
 
 
 def serve():
-    """Carry out orders: {argv, out, processes, prelude, signal, after or seen, to}.
+    """Carry out orders: {argv, out, processes, prelude, signal, after or seen, times, to}.
 
-    `prelude` is Python for the child, `signal` a number that is sent `after` seconds, or once a
-    path matches `seen`. The answer: statuses (negative: killed by that signal) and seconds.
+    `prelude` is Python for the child, `signal` a number that is sent `after` seconds, or when a
+    path matches `seen`, so many `times` to all or to one rank. The answer: statuses (negative:
+    killed by that signal) and seconds.
     """
     # Imported here: the other end must not load the program again.
     import accelerate.commands.launch  # noqa: F401
@@ -127,7 +128,9 @@ def watch(children, order, start):
         if pending and due:
             pending = None
             to = order.get("to")  # a rank, or all
-            send(waiting if to is None else [children[to]], order["signal"])
+            for _ in range(order.get("times", 1)):
+                send(waiting if to is None else [children[to]], order["signal"])
+                time.sleep(0.01)  # else the system joins equal signals
         if passed > limit:
             limit += 5  # for it to print where
             send(waiting, signal.SIGABRT)

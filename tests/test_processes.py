@@ -1,6 +1,10 @@
 """Several processes: they give what one gives, hold the same, and end together."""
 
+import os
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import safetensors.torch
@@ -90,6 +94,31 @@ def test_another_number_of_processes_is_refused(flags, forks, tmp_path):
     answer = forks(*argv, "--resume", "--batch_size", 4, out=tmp_path / "b", processes=2)
     assert answer["statuses"] == [2, 2]
     assert "processes (then 1, now 2)" in answer["lines"][-1]
+
+
+CHILD = """
+import signal, sys, time
+import processes
+signal.signal(signal.SIGTERM, lambda *_: sys.exit("asked to stop"))
+processes.end_with_launcher()
+print("ready", flush=True)
+time.sleep(60)
+"""
+LAUNCHER = """
+import subprocess, sys
+subprocess.run([sys.executable, "-c", sys.argv[1]])
+"""
+
+
+def test_a_run_does_not_outlive_its_launcher():
+    """A killed launcher passes nothing on: the run gets a SIGTERM of its own."""
+    launcher = subprocess.Popen(
+        [sys.executable, "-c", LAUNCHER, CHILD], text=True, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, cwd=Path(models.__file__).parent,
+        env=os.environ | {"ACCELERATE_DYNAMO_BACKEND": "no"})
+    assert launcher.stdout.readline() == "ready\n"
+    launcher.kill()
+    assert launcher.communicate(timeout=30)[1] == "asked to stop\n"
 
 
 # Each breaks the second process alone.

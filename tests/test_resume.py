@@ -19,6 +19,7 @@ import evaluation
 import method as adapters
 import results
 import train
+import utils
 from baselines import METHODS
 
 TRAINED = [name for name, method in METHODS.items() if method.trains]
@@ -193,7 +194,7 @@ def test_a_kill_of_every_method(method, flags, whole, forks, tmp_path):
     assert_equal_runs(tmp_path / "out", whole(method))
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 @pytest.mark.parametrize("moment", ["checkpoints/000002", "predictions/*.partial"])
 def test_a_signal_saves_and_stops(number, moment, flags, whole, forks, tmp_path):
     """One line with the command that goes on, a status of its own, and an exact resume."""
@@ -201,7 +202,8 @@ def test_a_signal_saves_and_stops(number, moment, flags, whole, forks, tmp_path)
     answer = forks(*argv, out=tmp_path / "a", signal=number, seen=f"{tmp_path}/out/{moment}")
     assert answer["statuses"] == [128 + number], answer["lines"][-5:]
     last = answer["lines"][-1]
-    assert last.startswith(f"stopped by {number.name}, saved; go on with: python train.py ")
+    assert last.startswith(f"stopped by {number.name}, saved; go on with: OMP_NUM_THREADS=1 "
+                           "python train.py ")
     assert last.endswith("--resume") and not any("Traceback" in line for line in answer["lines"])
     assert forks(*argv, "--resume", out=tmp_path / "b")["statuses"] == [0]
     assert_equal_runs(tmp_path / "out", whole("badit"))
@@ -215,6 +217,73 @@ def test_a_signal_between_checkpoints_saves_one(flags, forks, tmp_path):
     assert answer["statuses"] == [128 + signal.SIGTERM]
     state = checkpoint.read(tmp_path / "out/checkpoints/000001").state
     assert 0 < state["position"][1] == len(lines_of(tmp_path / "out/log.jsonl")) < 400
+
+
+SLOW = """
+import time, train
+real = train.Recorder.add_step
+def add_step(self, record):
+    time.sleep(0.05)
+    real(self, record)
+train.Recorder.add_step = add_step
+"""
+
+
+def test_a_signal_that_a_launcher_passes_on_counts_once(flags, forks, tmp_path):
+    """The process group's SIGTERM, and the launcher's own a moment later."""
+    argv = (*flags[:-2], *DOG, "--epochs", 200, "--output_dir", tmp_path / "out")
+    answer = forks(*argv, out=tmp_path / "a", signal=signal.SIGTERM, times=2, prelude=SLOW,
+                   seen=f"{tmp_path}/out/log.jsonl")
+    assert answer["statuses"] == [128 + signal.SIGTERM]
+    assert ", saved; go on with" in answer["lines"][-1], answer["lines"][-5:]
+    assert names_in(tmp_path / "out") == ["000001"]
+
+
+def test_a_second_signal_stops_at_once(monkeypatch):
+    """If it comes later than an echo does."""
+    clock = [100.0]
+    monkeypatch.setattr(utils.time, "monotonic", lambda: clock[0])
+    with utils.StopSignals() as stop:
+        stop.deferred = True
+        os.kill(os.getpid(), signal.SIGTERM)
+        clock[0] += utils.ECHO - 1
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.received == signal.SIGTERM
+        clock[0] += 1
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_nohup_is_respected():
+    """A signal that is ignored when the program starts stays ignored: SIGHUP alone."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with utils.StopSignals() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert stop.received is None
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_run_that_has_not_begun_is_started_again(flags, forks, tmp_path):
+    """--overwrite stays in the command until the folder was cleared; nothing was touched."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/log.jsonl").write_text("an older run\n")
+    prelude = "import os, signal, models\nmodels.load = lambda *_: os.kill(os.getpid(), 15)"
+    answer = forks(*flags, "--output_dir", tmp_path / "out", "--overwrite", out=tmp_path / "a",
+                   prelude=prelude)
+    assert answer["statuses"] == [128 + signal.SIGTERM]
+    last = answer["lines"][-1]
+    assert "nothing more was saved" in last and last.endswith("--overwrite")
+    assert (tmp_path / "out/log.jsonl").read_text() == "an older run\n"
+
+
+def test_an_evaluation_says_that_nothing_is_saved(flags, forks, tmp_path):
+    argv = (*flags[:4], "--method", "base", "--max_length", 64, "--eval_batch_size", 1)
+    answer = forks(*argv, "--output_dir", tmp_path / "out", out=tmp_path / "a",
+                   signal=signal.SIGTERM, seen=f"{tmp_path}/out/predictions/*.partial")
+    assert answer["statuses"] == [128 + signal.SIGTERM]
+    assert "nothing more was saved; go on with" in answer["lines"][-1]
 
 
 # --- what a checkpoint is -----------------------------------------------------------------------
