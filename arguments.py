@@ -23,7 +23,10 @@ TRAINING_FLAGS = {"setting", "task_order", "epochs", "max_train_per_task", "batc
 RUN_FLAGS = ("from_results", "output_dir", "overwrite", "resume", "checkpoint_every", "allow_other",
              "report_to")
 # What --allow_other lets differ: such a run completes, but may differ in its last digits.
-OVERRIDABLE = ("code", "versions", "threads", "device")
+OVERRIDABLE = ("code", "versions", "threads", "device", "paths")
+# Flags that name what is compared by its content anyway: of them, "paths" lets the names differ.
+PATH_FLAGS = ("model", "suite", "data_dir", "adapter", "single_task_results")
+PATHS = tuple(f"--{name}" for name in PATH_FLAGS)
 SETTING_FLAGS = {"task_order": ("sequential",), "paper_metrics": ("sequential",),
                  "single_task_results": ("mixed", "sequential")}
 
@@ -60,7 +63,8 @@ def build_parser():
         help="repeat the run that wrote this results.json, with all its flags")
     add("--allow_other", nargs="+", choices=OVERRIDABLE, default=[], metavar="WHAT",
         help="for --resume and --from_results: what may be another than it was, of "
-             f"{', '.join(OVERRIDABLE)}; the result may then differ in its last digits")
+             f"{', '.join(OVERRIDABLE)} (of models and data, whose content is compared); with "
+             "all but paths the result may differ in its last digits")
     add("--deterministic", action="store_true",
         help="on a GPU, only kernels that give equal bits in equal runs, where there is one")
     add("--report_to", choices=("none", *TRACKERS), default="none",
@@ -160,9 +164,10 @@ def parse_flags(argv):
 
 def repeated_flags(args, typed):
     """The flags that results.json recorded, under those of RUN_FLAGS that were typed now."""
-    for flag in sorted(typed - set(RUN_FLAGS)):
+    free = {*RUN_FLAGS, *(PATH_FLAGS if "paths" in args.allow_other else ())}
+    for flag in sorted(typed - free):
         raise InputError(f"--{flag} is not read with --from_results, which repeats all flags of "
-                         f"{args.from_results}")
+                         f"{args.from_results} (but {', '.join(PATHS)} with --allow_other paths)")
     recorded = read_results(args.from_results)["args"]
     known = set(vars(args)) - set(RUN_FLAGS)
     if not isinstance(recorded, dict) or set(recorded) != known:
@@ -170,7 +175,7 @@ def repeated_flags(args, typed):
         raise InputError(f"--from_results {args.from_results} is of another version of this "
                          f"program, with other flags: {different}")
     repeated = parse_values(recorded, args.from_results)
-    for name in RUN_FLAGS:
+    for name in (*RUN_FLAGS, *(typed & set(PATH_FLAGS))):
         setattr(repeated, name, getattr(args, name))
     return repeated
 

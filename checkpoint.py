@@ -24,18 +24,20 @@ import safetensors.torch
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
 
+from arguments import OVERRIDABLE
 from errors import InputError
 from method import check_tensors
 from results import MODEL_HASHES
-from utils import fsync, read_text, sha256_file, write_tensors
+from utils import fsync, open_file, read_text, sha256_file, write_tensors
 
 FOLDER, KEPT = "checkpoints", 2
 TENSORS_FILE, STATE_FILE, SUMS_FILE = "tensors.safetensors", "state.json", "SHA256SUMS"
 LOGS = ("log.jsonl", "regroup.jsonl")
 STATE_TYPES = {"position": list, "rows": list, "files": dict, "identity": dict, "hashes": dict,
-               "seconds": dict, "rng": list}
+               "overruled": list, "seconds": dict, "rng": list}
 # What reading a file of another making can raise, where its checksum is right.
-MISFIT = (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError)
+MISFIT = (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError,
+          OverflowError)
 
 
 class Position(NamedTuple):
@@ -66,20 +68,21 @@ def save(run, optimizer=None):
         return
     tensors = {f"adapter.{key}": tensor for key, tensor in run.method.state_dict().items()}
     state = {"position": run.position, "rows": run.rows, "files": run.files | log_hashes(run),
-             "identity": run.identity, "hashes": run.hashes, "seconds": run.seconds, "rng": rng}
+             "identity": run.identity, "hashes": run.hashes, "overruled": sorted(run.overruled),
+             "seconds": run.seconds, "rng": rng}
     if optimizer is not None:
         tensors |= {f"method.{key}": value for key, value in run.method.training_state().items()}
         tensors |= {f"optimizer.{key}": tensor
                     for key, tensor in optimizer_state(run.model, optimizer).items()}
     folder = run.args.output_dir / FOLDER
-    numbers = [int(path.name) for path in checkpoints_in(folder)]
-    path = folder / f"{max(numbers, default=0) + 1:06d}"
+    older = checkpoints_in(folder)
+    path = folder / f"{max(map(number, older), default=0) + 1:06d}"
     try:
         write(path, tensors, state)
     except OSError as error:
         raise InputError(f"could not save a checkpoint in {folder} ({error}): nothing that was "
                          "saved before is lost; make room there, then --resume") from error
-    for old in sorted(checkpoints_in(folder))[:-KEPT]:
+    for old in older[:1 - KEPT]:
         remove(old)
 
 
@@ -163,8 +166,13 @@ def trained(model):
 
 
 def checkpoints_in(folder):
-    """The checkpoint folders in `folder`, whole or not, in no order."""
-    return [path for path in folder.glob("*") if re.fullmatch(r"\d{6,}", path.name)]
+    """The checkpoint folders in `folder`, whole or not, the oldest first."""
+    return sorted((path for path in folder.glob("*") if re.fullmatch(r"[0-9]{6,}", path.name)),
+                  key=number)
+
+
+def number(path):
+    return int(path.name)
 
 
 def newest(run):
@@ -174,7 +182,7 @@ def newest(run):
     """
     folder, chosen = run.args.output_dir / FOLDER, [None]
     if run.accelerator.is_main_process:
-        for path in sorted(checkpoints_in(folder), reverse=True):
+        for path in reversed(checkpoints_in(folder)):
             reason = damage(path)
             if reason is None:
                 chosen = [path.name]
@@ -185,7 +193,10 @@ def newest(run):
 
 
 def damage(path):
-    """Why the checkpoint `path` cannot be used, or None."""
+    """What is missing or broken in the checkpoint `path`, or None.
+
+    Raises InputError for a whole one of another version, OSError for one that cannot be read now.
+    """
     try:
         lines = read_text(path / SUMS_FILE).splitlines()
         sums = {name: sha256 for sha256, name in (line.split("  ", 1) for line in lines)}
@@ -193,12 +204,14 @@ def damage(path):
             if sums.get(name) != sha256_file(path / name):
                 return f"{name} does not have its checksum"
         state = read(path).state
-    except (OSError, ValueError, RecursionError, safetensors.SafetensorError) as error:
+    except (FileNotFoundError, NotADirectoryError, ValueError, RecursionError,
+            safetensors.SafetensorError) as error:
         return f"{type(error).__name__}: {error}"
-    if not isinstance(state, dict) or state.keys() != STATE_TYPES.keys():
-        return "state.json has other keys"
-    wrong = [key for key, kind in STATE_TYPES.items() if not isinstance(state[key], kind)]
-    return f"state.json has another kind of {wrong[0]}" if wrong else None
+    if not isinstance(state, dict) or state.keys() != STATE_TYPES.keys() or not all(
+            isinstance(state[key], kind) for key, kind in STATE_TYPES.items()):
+        raise InputError(f"checkpoint {path} is whole, but of another version of this program: go "
+                         "on with that one, or start anew in another --output_dir")
+    return None
 
 
 def check_state(run, state):
@@ -219,8 +232,9 @@ def check_state(run, state):
                 and all(score is None or 0 <= score <= 100 for row in scores for score in row)
                 and state["hashes"].keys() == MODEL_HASHES.keys()
                 and all(0 <= seconds < math.inf for seconds in state["seconds"].values())
-                and all(type(file["bytes"]) is int and len(file["sha256"]) == 64
-                        for file in state["files"].values()))
+                and set(state["overruled"]) <= set(OVERRIDABLE)
+                and all(type(file["bytes"]) is int and file["bytes"] >= 0
+                        and len(file["sha256"]) == 64 for file in state["files"].values()))
         set_random_states(state["rng"][run.accelerator.process_index])
     except MISFIT as error:
         raise InputError(f"{STATE_FILE} of the checkpoint is damaged ({error!r:.200})") from None
@@ -271,27 +285,38 @@ def restore_files(run):
 
 
 def sha256_start(path, size):
-    """SHA-256 of the first `size` bytes of a file."""
-    with open(path, "rb") as file:
-        return hashlib.sha256(file.read(size)).hexdigest()
+    """SHA-256 of the first `size` bytes of a file, of all where it has fewer."""
+    with open_file(path) as file:
+        return hashlib.sha256(file.read(min(size, os.fstat(file.fileno()).st_size))).hexdigest()
 
 
 def drop_leftovers(output_dir, newer_than=0):
     """Delete what killed saves left, and checkpoints above a number, which are damaged."""
     folder = output_dir / FOLDER
-    leftovers = [path for path in checkpoints_in(folder) if int(path.name) > newer_than]
-    for path in (*folder.glob(".*.tmp"), *leftovers):
+    killed = [path for path in folder.glob(".*.tmp")
+              if re.fullmatch(r"\.[0-9]{6,}\.\w+\.tmp", path.name)]
+    for path in (*killed, *(path for path in checkpoints_in(folder) if number(path) > newer_than)):
         remove(path)
 
 
 def remove(path):
-    """Delete a folder with all that is in it, or a file, or a link itself."""
-    if path.is_dir() and not path.is_symlink():
+    """Delete a checkpoint, first its seal, and nothing else in it; or what a killed save left."""
+    if path.is_symlink() or not path.is_dir():
+        path.unlink()
+    elif path.name.startswith("."):
         shutil.rmtree(path)
     else:
-        path.unlink()
+        for name in (SUMS_FILE, STATE_FILE, TENSORS_FILE):
+            (path / name).unlink(missing_ok=True)
+        remove_empty(path)
+
+
+def remove_empty(folder):
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
 
 
 def discard(run):
     """Delete all checkpoints: the run is finished."""
-    shutil.rmtree(run.args.output_dir / FOLDER, ignore_errors=True)
+    drop_leftovers(run.args.output_dir)
+    remove_empty(run.args.output_dir / FOLDER)

@@ -33,13 +33,12 @@ def check(args):
                          "go on with the run in it, or --overwrite to replace what this program "
                          "wrote there")
     refuse_obstacles(folder)
-    if args.resume:
-        return
-    for flag in ("adapter", "single_task_results"):
+    # A run that --resume finds finished deletes nothing.
+    for flag in ("adapter", "single_task_results", *(["from_results"] if args.overwrite else ())):
         needed = getattr(args, flag)
         if needed and Path(needed).resolve().is_relative_to(folder.resolve()):
-            raise InputError(f"--{flag} {needed} lies in --output_dir {folder}, where --overwrite "
-                             "would delete it: name another --output_dir")
+            raise InputError(f"--{flag} {needed} lies in --output_dir {folder}, where it could be "
+                             "deleted: name another --output_dir")
 
 
 def refuse_obstacles(folder):
@@ -59,18 +58,29 @@ def is_output(name):
 
 
 def clear(folder, keep=()):
-    """Delete the files that this program wrote into `folder` before, but those to `keep`."""
-    for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder).as_posix()
-        if path.is_file() and is_output(name) and not name.startswith(keep):
-            path.unlink()
+    """Delete the files that this program wrote into `folder` before, but those to `keep`.
+
+    First what would tell of a whole run, as a kill may leave the rest.
+    """
+    names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+    for name in sorted(names, key=lambda name: (
+            name != "results.json", not name.startswith("checkpoints/"), name)):
+        if is_output(name) and (name.endswith(".tmp") or not name.startswith(keep)):
+            (folder / name).unlink()
+
+
+def listing(folder):
+    """The names of a run's files in `folder`."""
+    names = (path.relative_to(folder).as_posix() for path in folder.rglob("*"))
+    return {name for name in names if is_output(name)}
 
 
 @contextlib.contextmanager
-def reserved(run):
+def reserved(run, there):
     """A context with an --output_dir that no other run enters; held by the main process.
 
-    Without it, two runs would write the same logs and delete each other's checkpoints.
+    `there` is the listing at the run's start. Raises InputError where another run is writing, or
+    has written since: two would share logs and delete each other's checkpoints.
     """
     folder = run.args.output_dir
     if not run.accelerator.is_main_process:
@@ -93,6 +103,9 @@ def reserved(run):
             run.print(f"--output_dir {folder}: its file system has no locks ({error.strerror}); "
                       "start no second run there")
         try:
+            if listing(folder) != there:
+                raise InputError(f"--output_dir {folder}: another run has written there since this "
+                                 "one was started")
             yield
         finally:
             (folder / LOCK).unlink(missing_ok=True)

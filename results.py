@@ -6,7 +6,6 @@
 import hashlib
 import importlib.metadata
 import json
-import math
 import os
 import platform
 import resource
@@ -73,9 +72,10 @@ def read_single_task_results(run):
         scores = {reference: {task: float(matrix[i - len(single["task_order"])][i])
                               for i, task in enumerate(single["task_order"])}
                   for reference, matrix in dict(single["scores"]).items()}
-        if not all(math.isfinite(score) for row in scores.values() for score in row.values()):
-            raise ValueError("a score is not finite")
-    except (OSError, ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
+        if not all(0 <= score <= 100 for row in scores.values() for score in row.values()):
+            raise ValueError("a score is not from 0 to 100")
+    except (OSError, ValueError, KeyError, TypeError, IndexError, OverflowError,
+            RecursionError) as error:
         raise InputError(f"--single_task_results {path} is no results.json of a finished run with "
                          f"--setting single ({type(error).__name__}: {error})") from None
     free = {"setting", "suite", "data_dir", "tasks", "task_order", "eval_tasks", "eval_before",
@@ -84,7 +84,7 @@ def read_single_task_results(run):
     mine = recorded_args(run) | {"global_batch_size": run.global_batch,
                                  "precision": run.accelerator.mixed_precision,
                                  "compiler": compiler(run),
-                                 "code_sha256": code_sha256()}
+                                 "code_sha256": run.provenance["code_sha256"]}
     different = sorted(key for key in mine.keys() - free if theirs.get(key) != mine[key])
     different += [f"data of {task}" for task in run.order
                   if hashes.get(task) != task_sha256(run, task)]
@@ -118,6 +118,12 @@ def read_files(run):
     return {flag: sha256_file(path) for flag, path in files.items() if path is not None}
 
 
+def provenance(run):
+    """What the run is made with; asked at its start, as files may change while it lasts."""
+    return {"code_sha256": code_sha256(), "git_commit": git_commit(), "versions": versions(),
+            "read_files": read_files(run)}
+
+
 def versions():
     return {name: importlib.metadata.version(name) for name in PACKAGES} | {
         "python": platform.python_version()}
@@ -125,9 +131,11 @@ def versions():
 
 def identity(run):
     """What must be equal for runs to be equal, by the names that a user knows."""
+    made = run.provenance
     return _identity(
-        recorded_args(run), {name: task_sha256(run, name) for name in run.tasks}, read_files(run),
-        code=code_sha256(), versions=versions(), threads=torch.get_num_threads(),
+        recorded_args(run), {name: task_sha256(run, name) for name in run.tasks},
+        made["read_files"], code=made["code_sha256"], versions=made["versions"],
+        threads=torch.get_num_threads(),
         device=device_name(run), precision=run.accelerator.mixed_precision,
         processes=run.accelerator.num_processes, compiler=compiler(run))
 
@@ -135,6 +143,8 @@ def identity(run):
 def recorded_identity(results):
     """`identity` of the run that wrote these results."""
     try:
+        if not isinstance(results["overruled"], list):
+            raise TypeError("overruled is no list")
         return _identity(
             results["args"], {name: task["sha256"] for name, task in results["tasks"].items()},
             results["read_files"], code=results["code_sha256"], versions=results["versions"],
@@ -158,11 +168,9 @@ def write_results(run, rows, argv):
     values = matrix_metrics(run, rows, "best")
     results = {
         "args": recorded_args(run),
-        "code_sha256": code_sha256(),
-        "git_commit": git_commit(),
-        "versions": versions(),
-        "read_files": read_files(run),
+        **run.provenance,
         **run.hashes,
+        "overruled": sorted(run.overruled),
         "precision": run.accelerator.mixed_precision,
         "processes": run.accelerator.num_processes,
         "compiler": compiler(run),
@@ -264,7 +272,9 @@ def compiler(run):
 
 def device_name(run):
     device = run.accelerator.device
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device} ({torch.backends.cpu.get_cpu_capability()})"  # which decides the kernels
 
 
 def peak_memory(run):
@@ -278,7 +288,8 @@ def print_table(run, results):
     """Print `table`. Raises InputError where the results, read from a file, are damaged."""
     try:
         lines = list(table(results))
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError,
+            OverflowError) as error:
         raise InputError(f"{run.args.output_dir / 'results.json'} is damaged ({error!r})") from None
     run.print("\n".join(lines))
 

@@ -31,11 +31,11 @@ import models
 import output_dir
 import processes
 import results
-from arguments import OVERRIDABLE, PAPER_BATCH, parse_flags, read_results
+from arguments import OVERRIDABLE, PAPER_BATCH, PATHS, parse_flags, read_results
 from baselines import METHODS
 from checkpoint import Position
 from errors import InputError, Interrupted, one_line
-from method import Stage, load_adapter, method_of, save_adapter
+from method import CONFIG_FILE, WEIGHTS_FILE, Stage, load_adapter, method_of, save_adapter
 from utils import StopSignals, cache_dir, read_json_lines, sha256_file, stable_seed
 
 # Of the disk, not of this program: one line, no traceback.
@@ -57,7 +57,8 @@ class Run:
         self.seconds = defaultdict(float)
         self.regroupings = []
         self.steps = 0  # of the optimizer, in all stages
-        self.identity = None  # what makes it this run: results.identity
+        self.provenance = self.identity = None  # what makes it this run: results.identity
+        self.overruled = set()  # what --allow_other has let differ in the course of it
         self.position, self.rows = Position(0, 0), []  # rows of the score matrix so far
         self.files = {}  # finished ones that no later step writes again, with their checksums
         self.resumed = None  # the checkpoint of a stage that is to be gone on with
@@ -305,7 +306,7 @@ def train_stage(run, stage, recorder):
                 with run.timed("regroup"):
                     recorder.add_regrouping(method.after_step())         # Alg. 1: Eq. (9) to (14)
                 save_and_stop(run, stage, optimizer)
-    run.model = accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+    run.model = accelerator.unwrap_model(model, keep_fp32_wrapper=False, keep_torch_compile=False)
     loader.set_epoch(stage.epochs)  # for a pass over the data, in an order of its own
     method.end_task(stage, loader)
     processes.check_equal(accelerator, method.state_dict(), run.steps)
@@ -448,6 +449,9 @@ def train_all(run):
             folder = args.output_dir / "adapter" / (stage.name if alone else "")
             if run.accelerator.is_main_process:
                 save_adapter(run.model, folder)
+            if alone or index == len(stages) - 1:  # else the next stage writes it again
+                for name in (WEIGHTS_FILE, CONFIG_FILE):
+                    run.finish_file(folder / name)
             save_between_stages(run, Position(index, stage.steps))
         tasks = evaluated_tasks(run, stages, index + 1)
         run.rows.append(evaluate_row(run, index + 1, stage.name, tasks))
@@ -471,14 +475,33 @@ def check_tracker(name):
 
 
 def refuse_another_run(run, recorded, source):
-    """Raise InputError unless this run is the one that is `recorded`, or --allow_other lets it."""
+    """Raise InputError unless this run is the one that is `recorded`, or --allow_other lets it.
+
+    Returns those of OVERRIDABLE that differ and matter.
+    """
     mine, free = run.identity, set(run.args.allow_other)
-    different = [f"{name} (then {recorded.get(name)!r:.60}, now {mine.get(name)!r:.60})"
-                 for name in sorted(mine.keys() | recorded.keys())
-                 if mine.get(name) != recorded.get(name) and name not in free]
-    if different:
-        raise InputError(f"{source} is of another run: {'; '.join(different)}. --allow_other can "
+    different = [name for name in sorted(mine.keys() | recorded.keys())
+                 if mine.get(name) != recorded.get(name)]
+    kind = {name: "paths" if name in PATHS else name for name in different}
+    refused = [f"{name} (then {recorded.get(name)!r:.60}, now {mine.get(name)!r:.60})"
+               for name in different if kind[name] not in free]
+    if refused:
+        raise InputError(f"{source} is of another run: {'; '.join(refused)}. --allow_other can "
                          f"overrule: {', '.join(OVERRIDABLE)}")
+    return set(kind.values()) - {"paths"}  # which change no digit
+
+
+def repeat(run):
+    """Refuse to repeat what this run cannot: the run of --from_results, as a whole or in part."""
+    source, allowed = run.args.from_results, run.args.allow_other
+    recorded = read_results(source)
+    refuse_another_run(run, results.recorded_identity(recorded), source)
+    mixed = [name for name in OVERRIDABLE if name in recorded["overruled"] and name not in allowed]
+    if mixed:
+        raise InputError(f"{source} is of a run that was resumed with other {' and '.join(mixed)} "
+                         f"than it began with: no run repeats it exactly; --allow_other "
+                         f"{' '.join(mixed)} repeats its flags")
+    run.known_hashes = {name: recorded.get(name) for name in results.MODEL_HASHES}
 
 
 def resume(run):
@@ -493,8 +516,10 @@ def resume(run):
         run.print(f"no whole checkpoint in {folder}: starting from the beginning")
         return None
     state = found.state
-    refuse_another_run(run, state["identity"], f"checkpoint {folder / checkpoint.FOLDER}")
+    source = f"checkpoint {folder / checkpoint.FOLDER / found.name}"
+    run.overruled = refuse_another_run(run, state["identity"], source)
     checkpoint.check_state(run, state)
+    run.overruled |= set(state["overruled"])
     run.resumed, run.position, run.rows = found, Position(*state["position"]), state["rows"]
     run.known_hashes, run.files = state["hashes"], state["files"]
     run.seconds |= state["seconds"]
@@ -513,7 +538,7 @@ def prepare_output_dir(run):
             checkpoint.drop_leftovers(folder)
         else:
             checkpoint.restore_files(run)
-            keep = (*run.files, "adapter/", f"{checkpoint.FOLDER}/0", "tracking/")
+            keep = (*run.files, "adapter/", f"{checkpoint.FOLDER}/", "tracking/")
             output_dir.clear(folder, keep)
     run.accelerator.wait_for_everyone()
     if run.resumed is not None and (folder / "regroup.jsonl").exists():
@@ -523,6 +548,7 @@ def prepare_output_dir(run):
 def execute(args, argv, stop, first_to_say):
     """One whole run -> its results."""
     check_tracker(args.report_to)
+    there = output_dir.listing(args.output_dir)
     accelerator = make_accelerator(args)
     first_to_say.meet(accelerator)
     run = Run(args, accelerator, stop)
@@ -533,14 +559,13 @@ def execute(args, argv, stop, first_to_say):
     if accelerator.device.type == "cpu" and idle > 0:
         run.print(f"{idle} CPU cores stay idle: `accelerate launch --num_cpu_threads_per_process "
                   "N`, or `python train.py`, uses them")
+    run.provenance = results.provenance(run)
     load_data(run)
     results.read_single_task_results(run)
     check_model(run)
     run.identity = results.identity(run)
     if args.from_results is not None:
-        recorded = read_results(args.from_results)
-        refuse_another_run(run, results.recorded_identity(recorded), args.from_results)
-        run.known_hashes = {name: recorded.get(name) for name in results.MODEL_HASHES}
+        repeat(run)
     finished = resume(run) if args.resume else None
     if finished is not None:
         run.print(f"{args.output_dir} is finished already")
@@ -550,7 +575,7 @@ def execute(args, argv, stop, first_to_say):
     counts = results.parameter_counts(run)
     run.print(f"parameters: {counts['trainable']:,} trainable, {counts['stored']:,} stored, "
               f"{counts['active']:,} active per token, {counts['total']:,} in the base model")
-    with output_dir.reserved(run):
+    with output_dir.reserved(run, there):
         return carry_out(run, argv, first_to_say)
 
 

@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import random
@@ -17,6 +18,8 @@ import arguments
 import checkpoint
 import evaluation
 import method as adapters
+import models
+import output_dir
 import results
 import train
 import utils
@@ -412,7 +415,7 @@ def test_other_data_is_refused(stopped, suite, tmp_path):
     assert outcome.status == 2 and "data of say_both" in outcome.err[0]
 
 
-@pytest.mark.parametrize("what", arguments.OVERRIDABLE)
+@pytest.mark.parametrize("what", ["code", "versions", "threads", "device"])
 def test_what_may_be_another(what, stopped, whole, monkeypatch):
     """Refused by default, gone on with where the flag says so."""
     argv, folder = stopped
@@ -427,9 +430,54 @@ def test_what_may_be_another(what, stopped, whole, monkeypatch):
     assert run(*argv, "--resume", "--allow_other", *others).status == 2
     succeed(*argv, "--resume", "--allow_other", what)
     assert results_of(folder)["run"]["allow_other"] == [what]
+    assert results_of(folder)["overruled"] == [what]
     same = ("adapter/adapter_model.safetensors", "log.jsonl", "regroup.jsonl")
     for name in same:
         assert (folder / name).read_bytes() == (whole("badit") / name).read_bytes()
+
+
+def test_what_was_another_is_remembered(stopped, monkeypatch, tmp_path):
+    """Through a second stop: the run is of two kinds, and nothing repeats it exactly."""
+    argv, folder = stopped
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
+    with monkeypatch.context() as patch:
+        stop_at(patch, train.Recorder, "add_step", 2)
+        with pytest.raises(Killed):
+            run(*argv, "--resume", "--allow_other", "threads")
+    succeed(*argv, "--resume")
+    assert results_of(folder)["overruled"] == ["threads"]
+    again = ("--from_results", folder / "results.json", "--output_dir")
+    outcome = run(*again, tmp_path / "again")
+    assert outcome.status == 2 and "resumed with other threads" in outcome.err[-1]
+    succeed(*again, tmp_path / "again", "--allow_other", "threads")
+    assert results_of(tmp_path / "again")["overruled"] == []
+
+
+def test_model_and_suite_may_have_moved(stopped, flags, whole, llama, suite, tmp_path):
+    """Their content is what counts: to the last byte with --allow_other paths, refused without."""
+    argv, folder = stopped
+    shutil.copytree(llama, tmp_path / "a")
+    shutil.copytree(suite, tmp_path / "b")
+    moved = {llama: tmp_path / "a", suite: tmp_path / "b"}
+    argv = [moved.get(part, part) for part in argv]
+    outcome = run(*argv, "--resume")
+    assert outcome.status == 2 and "--model (then" in outcome.err[-1]
+    succeed(*argv, "--resume", "--allow_other", "paths")
+    assert results_of(folder)["overruled"] == []
+    succeed("--from_results", whole("badit") / "results.json", "--allow_other", "paths",
+            "--model", tmp_path / "a", "--suite", tmp_path / "b", "--output_dir", tmp_path / "c")
+    for one in (folder, tmp_path / "c"):
+        for name in ("adapter/adapter_model.safetensors", "log.jsonl", "regroup.jsonl"):
+            assert (one / name).read_bytes() == (whole("badit") / name).read_bytes()
+
+
+def test_code_that_changes_during_a_run(flags, tmp_path, monkeypatch):
+    """The record names what the run began with."""
+    real, calls = results.code_sha256, []
+    monkeypatch.setattr(results, "code_sha256",
+                        lambda: calls.append(None) or (real() if len(calls) == 1 else "changed"))
+    succeed(*flags, "--output_dir", tmp_path / "out")
+    assert results_of(tmp_path / "out")["code_sha256"] == real()
 
 
 def change_weights(file):
@@ -463,6 +511,20 @@ def test_another_base_model_is_refused(name, change, named, stopped, llama, whol
     for outcome in outcomes:
         assert outcome.status == 2 and named in outcome.err[-1]
     assert snapshot(folder) == before and not (tmp_path / "again").exists()
+
+
+@pytest.mark.parametrize("change", [lambda file: file.unlink(), lambda file: flip_a_bit(file)])
+def test_a_lost_adapter_is_refused(change, flags, tmp_path, monkeypatch):
+    """Of a task that is trained: nothing would write it again."""
+    argv = (*flags, "--setting", "single", "--output_dir", tmp_path / "out")
+    with monkeypatch.context() as patch:
+        stop_at(patch, train.Recorder, "add_step", 9)
+        with pytest.raises(Killed):
+            run(*argv)
+    (file,) = (tmp_path / "out" / "adapter").glob("*/adapter_model.safetensors")
+    change(file)
+    outcome = run(*argv, "--resume")
+    assert outcome.status == 2 and str(file) in outcome.err[-1]
 
 
 @pytest.mark.parametrize("name", ["log.jsonl", "regroup.jsonl", "predictions"])
@@ -511,6 +573,105 @@ def test_two_runs_in_one_folder_are_refused(stopped, whole, monkeypatch):
     outcome = succeed(*argv, "--resume")
     assert any("its file system has no locks" in line for line in outcome.out)
     assert_equal_runs(folder, whole("badit"))
+
+
+def test_a_folder_that_another_run_has_filled_is_refused(flags, tmp_path, monkeypatch):
+    """While this one was being prepared; the other's files stay."""
+    real = models.load
+
+    def load(*args):
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "results.json").write_text("theirs")
+        return real(*args)
+
+    monkeypatch.setattr(models, "load", load)
+    outcome = run(*flags, "--output_dir", tmp_path / "out")
+    assert outcome.status == 2 and "another run has written there" in outcome.err[-1]
+    assert (tmp_path / "out" / "results.json").read_text() == "theirs"
+
+
+@pytest.mark.parametrize("how", ["--resume", "--overwrite"])
+def test_what_a_run_reads_is_not_deleted(how, flags, whole, tmp_path):
+    """An adapter to evaluate, or results to repeat, in the run's own folder."""
+    shutil.copytree(whole("badit"), tmp_path / "out")
+    (tmp_path / "out/results.json").rename(tmp_path / "out/old.json")
+    before = snapshot(tmp_path / "out")
+    argv = [(*flags[:4], "--eval_only", "--adapter", tmp_path / "out/adapter")]
+    if how == "--overwrite":
+        argv.append(("--from_results", tmp_path / "out/old.json"))
+    for words in argv:
+        outcome = run(*words, "--output_dir", tmp_path / "out", how)
+        assert outcome.status == 2 and "could be deleted" in outcome.err[0]
+    assert snapshot(tmp_path / "out") == before
+
+
+def test_overwriting_forgets_the_results_first(flags, whole, tmp_path, monkeypatch):
+    """Killed meanwhile, what is left does not look like a whole run."""
+    shutil.copytree(whole("badit"), tmp_path / "out")
+    argv = (*flags, *DOG, "--output_dir", tmp_path / "out")
+    with monkeypatch.context() as patch:
+        stop_at(patch, output_dir.Path, "unlink", 2)
+        with pytest.raises(Killed):
+            run(*argv, "--overwrite")
+    assert not (tmp_path / "out/results.json").exists()
+    succeed(*argv, "--resume")
+    assert_equal_runs(tmp_path / "out", whole("badit"))
+
+
+def test_what_is_not_ours_stays(stopped):
+    """In the folder of the checkpoints, of a damaged one too."""
+    argv, folder = stopped
+    mine = [folder / "checkpoints" / name for name in ("notes.txt", "keep-000002/x", "000010/x")]
+    for path in mine:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("mine")
+    succeed(*argv, "--resume")
+    assert [path.read_text() for path in mine] == ["mine"] * 3
+    assert sorted(names_in(folder)) == ["000010", "keep-000002", "notes.txt"]
+
+
+def test_numbers_of_seven_digits(stopped, whole):
+    """Sorted as numbers, and kept."""
+    argv, folder = stopped
+    checkpoints = folder / "checkpoints"
+    (checkpoints / "000008").rename(checkpoints / "999999")
+    (checkpoints / "000009").rename(checkpoints / "1000000")
+    outcome = succeed(*argv, "--resume")
+    assert any("after checkpoint 1000000" in line for line in outcome.out)
+    assert_equal_runs(folder, whole("badit"))
+
+
+def test_a_checkpoint_of_another_version_is_refused(stopped):
+    """Its sums are right: it is not damaged, and nothing is deleted."""
+    argv, folder = stopped
+    for name in names_in(folder):
+        path = folder / "checkpoints" / name
+        state = json.loads((path / "state.json").read_text())
+        checkpoint_files = {"state.json": json.dumps(state | {"more": 1}).encode(),
+                            "tensors.safetensors": (path / "tensors.safetensors").read_bytes()}
+        for file, content in checkpoint_files.items():
+            (path / file).write_bytes(content)
+        (path / "SHA256SUMS").write_text("".join(
+            f"{hashlib.sha256(content).hexdigest()}  {file}\n"
+            for file, content in checkpoint_files.items()))
+    before = snapshot(folder)
+    outcome = run(*argv, "--resume")
+    assert outcome.status == 2 and "of another version" in outcome.err[-1]
+    assert snapshot(folder) == before
+
+
+def test_a_checkpoint_that_cannot_be_read_now_is_kept(stopped, monkeypatch):
+    """It may be the disk's fault, which passes."""
+    argv, folder = stopped
+    before = snapshot(folder)
+
+    def unreadable(path):
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+
+    monkeypatch.setattr(checkpoint, "sha256_file", unreadable)
+    outcome = run(*argv, "--resume")
+    assert outcome.status == 2 and "Input/output error" in outcome.err[-1]
+    assert snapshot(folder) == before
 
 
 @pytest.mark.parametrize("name", [".lock", "log.jsonl", "results.json"])
