@@ -279,6 +279,12 @@ def encode_suite(suite, tokenizer, max_length, chat_template=False, cache_dir=No
     return encoded
 
 
+def encoded_sha256(encoded):
+    """SHA-256 by task and split of an encoded suite's rows."""
+    return {f"{split} rows of {task}": hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+            for split in SPLITS for task, rows in getattr(encoded, split).items()}
+
+
 def _encode_split(task, split, tokenizer, max_length, chat_template, cache_dir):
     """Rows of one split, from the cache where its content is known."""
     keys = ("id", "input", "outputs")

@@ -7,7 +7,7 @@ import signal
 from datetime import timedelta
 
 import torch
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 from torch.distributed import DistError, TCPStore
 
 from errors import InputError
@@ -48,6 +48,16 @@ def check_equal(accelerator, state, step):
         raise InputError(f"the processes hold different adapters at step {step} ({len(names)} "
                          f"tensors, such as {names[0]}): do all of them have the same hardware "
                          "and libraries?")
+
+
+def check_same(values, what):
+    """Raise InputError unless all processes have the same {name: value}, of the kind `what`."""
+    everywhere = gather_object([values])
+    different = sorted({name for each in everywhere for name in each.keys() | values.keys()
+                        if each.get(name) != everywhere[0].get(name)})
+    if different:
+        raise InputError(f"the processes have different {what}: {', '.join(different)}; do all of "
+                         "them see the same files?")
 
 
 def bit_sum(tensor):

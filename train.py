@@ -36,7 +36,7 @@ from baselines import METHODS
 from checkpoint import Position
 from errors import InputError, Interrupted, one_line
 from method import CONFIG_FILE, WEIGHTS_FILE, Stage, load_adapter, method_of, save_adapter
-from utils import StopSignals, cache_dir, read_json_lines, sha256_file, stable_seed
+from utils import StopSignals, cache_dir, print_anything, read_json_lines, sha256_file, stable_seed
 
 # Of the disk, not of this program: one line, no traceback.
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
@@ -84,7 +84,8 @@ class Run:
         return open(path, mode, encoding="utf-8")
 
     def print(self, text):
-        self.accelerator.print(text, flush=True)
+        lines = map(one_line, text.split("\n"))  # it may quote names and data
+        self.accelerator.print("\n".join(lines), flush=True)
 
     def finish_file(self, path):
         """Note a file that no later step writes again; a resumed run relies on it."""
@@ -115,12 +116,16 @@ def make_accelerator(args):
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
     torch.use_deterministic_algorithms(args.deterministic, warn_only=True)
-    accelerator = Accelerator(
-        gradient_accumulation_steps=args.gradient_accumulation_steps,
-        log_with=None if args.report_to == "none" else args.report_to,
-        project_dir=args.output_dir / "tracking",
-        # Buffers are groupings, equal on all processes by construction.
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)])
+    try:
+        accelerator = Accelerator(
+            gradient_accumulation_steps=args.gradient_accumulation_steps,
+            log_with=None if args.report_to == "none" else args.report_to,
+            project_dir=args.output_dir / "tracking",
+            # Buffers are groupings, equal on all processes by construction.
+            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)])
+    except (ValueError, KeyError, RuntimeError, ImportError) as error:
+        raise InputError("Accelerate does not start: what the launcher or the environment asks for "
+                         f"does not fit this machine ({type(error).__name__}: {error})") from error
     if accelerator.gradient_accumulation_steps != args.gradient_accumulation_steps:
         raise InputError(f"the launcher asks for {accelerator.gradient_accumulation_steps} "
                          "accumulation steps: give --gradient_accumulation_steps to train.py, not "
@@ -564,6 +569,9 @@ def execute(args, argv, stop, first_to_say):
     results.read_single_task_results(run)
     check_model(run)
     run.identity = results.identity(run)
+    if accelerator.num_processes > 1:
+        seen = run.identity | data.encoded_sha256(run.encoded)
+        processes.check_same(seen, "flags, data or libraries")
     if args.from_results is not None:
         repeat(run)
     finished = resume(run) if args.resume else None
@@ -613,6 +621,7 @@ def main(argv=None):
     0; 2 after one line on bad input; 128 + the signal's number after one that asked to stop.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
+    print_anything()
     first_to_say = processes.FirstToSay()
 
     def end(status, reason):

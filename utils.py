@@ -3,10 +3,12 @@
 import contextlib
 import errno
 import hashlib
+import io
 import json
 import os
 import signal
 import stat
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -94,6 +96,14 @@ def sha256_file(path):
     """SHA-256 of a file's bytes, as lower-case hexadecimal digits."""
     with open_file(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def print_anything():
+    """Let stdout and stderr escape what their encoding lacks: no run should end at a printed name.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def cache_dir():

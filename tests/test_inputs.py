@@ -4,8 +4,11 @@ import argparse
 import ast
 import importlib.util
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -537,6 +540,28 @@ def test_code_in_a_checkpoint_never_runs(no_weights, llama, suite, tmp_path, mon
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
     refused("--model", "model", "--suite", suite, *SMALL, named="model")
     assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("variables", [
+    {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "abc"}, {"ACCELERATE_USE_CPU": "maybe"},
+    {"ACCELERATE_DYNAMO_BACKEND": "abacus"}, {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "some"},
+    {"WORLD_SIZE": "2"}])
+def test_an_environment_of_another_kind(no_weights, llama, suite, monkeypatch, variables):
+    """Accelerate reads these; what it raises is one line."""
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    refused("--model", llama, "--suite", suite, *SMALL, named="Accelerate does not start")
+
+
+def test_names_that_a_terminal_cannot_show(llama, suite, tmp_path):
+    """Escaped, in ASCII and in one line; the run is none the worse."""
+    shutil.copytree(suite, tmp_path / "suit\u00e9")
+    argv = ["--model", str(llama), "--suite", "suit\u00e9", "--method", "base",
+            "--max_length", "64", "--output_dir", "o\u00fct\x1b[31m"]
+    answer = subprocess.run([sys.executable, ROOT / "train.py", *argv], capture_output=True,
+                            env=os.environ | {"PYTHONIOENCODING": "ascii"})
+    assert answer.returncode == 0 and b"suit\\xe9" in answer.stdout, answer.stderr[-500:]
+    assert b"results in o\\xfct\\x1b[31m" in answer.stdout
 
 
 def test_accumulation_asked_of_the_launcher_is_refused(no_weights, llama, suite, monkeypatch):

@@ -138,6 +138,16 @@ def after_step(self, model, batch):
     return records
 badit.Dog.after_step = after_step
 """),
+    "other data": (2, "data or libraries: data of say_both, train rows of say_both", """
+import data
+real = data.load_task
+def load_task(folder):
+    task = real(folder)
+    if rank and task.name == "say_both":
+        task.train[3]["outputs"][0] += " too"
+    return task
+data.load_task = load_task
+"""),
     "bad input": (2, "mine alone", """
 import checkpoint, errors
 def save(*_):

@@ -150,6 +150,25 @@ def test_bf16_resumes(flags, tmp_path, monkeypatch):
     assert_equal_runs(tmp_path / "out", tmp_path / "whole")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("method", TRAINED)
+def test_compiled_runs_resume(method, flags, whole, tmp_path, monkeypatch):
+    """In the second stage; what is compiled depends on what it has seen, so not to the last bit."""
+    argv = (*flags, "--method", method, *MORE.get(method, ()), "--output_dir", tmp_path / "out")
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "eager")
+    with monkeypatch.context() as patch:
+        stop_at(patch, train.Recorder, "add_step", 9)
+        with pytest.raises(Killed):
+            run(*argv)
+    torch.compiler.reset()
+    succeed(*argv, "--resume")
+    torch.compiler.reset()
+    assert results_of(tmp_path / "out")["compiler"] == "eager"
+    losses = [[record["loss"] for record in lines_of(folder / "log.jsonl")]
+              for folder in (tmp_path / "out", whole(method))]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+
+
 def test_gainlora_with_olora_branches_resumes(flags, tmp_path, monkeypatch):
     more = ("--method", "gainlora", "--branches", "olora")
     succeed(*flags, *more, "--output_dir", tmp_path / "whole")
