@@ -12,7 +12,6 @@ import os
 import random
 import re
 import sys
-import urllib.error
 import urllib.request
 from pathlib import Path
 from typing import NamedTuple
@@ -21,13 +20,14 @@ import torch
 from datasets import Dataset, disable_progress_bars, enable_progress_bars
 from tqdm import tqdm
 
-from errors import InputError
+from errors import InputError, one_line
 from metrics import SCORERS
 from utils import atomic_path, cache_dir, read_text, sha256_file, stable_seed
 
 TASKS_DIR = Path(__file__).resolve().parent / "tasks"
 SUPERNI_URL = ("https://raw.githubusercontent.com/circle-hit/SAPT/"
                "52a52b920324c656bdb6dac08e43dc600ba22f21/CL_Benchmark/SuperNI/")
+LARGEST_FILE = 2**24  # bytes to download at most; SuperNI's largest file has 2.5 million
 PROMPT = "{definition}\n\nNow complete the following example -\nInput: {input}\nOutput: "
 SPLITS = ("train", "test")
 
@@ -495,15 +495,17 @@ def _download_file(url, path, sha256):
         try:
             with urllib.request.urlopen(url, timeout=60) as response, open(temporary, "wb") as file:
                 expected = response.headers.get("Content-Length")
-                while block := response.read(1 << 16):
+                while file.tell() <= LARGEST_FILE and (block := response.read(1 << 16)):
                     file.write(block)
                 received = file.tell()
-        except (urllib.error.URLError, http.client.HTTPException, OSError) as error:
+        except (http.client.HTTPException, OSError, ValueError) as error:  # or a bad redirect
             raise InputError(f"could not download {url}: {error}; run the command again to go on "
                              "from here") from None
-        if expected is not None and received != int(expected):
-            raise InputError(f"could not download {url}: the connection broke after {received} of "
-                             f"{expected} bytes; run the command again to go on from here")
+        if received > LARGEST_FILE:
+            raise InputError(f"{url} is larger than {LARGEST_FILE:,} bytes: not kept")
+        if expected is not None and expected != str(received):
+            raise InputError(f"could not download {url}: {received} bytes came, its Content-Length "
+                             f"is {expected!r:.40}; run the command again to go on from here")
         found = sha256_file(temporary)
         if found != sha256:
             raise InputError(f"{url} has SHA-256 {found}, expected {sha256}: not kept")
@@ -524,11 +526,11 @@ def main(argv=None):
             download(folder)
         suite = load_suite("superni", folder)
     except (InputError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {one_line(str(error))}", file=sys.stderr)
         return 2
     counts = [sum(len(getattr(task, split)) for task in suite.tasks.values()) for split in SPLITS]
-    print(f"{folder}: {len(suite.tasks)} tasks, {counts[0]} training and {counts[1]} test "
-          "instances, all checksums right")
+    print(f"{one_line(str(folder))}: {len(suite.tasks)} tasks, {counts[0]} training and "
+          f"{counts[1]} test instances, all checksums right")
     return 0
 
 

@@ -1,6 +1,7 @@
 """Suites, task orders, prompts, encoding, batches and the download (sections 6 and 7)."""
 
 import collections
+import contextlib
 import hashlib
 import http.server
 import json
@@ -1089,6 +1090,9 @@ class Server:
                     return
                 if fault == "wrong checksum":
                     body = body[::-1]
+                if callable(fault):
+                    fault(self)
+                    return
                 self.send_response(200)
                 self.send_header("Content-Length", str(len(body)))
                 self.end_headers()
@@ -1174,6 +1178,52 @@ def test_download_failure_then_retry(server, tmp_path, fault, path):
     data.download(tmp_path / "d", base_url=server.url, manifest=manifest)
     assert set(server.asked) == set(manifest) - kept
     assert {name: stored(tmp_path / "d").get(name) for name in manifest} == server.files
+
+
+def bad_redirect(handler):
+    """To an address that is none."""
+    handler.send_response(302)
+    handler.send_header("Location", "http://[::1")
+    handler.end_headers()
+
+
+def bad_length(text):
+    """An answer with this Content-Length."""
+    def answer(handler):
+        handler.send_response(200)
+        handler.send_header("Content-Length", text)
+        handler.end_headers()
+        handler.wfile.write(b"abc")
+    return answer
+
+
+def endless(handler):
+    """A body of unknown length that goes on for as long as it is read."""
+    handler.send_response(200)
+    handler.end_headers()
+    with contextlib.suppress(ConnectionError):
+        while True:
+            handler.wfile.write(bytes(1 << 16))
+
+
+@pytest.mark.parametrize("fault, named", [
+    (bad_redirect, "could not download"), (bad_length("abc"), "'abc'"),
+    (bad_length("3, 3"), "'3, 3'"), (bad_length("9" * 5000), "'999"), (bad_length("-3"), "'-3'"),
+    (endless, "larger than 16,777,216 bytes"),
+], ids=["redirect", "abc", "3, 3", "digits", "negative", "endless"])
+def test_download_from_a_strange_server(server, tmp_path, fault, named):
+    """Section 7: one line that names the file, and nothing of it on the disk."""
+    manifest = manifest_of({"alpha/train.json": b"abc"})
+    server.files, server.faults = {"alpha/train.json": b"abc"}, {"alpha/train.json": fault}
+    message = refused(data.download, tmp_path / "d", base_url=server.url, manifest=manifest)
+    assert "alpha/train.json" in message and named in message and stored(tmp_path / "d") == {}
+
+
+def test_verify_shows_any_folder_in_one_line(tmp_path, capsys):
+    folder = tmp_path / os.fsdecode(b"a\nb\x1b\xff")
+    assert data.main(["verify", "superni", "--data_dir", str(folder)]) == 2
+    out, err = capsys.readouterr()
+    assert not out and err.count("\n") == 1 and r"a\nb\x1b\udcff" in err
 
 
 def test_download_without_a_server(tmp_path):
