@@ -20,6 +20,7 @@ from errors import InputError
 from utils import read_json_lines, read_text, write_json
 
 ITEMS_FILE = "items.json"  # per-item scores of an exported record
+LARGEST = 1e100  # of any number in a record: sums and squares of such are finite
 RESULT_KEYS = {"args", "base_sha256", "code_sha256", "compiler", "global_batch_size", "metrics",
                "parameters", "precision", "processes", "regroupings", "rows", "run", "scores",
                "settings", "task_order", "tasks", "versions"}
@@ -98,7 +99,7 @@ def read(folder):
         check(record)
     except InputError:
         raise
-    except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
+    except (KeyError, TypeError, IndexError, AttributeError, ValueError, OverflowError) as error:
         raise InputError(f"it is damaged, or of another version of this program ({error!r})"
                          ) from None
     return record
@@ -115,10 +116,9 @@ def check_args(args):
         raise InputError(f"its method {args['method']!r} is unknown; allowed: {', '.join(METHODS)}")
 
 
-def number(value, low=-math.inf, high=math.inf):
-    """`value`, if it is a finite number in [low, high]. Raises InputError."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high \
-            or not math.isfinite(value):
+def number(value, low=-LARGEST, high=LARGEST):
+    """`value`, if it is a number in [low, high]. Raises InputError."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
         raise InputError(f"it is damaged: {value!r:.40} is no number from {low:g} to {high:g}")
     return value
 

@@ -42,7 +42,7 @@ def show_run(folder):
         written = {"report.html": page.render(record, regroupings)}
     except InputError as error:
         raise InputError(f"{folder}: {error}") from None
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise InputError(f"{folder} is damaged, or of another version of this program "
                          f"({error!r})") from None
     print(shown)

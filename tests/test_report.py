@@ -146,6 +146,12 @@ def test_final_scores_are_the_last_row(folder):
     (lambda run: change(run, lambda r: r.update(parameters={})), "trainable"),
     (lambda run: change(run, lambda r: r.update(run=None)), "damaged"),
     (lambda run: change(run, lambda r: r["run"]["seconds"].update(train="x")), "'x'"),
+    (lambda run: change(run, lambda r: r["run"]["seconds"].update(train=10**400)), "1000"),
+    (lambda run: change(run, lambda r: r["run"].update(threads=10**400)), "1000"),
+    (lambda run: change(run, lambda r: r["parameters"].update(stored=-10**400)), "-1000"),
+    (lambda run: change(run, lambda r: r["args"].update(model=10**400)), "--model"),
+    (lambda run: (run / "log.jsonl").write_text(f'{{"loss": {10**400}}}\n'), "1000"),
+    (lambda run: (run / "log.jsonl").write_text('{"loss": 1e308}\n'), "1e+308"),
     (lambda run: change(run, lambda r: r["tasks"]["say_both"].update(category=None)), "category"),
     (lambda run: (run / "log.jsonl").write_text('{"loss": null}\n'), "None"),
     (lambda run: (run / "log.jsonl").write_text('[1]\n'), "damaged"),
@@ -289,6 +295,9 @@ def test_table3_is_relative_to_loramoe(study):
     change(study / "badit-mixed-3", lambda results: results["run"].update(threads=64))
     _, rows = table(study, "table3")
     assert set(rows) == {("loramoe",)}
+    change(study / "loramoe-mixed-3", lambda results: results["run"].update(seconds={}))
+    kept, _ = records.collect([study])
+    assert not tables.table3(kept, json.loads(tables.PAPER.read_text())).rows  # no time, no ratio
 
 
 def test_scores_by_category_and_by_metric(study):
@@ -480,6 +489,19 @@ def test_zero_shot_on_other_items_is_left_out(study):
     _, left_out = records.collect([study])
     assert [folder.name for folder, _ in left_out] == ["base"]
     assert "test items of say_both" in left_out[0][1]
+
+
+@pytest.mark.parametrize("edit", [
+    lambda results: results["metrics"].update(rouge=10**400),
+    lambda results: results["parameters"].update(stored=10**400),
+    lambda results: results["run"]["seconds"].update(train=10**400),
+    lambda results: results["scores"]["best"][0].__setitem__(0, 10**400),
+], ids=["metrics", "parameters", "seconds", "scores"])
+def test_one_run_with_a_number_beyond_float(folder, tmp_path, capsys, edit):
+    shutil.copytree(folder / "base", tmp_path / "run")
+    change(tmp_path / "run", edit)
+    assert "is damaged" in refused(capsys, tmp_path / "run")
+    assert not (tmp_path / "run" / "report.html").exists()
 
 
 def test_forward_needs_the_same_schedule(study):
