@@ -129,8 +129,11 @@ def check(record):
     if sorted(results["tasks"]) != sorted(order) or not order or not results["rows"]:
         raise InputError("it is damaged: its tasks do not fit their order")
     for about in results["tasks"].values():
-        if about["metric"] not in metrics.SCORERS or not isinstance(about["category"], str):
-            raise InputError(f"it is damaged: no metric and category in {about!r:.60}")
+        if about["metric"] not in metrics.SCORERS or not all(
+                isinstance(about[key], str) for key in ("category", "sha256")):
+            raise InputError(f"it is damaged: no metric, category and sha256 in {about!r:.60}")
+    if not isinstance(results["run"]["device"], str):
+        raise InputError(f"it is damaged: {results['run']['device']!r:.60} is no device")
     for reference in ("best", "first"):
         matrix = record.matrix(reference)
         stages = len(order) if record.setting in ("sequential", "single") else 1
