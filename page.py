@@ -8,7 +8,7 @@ import matplotlib.pyplot as plt
 
 import figures
 import metrics
-from utils import read_json_lines
+from records import read_lines
 
 STYLE = """body { font: 15px/1.5 sans-serif; max-width: 70em; margin: 2em auto; padding: 0 1em; }
 table { border-collapse: collapse; } td, th { border: 1px solid #ccc; padding: .2em .6em; }
@@ -57,7 +57,7 @@ def examples(record):
     """For every task its best and its worst answer, the first where several are equal."""
     lines = {}
     for path in sorted((record.folder / "predictions").glob("[0-9]*.jsonl"))[-1:]:
-        for answer in read_json_lines(path):
+        for answer in read_lines(path):
             lines.setdefault(answer["task"], []).append(answer)
     parts = []
     for task, answers in lines.items():

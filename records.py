@@ -173,9 +173,15 @@ def check_items(record):
                                  f"results.json says {record.final(reference)[task]:.2f}")
 
 
+def _encodable(value):
+    """`value`, if it can be written as UTF-8: JSON's escapes may stand for half a character."""
+    json.dumps(value, ensure_ascii=False).encode()
+    return value
+
+
 def _read_json(path):
     try:
-        return json.loads(read_text(path))
+        return _encodable(json.loads(read_text(path)))
     except FileNotFoundError:
         raise InputError(f"incomplete: it has no {path.name}") from None
     except (OSError, ValueError, RecursionError) as error:
@@ -185,7 +191,7 @@ def _read_json(path):
 def read_lines(path):
     """The values in a file of JSON lines. Raises InputError."""
     try:
-        return read_json_lines(path)
+        return _encodable(read_json_lines(path))
     except FileNotFoundError:
         raise InputError(f"incomplete: it has no {path.name}") from None
     except (OSError, ValueError, RecursionError) as error:

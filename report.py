@@ -22,7 +22,7 @@ import results
 import significance
 import tables
 from arguments import Parser
-from errors import InputError
+from errors import InputError, one_line
 from tables import cells, label
 from utils import atomic_path
 
@@ -48,10 +48,10 @@ def show_run(folder):
     print(shown)
     for name, text in written.items():
         write_text(folder / name, text)
-        print(f"page: {folder / name}")
+        print(one_line(f"page: {folder / name}"))
     if record.log:
         save(figures.run_figure(record.results, record.log), folder / "figure", ("png",))
-        print(f"figure: {folder / 'figure.png'}")
+        print(one_line(f"figure: {folder / 'figure.png'}"))
 
 
 # --- a study ------------------------------------------------------------------------------------
@@ -124,8 +124,8 @@ def make_report(records, left_out, out):
     parts.append("## Figures\n\n" + "\n\n".join(f"![{name}](figures/{name}.png)"
                                                 for name in names) + "\n")
     if left_out:
-        parts.append("## Left out\n\n" + "\n".join(f"- `{folder}`: {reason}"
-                                                   for folder, reason in left_out) + "\n")
+        parts.append("## Left out\n\n" + "\n".join(
+            one_line(f"- `{folder}`: {reason}") for folder, reason in left_out) + "\n")
     write_text(out / "report.md", "\n".join(parts))
 
 
@@ -187,15 +187,16 @@ def main(argv=None):
             return 0
         records, left_out = runs.collect(args.runs, args.allow_other)
         for folder, reason in left_out:
-            print(f"left out: {folder}: {reason}", file=sys.stderr)
+            print(one_line(f"left out: {folder}: {reason}"), file=sys.stderr)
         if args.export:
             export(records, args.export, args.runs)
-            print(f"{len(records)} records in {args.export}")
+            print(one_line(f"{len(records)} records in {args.export}"))
         if args.out:
             make_report(records, left_out, args.out)
-            print(f"{len(records)} runs, {len(left_out)} left out: {args.out / 'report.md'}")
+            print(one_line(f"{len(records)} runs, {len(left_out)} left out: "
+                           f"{args.out / 'report.md'}"))
     except (InputError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(one_line(f"error: {error}"), file=sys.stderr)
         return 2
     return 0
 

@@ -4,6 +4,7 @@ import csv
 import io
 import itertools
 import json
+import os
 import shutil
 import statistics
 from pathlib import Path
@@ -158,6 +159,8 @@ def test_final_scores_are_the_last_row(folder):
     (lambda run: change(run, lambda r: r["run"].pop("device")), "device"),
     (lambda run: (run / "log.jsonl").write_text('{"loss": null}\n'), "None"),
     (lambda run: (run / "log.jsonl").write_text('[1]\n'), "damaged"),
+    (lambda run: change(run, lambda r: r["tasks"]["say_both"].update(category="\ud800")),
+     "cannot be read: 'utf-8'"),
     (lambda run: (run / "items.json").write_text("[1]"), "no scores per item"),
     (lambda run: (run / "items.json").write_text('{"say_both": 1}'), "no scores per item"),
     (lambda run: shutil.rmtree(run / "predictions"), "no scores per item"),
@@ -527,6 +530,37 @@ def test_names_with_dollars(study, tmp_path):
         change(run, lambda results: results["args"].update(model="models/a$_$b"))
     assert report.main([str(study), "--out", str(tmp_path / "out")]) == 0
     assert r"a\$\_\$b" in (tmp_path / "out" / "tables" / "table1.tex").read_text()
+
+
+STRANGE = os.fsdecode(b"a\n\x1b[31mb\xff")
+SHOWN = r"a\n\x1b[31mb\udcff"
+
+
+def test_strange_folder_names_in_a_report(folder, tmp_path, capsys):
+    """Line breaks, escape codes and what is not UTF-8: each folder in one line that shows them."""
+    shutil.copytree(folder / "base", tmp_path / "runs" / "base")
+    shutil.copytree(folder / "base", tmp_path / "runs" / STRANGE)
+    (tmp_path / "runs" / "c" / STRANGE / "checkpoints").mkdir(parents=True)
+    assert report.main([str(tmp_path / "runs"), "--out", str(tmp_path / STRANGE)]) == 0
+    out, err = capsys.readouterr()
+    assert out.count("\n") == 1 and SHOWN in out
+    assert err.count("\n") == 2 and err.count(SHOWN) == 2
+    text = (tmp_path / STRANGE / "report.md").read_text()
+    assert f"runs/c/{SHOWN}`: incomplete" in text
+    assert any(line.endswith(f"the same run as {tmp_path}/runs/{SHOWN}")
+               for line in text.splitlines())
+    assert SHOWN in refused(capsys, tmp_path / "runs" / "c" / STRANGE)
+
+
+def test_one_run_in_a_strange_folder(folder, tmp_path, capsys):
+    shutil.copytree(folder / "lora-mixed-1", tmp_path / STRANGE)
+    assert report.main([str(tmp_path / STRANGE)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(": ")[0] for line in lines if SHOWN in line] == ["page", "figure"]
+    answers = next((tmp_path / STRANGE / "predictions").iterdir())
+    lines = [json.loads(line) | {"prediction": "\ud800"} for line in answers.open()]
+    answers.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert "cannot be read: 'utf-8'" in refused(capsys, tmp_path / STRANGE)
 
 
 COMMITTED = Path(report.__file__).resolve().parent / "results" / "smollm2-135m"
