@@ -563,6 +563,20 @@ def test_one_run_in_a_strange_folder(folder, tmp_path, capsys):
     assert "cannot be read: 'utf-8'" in refused(capsys, tmp_path / STRANGE)
 
 
+def test_a_line_separator_in_a_prediction(folder, tmp_path):
+    """JSON leaves it as it is, so a line of the file is not one of str.splitlines."""
+    run, text = tmp_path / "run", "a\u2028b\x85c"
+    shutil.copytree(folder / "base", run)
+    answers = next((run / "predictions").iterdir())
+    lines = [json.loads(line) | {"prediction": text} for line in answers.open()]
+    answers.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines),
+                       encoding="utf-8")
+    kept, left_out = records.collect([run])
+    assert not left_out and sum(map(len, kept[0].items.values())) == len(lines) == 15
+    assert report.main([str(run)]) == 0
+    assert f"<b>{text}</b>" in (run / "report.html").read_text(encoding="utf-8")
+
+
 COMMITTED = Path(report.__file__).resolve().parent / "results" / "smollm2-135m"
 
 
