@@ -17,9 +17,10 @@ import metrics
 from arguments import RUN_FLAGS, build_parser, parse_values
 from baselines import METHODS
 from errors import InputError
-from utils import read_json_lines, read_text, write_json
+from utils import atomic_path, read_json_lines, read_text, write_json
 
 ITEMS_FILE = "items.json"  # per-item scores of an exported record
+RUN_SIGNS = ("results.json", "log.jsonl", "checkpoints")  # what a folder with a run has one of
 LARGEST = 1e100  # of any number in a record: sums and squares of such are finite
 RESULT_KEYS = {"args", "base_sha256", "code_sha256", "compiler", "global_batch_size", "metrics",
                "parameters", "precision", "processes", "regroupings", "rows", "run", "scores",
@@ -225,7 +226,7 @@ def find(folders):
     for folder in folders:
         if not Path(folder).is_dir():
             raise InputError(f"{folder} is no folder")
-        for name in ("results.json", "log.jsonl", "checkpoints"):
+        for name in RUN_SIGNS:
             found |= {path.parent for path in Path(folder).rglob(name)}
     if not found:
         raise InputError(f"{' '.join(map(str, folders))}: no run in it; start one with train.py "
@@ -233,13 +234,22 @@ def find(folders):
     return sorted(found)
 
 
+def is_other_run(folder):
+    """Whether `folder` holds a run, finished or not, that `export` has not written there."""
+    return not (folder / ITEMS_FILE).exists() and any(
+        (folder / name).exists() for name in RUN_SIGNS)
+
+
 def export(record, destination):
-    """Write the small part of a record, which a report needs, to the folder `destination`."""
-    destination.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(record.folder / "results.json", destination / "results.json")
-    if record.log:
-        shutil.copyfile(record.folder / "log.jsonl", destination / "log.jsonl")
+    """Write the small part of a record, which a report needs, to the folder `destination`.
+
+    Without a results.json until all of it is there, so that a part is not taken for the whole.
+    """
+    (destination / "results.json").unlink(missing_ok=True)
     write_json(destination / ITEMS_FILE, record.items)
+    for name in ("log.jsonl", "results.json") if record.log else ("results.json",):
+        with atomic_path(destination / name) as temporary:
+            shutil.copyfile(record.folder / name, temporary)
 
 
 # --- what belongs together ----------------------------------------------------------------------

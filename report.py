@@ -132,13 +132,13 @@ def make_report(records, left_out, out):
 def export(records, out, folders):
     """Copy the small part of each run into a folder of its name in `out`."""
     taken = {path.resolve() for path in runs.find(folders)}
-    for record in records:
-        destination = (out / record.folder.name).resolve()
-        if destination in taken:
+    destinations = [(out / record.folder.resolve().name).resolve() for record in records]
+    for destination in destinations:
+        if destination in taken or runs.is_other_run(destination):
             raise InputError(f"--export would overwrite {destination}, or write it twice")
         taken.add(destination)
-    for record in records:
-        runs.export(record, out / record.folder.name)
+    for record, destination in zip(records, destinations, strict=True):
+        runs.export(record, destination)
 
 
 def write_text(path, text):

@@ -12,7 +12,7 @@ from pathlib import Path
 import matplotlib.image
 import numpy as np
 import pytest
-from conftest import SMALL, TASKS, results_of, succeed, write_json
+from conftest import SMALL, TASKS, results_of, snapshot, succeed, write_json
 from scipy.stats import wilcoxon
 
 import data
@@ -439,6 +439,53 @@ def test_export_does_not_overwrite_its_source(folder, tmp_path, capsys):
     shutil.copytree(folder / "badit-mixed-1", tmp_path / "more" / "base")
     assert "write it twice" in refused(capsys, tmp_path, "--export", tmp_path / "small")
     assert not (tmp_path / "small").exists()
+
+
+@pytest.mark.parametrize("kept", [("results.json",), ("log.jsonl",), ("checkpoints",)])
+def test_export_does_not_overwrite_another_run(folder, tmp_path, capsys, kept):
+    """Finished or not; nothing else is written either. An older export is written anew."""
+    archive = tmp_path / "archive"
+    source = folder / "lora-mixed-1"
+    for name in kept:
+        write_json(archive / "lora-mixed-1" / name, "of another run")
+    before = snapshot(archive)
+    assert "overwrite" in refused(capsys, folder / "base", source, "--export", archive)
+    assert snapshot(archive) == before
+    shutil.rmtree(archive)
+    for _ in range(2):
+        assert report.main([str(source), "--export", str(archive)]) == 0
+    assert (archive / "lora-mixed-1" / "results.json").read_bytes() == (
+        source / "results.json").read_bytes()
+
+
+@pytest.mark.parametrize("failing", ["items.json", "log.jsonl", "results.json"])
+def test_an_export_that_breaks_off_is_not_taken_for_whole(folder, tmp_path, capsys, monkeypatch,
+                                                          failing):
+    """Not even where an older one is there; the same command makes it whole."""
+    source, archive = folder / "lora-mixed-1", tmp_path / "archive"
+    assert report.main([str(source), "--export", str(archive)]) == 0
+    replace = os.replace
+
+    def fail(temporary, path):
+        if Path(path).name == failing:
+            raise OSError(28, "No space left on device")
+        replace(temporary, path)
+
+    monkeypatch.setattr(os, "replace", fail)
+    assert "No space left" in refused(capsys, source, "--export", archive)
+    assert "incomplete: it has no results.json" in refused(capsys, archive, "--out", tmp_path / "o")
+    monkeypatch.undo()
+    assert report.main([str(source), "--export", str(archive)]) == 0
+    assert len(records.collect([archive])[0]) == 1
+
+
+def test_export_of_the_folder_one_is_in(folder, tmp_path, monkeypatch):
+    """It has its own name, whatever the way to it is."""
+    shutil.copytree(folder / "base", tmp_path / "run")
+    (tmp_path / "run" / "below").mkdir()
+    monkeypatch.chdir(tmp_path / "run" / "below")
+    assert report.main(["..", "--export", str(tmp_path / "archive")]) == 0
+    assert [path.name for path in (tmp_path / "archive").iterdir()] == ["run"]
 
 
 def test_sensitivity_needs_two_values(study):
