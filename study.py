@@ -13,6 +13,7 @@ import contextlib
 import hashlib
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,8 +26,8 @@ import psutil
 import data
 from arguments import TRAINING_FLAGS, Parser, parse_flags, read_results
 from baselines import METHODS
-from errors import InputError
-from flags import positive
+from errors import InputError, one_line
+from flags import non_negative, positive
 from flags import seed as seed_number
 from models import EMBEDDED, MODELS
 
@@ -97,7 +98,7 @@ def build_parser():
     add("--dry-run", action="store_true", dest="dry_run",
         help="print the commands, one a line; and on stderr their number and a rough cost")
     add("--nth", type=int, metavar="I", help="only line I of the list, from 0")
-    add("--stop_after", type=int, metavar="SECONDS",
+    add("--stop_after", type=non_negative, metavar="SECONDS",
         help="ask the run under way to save and stop after so long; the same command goes on")
     add("--tflops", type=positive, default=200.0,
         help="for the cost: 10^12 operations per second that a GPU sustains in training (default: "
@@ -109,6 +110,11 @@ def build_parser():
 
 def parse(argv):
     """`argv` -> (args, words for train.py). Raises InputError for what train.py would refuse."""
+    for word in argv:
+        try:
+            word.encode()
+        except UnicodeEncodeError:
+            raise InputError(f"{word!r} is not UTF-8") from None
     cut = argv.index("--") if "--" in argv else len(argv)
     args, passed_on = build_parser().parse_args(argv[:cut]), argv[cut + 1:]
     for name in ("models", "methods", "seeds", "settings"):
@@ -116,8 +122,11 @@ def parse(argv):
         if len(set(values)) != len(values):
             raise InputError(f"--{name} names one twice: {' '.join(map(str, values))}")
     for model in args.models:
-        if model not in MODELS and not Path(model).is_dir():
-            raise InputError(f"--models {model} is no folder and none of {', '.join(MODELS)}")
+        if model not in MODELS and not os.path.isdir(model):
+            raise InputError(f"--models {model!r} is no folder and none of {', '.join(MODELS)}")
+    if args.runs.exists() and not args.runs.is_dir():
+        raise InputError(f"--runs {args.runs} is no folder")
+    args.launcher = launcher_words(args.launcher, args.dry_run)
     for word in passed_on:
         if word.split("=")[0] in CHOSEN:
             raise InputError(f"{word} after -- is what the study chooses for each run")
@@ -126,6 +135,20 @@ def parse(argv):
         for setting in args.settings:  # a bad flag ends the study here, not each of its runs
             parse_flags(flags_of(args, passed_on, method, args.models[0], args.seeds[0], setting))
     return args, passed_on
+
+
+def launcher_words(text, dry_run):
+    """The words of --launcher. Raises InputError where they start nothing on this machine.
+
+    Of a dry run they need not: its commands may be for another one.
+    """
+    try:
+        words = shlex.split(text)
+    except ValueError as error:
+        raise InputError(f"--launcher {text!r}: {error}") from None
+    if not words or not (dry_run or shutil.which(words[0])):
+        raise InputError(f"--launcher {text!r} starts no program that is here")
+    return words
 
 
 def check_method(method):
@@ -193,8 +216,7 @@ def plan(args, passed_on):
 
     def planned(name, words, model, setting, trains):
         folder = args.runs / name
-        command = [*shlex.split(args.launcher), "train.py", *words, "--output_dir", str(folder),
-                   "--resume"]
+        command = [*args.launcher, "train.py", *words, "--output_dir", str(folder), "--resume"]
         return PlannedRun(folder, command, model, setting, trains)
 
     runs, single = [], []
@@ -341,8 +363,8 @@ def run_all(runs, stop_after=None):
                 if finished(run):
                     done += 1
                     continue
-            except InputError as error:
-                print(f"error: {error}", file=sys.stderr)
+            except (InputError, OSError) as error:
+                print(one_line(f"error: {error}"), file=sys.stderr)
                 failed.append(run)
                 continue
             status = None
@@ -377,12 +399,12 @@ def main(argv=None):
             sys.stdout.flush()
             return 0
         return run_all(runs, args.stop_after)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     except BrokenPipeError:  # of --dry-run | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except (InputError, OSError) as error:
+        print(one_line(f"error: {error}"), file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

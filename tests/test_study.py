@@ -93,17 +93,33 @@ def test_variants_have_the_names_that_a_report_gives_them():
     (["--methods", "lora --regroup_every 3"], "regroup_every"),
     (["--methods", "badit --seed 5"], "--seed"), (["--methods", "lora --epochs 3"], "--epochs"),
     (["--methods", "badit-no_dog", "badit --no_dog"], "share the folder"),
+    (["--models", ""], "--models ''"), (["--models", "w" * 5000], "--models 'www"),
+    (["--runs", "w" * 5000], "name too long"), (["--runs", "README.md"], "--runs README.md"),
+    (["--runs", os.fsdecode(b"\xff")], "not UTF-8"), (["--runs", "a\x1b\n" * 999], r"a\x1b\n"),
+    (["--launcher", ""], "--launcher ''"), (["--launcher", "a 'b"], "No closing quotation"),
+    (["--stop_after", "-1"], "--stop_after"), (["--stop_after", "9" * 400], "--stop_after"),
     (["--seeds", "x"], "'x'"), (["--seeds", "1", "1"], "twice"),
     (["--settings", "single"], "'single'"),
     (["--suite", "nowhere"], "nowhere"), (["--tasks", "T999"], "T999"),
     (["--nth", "3060"], "3060"), (["--nth", "-1"], "-1"), (["--tflops", "0"], "'0'"),
     (["--", "--learning_rate", "0"], "'0'"), (["--", "--seed", "4"], "--seed"),
     (["--", "--output_dir=x"], "--output_dir=x"), (["--", "--no_such"], "--no_such"),
-], ids=lambda value: " ".join(value) if isinstance(value, list) else "")
+], ids=lambda value: " ".join(value)[:30] if isinstance(value, list) else "")
 def test_bad_input_is_one_line(argv, named, capsys):
     assert study.main([*argv, *(["--dry-run"] if "--" not in argv else [])]) == 2
     out, err = capsys.readouterr()
     assert not out and err.startswith("error: ") and err.count("\n") == 1 and named in err
+
+
+@pytest.mark.parametrize("launcher", ["no_such_program -x", "/tmp", "README.md"])
+def test_a_launcher_that_is_none_is_one_line(launcher, tmp_path, capsys):
+    """Before anything is started; commands for another machine can be listed."""
+    argv = ("--models", "smollm2-135m", "--suite", "mini", "--methods", "lora", "--seeds", "1",
+            *TINY, "--runs", str(tmp_path / "runs"), "--launcher", launcher)
+    assert study.main([*argv]) == 2
+    out, err = capsys.readouterr()
+    assert not out and err == f"error: --launcher {launcher!r} starts no program that is here\n"
+    assert dry(capsys, *argv)[0][0][0] == launcher.split()[0]
 
 
 # --- running ------------------------------------------------------------------------------------
@@ -139,6 +155,13 @@ def test_a_failed_run_does_not_stop_the_rest(tmp_path, capfd, monkeypatch):
     other = planned(tmp_path / "b", SUCCEEDS, "--epochs", "1")
     assert study.run_all([other]) == 1
     assert "another --epochs (10)" in capfd.readouterr().err
+
+
+def test_a_folder_that_cannot_be_read_is_a_failed_run(tmp_path, capfd):
+    """Not the end of the study: its name is longer than the file system takes."""
+    assert study.run_all([planned(tmp_path / ("a" * 300), "pass")]) == 1
+    out, err = capfd.readouterr()
+    assert "1 failed" in out and "File name too long" in err and err.count("\n") == 2
 
 
 LAUNCHER = """
