@@ -261,10 +261,20 @@ def hours(run, args):
     return ((train + read) / (1e12 * args.tflops) + steps * args.step_ms / 1000) / 3600
 
 
+def say(text):
+    """Print on stdout, at once. Raises OSError where that is closed or full."""
+    try:
+        print(text, flush=True)
+    except OSError as error:
+        # Or the interpreter would try again at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise OSError(error.errno, error.strerror, "stdout") from None
+
+
 def print_dry_run(runs, args):
     """The commands on stdout; their number and cost on stderr."""
-    for run in runs:
-        print(shlex.join(run.words))
+    with contextlib.suppress(BrokenPipeError):  # of --dry-run | head
+        say("\n".join(shlex.join(run.words) for run in runs))
     single = sum(run.setting == "single" for run in runs)
     done = sum((run.folder / "results.json").exists() for run in runs)
     note = f"{len(runs) - single} runs, {single} on one task alone; {done} of them finished"
@@ -369,7 +379,7 @@ def run_all(runs, stop_after=None):
                 continue
             status = None
             if not stopper.check():
-                print(f"\n[{number} of {len(runs)}] {shlex.join(run.words)}", flush=True)
+                say(f"\n[{number} of {len(runs)}] {shlex.join(run.words)}")
                 status = stopper.run(run.words)
             if status in (128 + signal.SIGINT, 128 + signal.SIGTERM):  # sent to the run alone
                 stopper.asked = stopper.asked or signal.Signals(status - 128)
@@ -379,10 +389,10 @@ def run_all(runs, stop_after=None):
                 return 128 + stopper.asked
             if status or not (run.folder / "results.json").exists():
                 failed.append(run)
-    print(f"\n{len(runs)} runs: {done} were finished before, {len(runs) - done - len(failed)} "
-          f"finished now, {len(failed)} failed")
     for run in failed:
         print(f"failed: {shlex.join(run.words)}", file=sys.stderr)
+    say(f"\n{len(runs)} runs: {done} were finished before, {len(runs) - done - len(failed)} "
+        f"finished now, {len(failed)} failed")
     return 1 if failed else 0
 
 
@@ -396,12 +406,8 @@ def main(argv=None):
             runs = [runs[args.nth]]
         if args.dry_run:
             print_dry_run(runs, args)
-            sys.stdout.flush()
             return 0
         return run_all(runs, args.stop_after)
-    except BrokenPipeError:  # of --dry-run | head
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except (InputError, OSError) as error:
         print(one_line(f"error: {error}"), file=sys.stderr)
         return 2

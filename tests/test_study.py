@@ -194,13 +194,33 @@ def test_a_stop_waits_for_what_a_launcher_has_started(tmp_path, capfd):
     assert "stopped by SIGTERM in run 1 of 2" in capfd.readouterr().err
 
 
-def test_output_may_be_cut(monkeypatch, capfd):
-    """study.py --dry-run | head: no traceback."""
-    def cut(*_):
-        raise BrokenPipeError
-    monkeypatch.setattr(study, "print_dry_run", cut)
-    monkeypatch.setattr(os, "dup2", lambda *_: None)
-    assert study.main(["--dry-run"]) == 0 and capfd.readouterr() == ("", "")
+def piped(*argv, stdout=None):
+    """study.py, without its stdout where none is given -> (status, lines on stderr)."""
+    command = [sys.executable, "study.py", "--models", "smollm2-135m", "--suite", "mini",
+               "--methods", "lora", "--seeds", "1", *TINY, *map(str, argv)]
+    if stdout is None:
+        read, stdout = os.pipe()
+        os.close(read)
+    done = subprocess.run(command, cwd=ROOT, stdout=stdout, stderr=subprocess.PIPE, text=True)
+    return done.returncode, done.stderr.splitlines()
+
+
+def test_output_may_be_cut(tmp_path):
+    """study.py --dry-run | head: no traceback. Runs that nobody sees are not started."""
+    status, said = piped("--dry-run", "--runs", tmp_path / "runs")
+    assert status == 0 and len(said) == 1 and said[0].startswith("1 runs, 0 on one task alone")
+    launcher = shlex.join([sys.executable, "-c", "open('started', 'w')"])
+    status, said = piped("--runs", tmp_path / "runs", "--launcher", launcher)
+    assert status == 2 and said == ["error: [Errno 32] Broken pipe: 'stdout'"]
+    assert not (ROOT / "started").exists()
+
+
+@pytest.mark.parametrize("mode", [["--dry-run"], []])
+def test_a_full_disk_behind_stdout_is_one_line(mode, tmp_path):
+    with open("/dev/full", "w") as full:
+        status, said = piped(*mode, "--runs", tmp_path / "runs", stdout=full)
+    assert status == 2 and said == ["error: [Errno 28] No space left on device: 'stdout'"]
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.slow
