@@ -364,6 +364,13 @@ def finished(run):
     return True
 
 
+def ending(status):
+    """How a run ended that has no results, in words: one that was killed could not say it."""
+    if status < 0:
+        return f"ended by signal {-status}, {signal.strsignal(-status)}"
+    return f"ended with status {status}"
+
+
 def run_all(runs, stop_after=None):
     """Run what is not finished -> exit status: 0, 1 after failures, 128 + signal if stopped."""
     failed, done = [], 0
@@ -375,7 +382,7 @@ def run_all(runs, stop_after=None):
                     continue
             except (InputError, OSError) as error:
                 print(one_line(f"error: {error}"), file=sys.stderr)
-                failed.append(run)
+                failed.append((run, "not started"))
                 continue
             status = None
             if not stopper.check():
@@ -388,9 +395,9 @@ def run_all(runs, stop_after=None):
                       "command goes on", file=sys.stderr)
                 return 128 + stopper.asked
             if status or not (run.folder / "results.json").exists():
-                failed.append(run)
-    for run in failed:
-        print(f"failed: {shlex.join(run.words)}", file=sys.stderr)
+                failed.append((run, ending(status)))
+    for run, reason in failed:
+        print(one_line(f"failed: {reason}: {shlex.join(run.words)}"), file=sys.stderr)
     say(f"\n{len(runs)} runs: {done} were finished before, {len(runs) - done - len(failed)} "
         f"finished now, {len(failed)} failed")
     return 1 if failed else 0

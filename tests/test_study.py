@@ -145,11 +145,15 @@ def test_a_failed_run_does_not_stop_the_rest(tmp_path, capfd, monkeypatch):
     """It is reported at the end; what is finished is not run again; other flags are refused."""
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     runs = [planned(tmp_path / "a", "raise SystemExit(3)"), planned(tmp_path / "b", SUCCEEDS),
-            planned(tmp_path / "c", "pass")]  # ends well, without results
+            planned(tmp_path / "c", "pass"),  # ends well, without results
+            planned(tmp_path / "d", "import os; os.kill(os.getpid(), 9)")]
     assert study.run_all(runs) == 1
     out, err = capfd.readouterr()
-    assert "3 runs: 0 were finished before, 1 finished now, 2 failed" in out
-    assert err.count("failed: ") == 2 and "/a" in err and "/c" in err
+    assert "4 runs: 0 were finished before, 1 finished now, 3 failed" in out
+    lines = err.splitlines()
+    assert [line.split(": ")[:2] for line in lines] == [["failed", reason] for reason in (
+        "ended with status 3", "ended with status 0", "ended by signal 9, Killed")]
+    assert [line[-1] for line in lines] == ["a", "c", "d"]
     assert study.run_all([runs[1]]) == 0
     assert "1 were finished before" in capfd.readouterr().out
     other = planned(tmp_path / "b", SUCCEEDS, "--epochs", "1")
@@ -161,7 +165,7 @@ def test_a_folder_that_cannot_be_read_is_a_failed_run(tmp_path, capfd):
     """Not the end of the study: its name is longer than the file system takes."""
     assert study.run_all([planned(tmp_path / ("a" * 300), "pass")]) == 1
     out, err = capfd.readouterr()
-    assert "1 failed" in out and "File name too long" in err and err.count("\n") == 2
+    assert "1 failed" in out and "File name too long" in err and "failed: not started: " in err
 
 
 LAUNCHER = """
