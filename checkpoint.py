@@ -69,7 +69,7 @@ def save(run, optimizer=None):
     tensors = {f"adapter.{key}": tensor for key, tensor in run.method.state_dict().items()}
     state = {"position": run.position, "rows": run.rows, "files": run.files | log_hashes(run),
              "identity": run.identity, "hashes": run.hashes, "overruled": sorted(run.overruled),
-             "seconds": run.seconds, "rng": rng}
+             "seconds": run.seconds_so_far(), "rng": rng}
     if optimizer is not None:
         tensors |= {f"method.{key}": value for key, value in run.method.training_state().items()}
         tensors |= {f"optimizer.{key}": tensor

@@ -45,7 +45,7 @@ def show_run(folder):
     except (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise InputError(f"{folder} is damaged, or of another version of this program "
                          f"({error!r})") from None
-    print(shown)
+    print("\n".join(map(one_line, shown.split("\n"))))
     for name, text in written.items():
         write_text(folder / name, text)
         print(one_line(f"page: {folder / name}"))

@@ -30,6 +30,7 @@ from errors import InputError, one_line
 from flags import non_negative, positive
 from flags import seed as seed_number
 from models import EMBEDDED, MODELS
+from utils import STOPPING, leave_terminal, receive_stops
 
 # Short names for --methods: the paper's six and the untrained model, matched baselines, ablations,
 # controls, and Fig. 12.
@@ -293,7 +294,7 @@ def print_dry_run(runs, args):
 
 
 class Stopper:
-    """Passes SIGINT, SIGTERM and the end of `seconds` on to the command under way, once.
+    """Passes what asks to stop, or the end of `seconds`, on to the command under way, once.
 
     A context manager; `asked` is the signal, None until one has come.
     """
@@ -303,8 +304,7 @@ class Stopper:
         self.end = None if seconds is None else time.monotonic() + seconds
 
     def __enter__(self):
-        asking = (signal.SIGINT, signal.SIGTERM)
-        self.before = {number: signal.signal(number, self._ask) for number in asking}
+        self.before = receive_stops(self._ask)
         return self
 
     def __exit__(self, *_):
@@ -313,6 +313,8 @@ class Stopper:
 
     def _ask(self, number, _=None):
         self.asked = self.asked or signal.Signals(number)
+        if number == signal.SIGHUP:
+            leave_terminal()
         self._tell()
 
     def _tell(self):
@@ -388,7 +390,7 @@ def run_all(runs, stop_after=None):
             if not stopper.check():
                 say(f"\n[{number} of {len(runs)}] {shlex.join(run.words)}")
                 status = stopper.run(run.words)
-            if status in (128 + signal.SIGINT, 128 + signal.SIGTERM):  # sent to the run alone
+            if status in [128 + number for number in STOPPING]:  # sent to the run alone
                 stopper.asked = stopper.asked or signal.Signals(status - 128)
             if stopper.asked:
                 print(f"stopped by {stopper.asked.name} in run {number} of {len(runs)}; the same "

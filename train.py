@@ -54,7 +54,7 @@ class Run:
         self.tasks = self.order = self.encoded = self.tokenizer = self.stages = None  # load_data
         self.model = self.method = self.base_parameters = None  # load_model
         self.single_task_scores = self.single_base_sha256 = None
-        self.seconds = defaultdict(float)
+        self.seconds, self.started = defaultdict(float), {}  # by part; of the parts under way
         self.regroupings = []
         self.steps = 0  # of the optimizer, in all stages
         self.provenance = self.identity = None  # what makes it this run: results.identity
@@ -72,9 +72,15 @@ class Run:
 
     @contextlib.contextmanager
     def timed(self, part):
-        start = time.perf_counter()
+        self.started[part] = time.perf_counter()
         yield
-        self.seconds[part] += time.perf_counter() - start
+        self.seconds[part] += time.perf_counter() - self.started.pop(part)
+
+    def seconds_so_far(self):
+        """Seconds by part, with those of the parts under way."""
+        now = time.perf_counter()
+        return self.seconds | {part: self.seconds[part] + now - start
+                               for part, start in self.started.items()}
 
     def stream(self, path, mode="w"):
         """`path` opened for writing on the main process, a sink on the others."""

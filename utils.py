@@ -16,6 +16,7 @@ from pathlib import Path
 import safetensors.torch
 
 LARGEST_TEXT = 2**30  # bytes
+STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 ECHO = 3  # seconds
 
 @contextlib.contextmanager
@@ -125,12 +126,10 @@ class StopSignals:
     """
 
     def __init__(self):
-        self.received, self.since, self.deferred, self.before = None, None, False, {}
+        self.received, self.since, self.deferred = None, None, False
 
     def __enter__(self):
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # of nohup
-                self.before[number] = signal.signal(number, self._receive)
+        self.before = receive_stops(self._receive)
         return self
 
     def __exit__(self, *_):
@@ -143,7 +142,7 @@ class StopSignals:
             return
         self.received, self.since = signal.Signals(number), time.monotonic()
         if number == signal.SIGHUP:
-            _leave_terminal()
+            leave_terminal()
         if again or not self.deferred:
             raise KeyboardInterrupt
         with contextlib.suppress(OSError):  # not print: the signal may come in the middle of one
@@ -151,7 +150,13 @@ class StopSignals:
                         f"{ECHO} seconds, stops at once\n".encode())
 
 
-def _leave_terminal():
+def receive_stops(handler):
+    """Let `handler` receive what asks to stop -> the handlers before, by signal."""
+    return {number: signal.signal(number, handler) for number in STOPPING
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN}  # by nohup
+
+
+def leave_terminal():
     """Throw away what would be printed: the terminal, and what reads a pipe there, have gone."""
     with open(os.devnull, "w") as null:
         for stream in (1, 2):

@@ -7,7 +7,7 @@
 # so many seconds; the same command goes on. Then: python report.py runs/smollm2-FORM --out report
 set -euo pipefail
 cd "$(dirname "$0")/.."
-form=${1:-} failed=0
+form=${1:-} failed=0 PIECE=${PIECE:-31536000}
 seeds="1 2 3 4 5" sweep=() launcher="accelerate launch --config_file scripts/accelerate/one_gpu.yaml"
 case $form in
   full) flags=() ;;
@@ -32,7 +32,7 @@ for seed in $seeds; do
       "badit --no_dog$often" "badit --no_bad --no_dog$often")
     bash scripts/sweep.sh --models smollm2-135m --launcher "$launcher" --runs "runs/smollm2-$form" \
       "${sweep[@]}" --methods "${methods[@]}" --seeds "$seed" --settings "$setting" \
-      --stop_after "$((${PIECE:-31536000} - SECONDS))" "$@" -- "${flags[@]}" "${more[@]}" ||
+      --stop_after "$((SECONDS < PIECE ? PIECE - SECONDS : 1))" "$@" -- "${flags[@]}" "${more[@]}" ||
       { status=$?; [ $status = 1 ] || exit $status; failed=1; }  # 1: some runs failed
   done
 done

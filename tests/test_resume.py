@@ -326,6 +326,14 @@ def names_in(folder):
     return sorted(path.name for path in (folder / "checkpoints").iterdir())
 
 
+def test_seconds_are_not_lost(stopped):
+    """A checkpoint in the middle of a stage has the time that the stage has taken so far."""
+    _, folder = stopped
+    before, after = (checkpoint.read(folder / "checkpoints" / name).state["seconds"]["train"]
+                     for name in ("000008", "000009"))
+    assert 0 < before < after
+
+
 def test_the_last_two_are_kept_until_the_end(stopped, whole):
     """Whole ones under numbers that rise; none is left of a finished run."""
     argv, folder = stopped

@@ -198,6 +198,15 @@ def test_a_stop_waits_for_what_a_launcher_has_started(tmp_path, capfd):
     assert "stopped by SIGTERM in run 1 of 2" in capfd.readouterr().err
 
 
+def test_a_closed_terminal_asks_to_stop(monkeypatch):
+    """As a signal does; what is printed from then on goes nowhere."""
+    left = []
+    monkeypatch.setattr(study, "leave_terminal", lambda: left.append(True))
+    with study.Stopper() as stopper:
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert stopper.check() == signal.SIGHUP and left == [True]
+
+
 def piped(*argv, stdout=None):
     """study.py, without its stdout where none is given -> (status, lines on stderr)."""
     command = [sys.executable, "study.py", "--models", "smollm2-135m", "--suite", "mini",
