@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from errors import InputError, one_line
 from metrics import SCORERS
-from utils import atomic_path, cache_dir, read_text, sha256_file, stable_seed
+from utils import atomic_path, cache_dir, open_file, read_text, sha256_file, stable_seed
 
 TASKS_DIR = Path(__file__).resolve().parent / "tasks"
 SUPERNI_URL = ("https://raw.githubusercontent.com/circle-hit/SAPT/"
@@ -302,19 +302,43 @@ def _encode_split(task, split, tokenizer, max_length, chat_template, cache_dir):
             return row | {"prompt": prompt, "references": instance["outputs"]}
         return row | {"num_targets": len(target)}
 
-    options = {}
+    file = None
     if cache_dir is not None:
         content = [PROMPT, task.name, task.definition, split, max_length, chat_template, source,
                    tokenizer.backend_tokenizer.to_str(), tokenizer.eos_token_id,
                    tokenizer.chat_template if chat_template else None, CODE_SHA256]
         key = hashlib.sha256(json.dumps(content).encode()).hexdigest()
         _make_cache(Path(cache_dir))
-        options = dict(cache_file_name=str(Path(cache_dir) / f"{key}.arrow"),
-                       load_from_cache_file=True)
+        file = Path(cache_dir) / f"{key}.json"
+        if (rows := _read_cache(file)) is not None:
+            return rows
     with _quiet_datasets():
-        dataset = Dataset.from_list(source).map(encode, remove_columns=list(keys),
-                                                new_fingerprint="encoded", **options)
-    return dataset.to_list()
+        rows = Dataset.from_list(source).map(encode, remove_columns=list(keys),
+                                             new_fingerprint="encoded").to_list()
+    if file is not None:
+        _write_cache(file, rows)
+    return rows
+
+
+def _write_cache(file, rows):
+    """Write rows as a line with the checksum of the file's name and content, then the content."""
+    content = json.dumps(rows).encode()
+    with atomic_path(file) as temporary:
+        temporary.write_bytes(_cache_sum(file, content) + b"\n" + content)
+
+
+def _read_cache(file):
+    """The rows that `_write_cache` wrote, or None where they are not there, whole and unchanged."""
+    try:
+        with open_file(file) as opened:
+            found, _, content = opened.read().partition(b"\n")
+    except OSError:
+        return None
+    return json.loads(content) if found == _cache_sum(file, content) else None
+
+
+def _cache_sum(file, content):
+    return hashlib.sha256(file.name.encode() + content).hexdigest().encode()
 
 
 def _make_cache(folder):

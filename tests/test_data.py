@@ -876,6 +876,47 @@ def test_cache_is_never_stale(tmp_path, case):
     assert run("shared", **base) == before
 
 
+def flip(file):
+    """One bit of an id changes; the file is as readable as before."""
+    content = file.read_bytes()
+    file.write_bytes(content.replace(b"id-7", b"id-6", 1))
+
+
+def fifo(file):
+    """A pipe, which a reader would wait for."""
+    file.unlink()
+    os.mkfifo(file)
+
+
+SPOILT = {
+    "empty": lambda file: file.write_bytes(b""),
+    "junk": lambda file: file.write_bytes(b"junk" * 100),
+    "cut": lambda file: file.write_bytes(file.read_bytes()[:-5]),
+    "fewer rows": lambda file: file.write_bytes(
+        file.read_bytes().partition(b"\n")[0] + b"\n" + json.dumps(
+            json.loads(file.read_bytes().partition(b"\n")[2])[:9]).encode()),
+    "flipped": flip,
+    "another's": lambda file: file.write_bytes(
+        next(other for other in file.parent.iterdir() if other != file).read_bytes()),
+    "no permission": lambda file: file.chmod(0),
+    "a pipe": fifo,
+}
+
+
+@pytest.mark.parametrize("case", SPOILT)
+def test_a_spoilt_cache_is_made_anew(tmp_path, case):
+    """What is not whole and unchanged is never taken for rows, and never ends a run."""
+    rows = [item("a" * (i % 9), "b", id=f"id-{i}") for i in range(10)]
+    root = write_task(tmp_path / "s", "alpha", rows, rows)
+    first = plain(encode(root, byte_tokenizer()))
+    written = stored(tmp_path / "cache")
+    assert len(written) == 2  # one file for each split
+    for path in sorted((tmp_path / "cache").iterdir()):
+        SPOILT[case](path)
+        assert plain(encode(root, byte_tokenizer())) == first
+        assert stored(tmp_path / "cache") == written
+
+
 def test_cache_sees_the_text_of_the_chat_template(tmp_path):
     """Section 7: the template is part of what the rows depend on."""
     root = write_task(tmp_path / "s", "alpha")
