@@ -370,7 +370,11 @@ def _fit_prompt(definition, text, tokenizer, budget, chat_template):
     def encode(length):
         prompt = build_prompt(definition, text[:length])
         if not chat_template:
-            return prompt, tokenizer(prompt).input_ids
+            encoding = tokenizer(prompt, return_special_tokens_mask=True)
+            ids, added = encoding.input_ids, encoding.special_tokens_mask
+            while added and added.pop():  # at its end, such as an EOS: the answer comes there
+                ids.pop()
+            return prompt, ids
         try:
             prompt = tokenizer.apply_chat_template(
                 [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True,

@@ -71,7 +71,7 @@ def isolated(tmp_path, monkeypatch):
     monkeypatch.setenv("no_proxy", "*")
 
 
-def byte_tokenizer(bos=False, pad=None, chat=None, merges=(), eos=EOS, swapped=False):
+def byte_tokenizer(bos=False, pad=None, chat=None, merges=(), eos=EOS, swapped=False, end=""):
     """One token per byte (before merges), so lengths in tokens can be worked out by hand."""
     symbols = sorted(pre_tokenizers.ByteLevel.alphabet())
     symbols = symbols[::-1] if swapped else symbols
@@ -80,9 +80,10 @@ def byte_tokenizer(bos=False, pad=None, chat=None, merges=(), eos=EOS, swapped=F
     inner = Tokenizer(models.BPE(vocabulary, list(merges)))
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     inner.decoder = decoders.ByteLevel()
-    if bos:
+    if bos or end:
         inner.post_processor = processors.TemplateProcessing(
-            single=f"{BOS} $A", special_tokens=[(BOS, vocabulary[BOS])]
+            single=[*[BOS] * bos, "$A", *end.split()],
+            special_tokens=[(name, vocabulary[name]) for name in (BOS, EOS)],
         )
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=inner,
@@ -657,6 +658,22 @@ def test_rows(tmp_path, bos, merges):
     references = [list(row["references"]) for row in encoded.test["alpha"]]
     assert references == [["red", "cc"], [""]]
     assert list(encoded.left_out) == [] and encoded.shortened == {"train": 0, "test": 0}
+
+
+@pytest.mark.parametrize("bos", [False, True], ids=["no bos", "bos"])
+@pytest.mark.parametrize("end", [EOS, f"{EOS} {EOS}"])
+def test_no_prompt_ends_with_what_the_tokenizer_appends(tmp_path, bos, end):
+    """Section 7: the answer follows the prompt; the only EOS is the target's."""
+    root = write_task(tmp_path / "s", "alpha", [item("a", "blue")], [item("b" * 50)])
+    limit = bos + FRAME + 20
+    plain_rows, rows = (
+        encode(root, byte_tokenizer(bos=bos, end=end), limit) for end in ("", end)
+    )
+    assert plain(rows) == plain(plain_rows)
+    assert rows.train["alpha"][0]["input_ids"].count(1) == 1
+    assert len(rows.test["alpha"][0]["input_ids"]) == limit  # cut for the prompt's own tokens
+    encoded = encode(root, byte_tokenizer(bos=bos, end=end, chat=CHAT + EOS), chat_template=True)
+    assert encoded.test["alpha"][0]["input_ids"][-1] == 1  # the template's own stays
 
 
 def test_empty_target_is_eos_alone(tmp_path):
