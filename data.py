@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from errors import InputError, one_line
 from metrics import SCORERS
+from models import library_errors
 from utils import atomic_path, cache_dir, open_file, read_text, sha256_file, stable_seed
 
 TASKS_DIR = Path(__file__).resolve().parent / "tasks"
@@ -312,7 +313,7 @@ def _encode_split(task, split, tokenizer, max_length, chat_template, cache_dir):
         file = Path(cache_dir) / f"{key}.json"
         if (rows := _read_cache(file)) is not None:
             return rows
-    with _quiet_datasets():
+    with _quiet_datasets(), library_errors(f"the tokenizer fails on {task.name}"):
         rows = Dataset.from_list(source).map(encode, remove_columns=list(keys),
                                              new_fingerprint="encoded").to_list()
     if file is not None:

@@ -21,7 +21,7 @@ from transformers import (
 )
 from transformers.utils import logging as hf_logging
 
-from errors import InputError
+from errors import InputError, one_line
 from utils import cache_dir, sha256_file
 
 MODELS = {
@@ -135,21 +135,33 @@ def _check_hub(name, repository):
 @contextlib.contextmanager
 def _one_line_errors(name, source):
     """Say in one line what to do about a checkpoint that is gated, unreachable or damaged."""
+    advice = "the folder must hold config.json, tokenizer and safetensors"
+    if name == EMBEDDED:
+        advice = f"delete {source} and run again: it is made anew"
+    elif name in MODELS:
+        advice = (f"if it is gated, accept its licence at https://huggingface.co/{source} and run "
+                  "`hf auth login`; offline, pass --model the path of a folder that holds it")
     verbosity = hf_logging.get_verbosity()
     hf_logging.set_verbosity(logging.CRITICAL)  # what matters is raised, and said below
+    try:
+        with library_errors(f"cannot load model {name} from {source}", f"; {advice}"):
+            yield
+    finally:
+        hf_logging.set_verbosity(verbosity)
+
+
+@contextlib.contextmanager
+def library_errors(what, advice=""):
+    """Turn all that a library raises on bad files into an InputError: what, the reason, advice."""
     try:
         yield
     except InputError:
         raise
-    except Exception as error:  # noqa: BLE001 (the libraries raise anything on a damaged file)
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        advice = (f"if it is gated, accept its licence at https://huggingface.co/{source} and run "
-                  "`hf auth login`; offline, pass --model the path of a folder that holds it"
-                  if name in MODELS
-                  else "the folder must hold config.json, tokenizer and safetensors")
-        raise InputError(f"cannot load model {name} from {source} ({reason}); {advice}") from error
-    finally:
-        hf_logging.set_verbosity(verbosity)
+    except BaseException as error:  # noqa: BLE001 (the libraries raise anything on a damaged file)
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise  # only a panic of Rust code is as good as an Exception
+        reason = one_line(" ".join(str(error).split())) or type(error).__name__
+        raise InputError(f"{what} ({reason:.300}){advice}") from error
 
 
 def embedded_model():

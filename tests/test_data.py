@@ -676,6 +676,15 @@ def test_no_prompt_ends_with_what_the_tokenizer_appends(tmp_path, bos, end):
     assert encoded.test["alpha"][0]["input_ids"][-1] == 1  # the template's own stays
 
 
+def test_a_tokenizer_that_knows_no_unknown_word(tmp_path):
+    """What its library raises is one line that names the task."""
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel({EOS: 0}, unk_token="nope")), eos_token=EOS
+    )
+    message = refused(encode, write_task(tmp_path / "s", "alpha"), tokenizer)
+    assert "alpha" in message and "[UNK]" in message
+
+
 def test_empty_target_is_eos_alone(tmp_path):
     """Section 7: an empty string as an output is valid; its target is EOS alone."""
     tokenizer = byte_tokenizer()

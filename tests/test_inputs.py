@@ -375,6 +375,37 @@ def test_a_broken_checkpoint(no_weights, llama, suite, tmp_path, name, change):
             named="EOS" if name == "tokenizer_config.json" else "model")
 
 
+def test_a_library_that_panics(no_weights, llama, suite, monkeypatch):
+    """Its Rust code raises what is no Exception; all lines of a reason become one."""
+    class PanicException(BaseException):
+        pass
+
+    def panic(*_, **__):
+        raise PanicException("index out of bounds:\n\n  the len is 0\x1b[31m " + "x" * 999)
+
+    monkeypatch.setattr(models.AutoTokenizer, "from_pretrained", panic)
+    line = refused("--model", llama, "--suite", suite, *SMALL,
+                   named="(index out of bounds: the len is 0\\x1b[31m xxx")
+    assert "x" * 300 not in line
+
+
+def test_the_reason_of_a_bad_value(no_weights, llama, suite, tmp_path):
+    """Stands in a later line of the library's message."""
+    shutil.copytree(llama, tmp_path / "model")
+    change_json(max_position_embeddings="256")(tmp_path / "model" / "config.json")
+    refused("--model", "model", "--suite", suite, *SMALL,
+            named=("max_position_embeddings", "expected int, got str"))
+
+
+def test_a_damaged_copy_of_the_embedded_model(no_weights, suite, tmp_path, monkeypatch):
+    """The advice is to delete it, not to accept a licence."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    folder = tmp_path / "badit" / f"{models.EMBEDDED}-{models.EMBEDDED_SHA256[:12]}"
+    folder.mkdir(parents=True)
+    line = refused("--suite", suite, named=f"delete {folder} and run again")
+    assert "licence" not in line
+
+
 def test_an_empty_model_folder(no_weights, suite, tmp_path):
     """A folder that holds no checkpoint."""
     (tmp_path / "model").mkdir()
