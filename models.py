@@ -58,6 +58,9 @@ def load(name_or_path, dtype=None):
     if report["missing_keys"]:
         raise InputError(f"model {name_or_path}: the checkpoint lacks "
                          f"{', '.join(sorted(report['missing_keys'])[:3])}")
+    if report["unexpected_keys"]:  # without the buffers that the architecture is known to drop
+        raise InputError(f"model {name_or_path}: its configuration has no place for the weights "
+                         f"{', '.join(sorted(report['unexpected_keys'])[:3])}")
     for name, weight in model.named_parameters():
         if not torch.isfinite(torch.stack(torch.aminmax(weight.detach()))).all():
             raise InputError(f"model {name_or_path}: the weight {name} holds a non-finite number")

@@ -435,10 +435,14 @@ WEIGHT = "model.layers.1.mlp.up_proj.weight"
       for bad in (float("nan"), float("inf"), float("-inf"))),
     (change_weights(lambda state: state.pop(WEIGHT)), WEIGHT),
     (change_weights(lambda state: state.update({WEIGHT: torch.ones(3, 32)})), "model"),
+    (change_weights(lambda state: state.update(stray=torch.ones(2))), "stray"),
+    (lambda folder: change_json(num_hidden_layers=1)(folder / "config.json"),
+     "model.layers.1.input_layernorm.weight"),
     (halve, "model"),
     (lambda folder: (folder / "model.safetensors").unlink(), "model"),
     (lambda folder: (folder / "model.safetensors").write_bytes(b""), "model"),
-], ids=["nan", "inf", "-inf", "missing weight", "other shape", "half a file", "no file", "empty"])
+], ids=["nan", "inf", "-inf", "missing weight", "other shape", "unknown", "fewer layers",
+        "half a file", "no file", "empty"])
 def test_bad_weights(llama, suite, tmp_path, change, named):
     """A non-finite weight is named; damage is no traceback; an old run's files stay."""
     shutil.copytree(llama, tmp_path / "model")
@@ -446,6 +450,15 @@ def test_bad_weights(llama, suite, tmp_path, change, named):
     write_json(tmp_path / "out" / "results.json", {"old": True})
     refused("--model", "model", "--suite", suite, *SMALL, "--output_dir", "out", "--overwrite",
             named=named)
+
+
+def test_buffers_of_older_checkpoints(llama, suite, tmp_path):
+    """What every version of the architecture computes for itself may stand in the file."""
+    shutil.copytree(llama, tmp_path / "model")
+    change_weights(lambda state: state.update(
+        {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}))(tmp_path / "model")
+    succeed("--method", "base", "--model", "model", "--suite", suite, *SMALL[4:],
+            "--max_eval_per_task", 1, "--output_dir", "out")
 
 
 def test_an_adapter_of_another_base(finished, llama, suite, tmp_path):
