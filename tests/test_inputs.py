@@ -358,6 +358,32 @@ def change_json(**changed):
     return lambda file: file.write_text(json.dumps(json.loads(file.read_text()) | changed))
 
 
+def change_tokenizer(change):
+    """A change of what tokenizer.json holds."""
+    def apply(file):
+        content = json.loads(file.read_text())
+        change(content)
+        file.write_text(json.dumps(content))
+    return apply
+
+
+@pytest.mark.parametrize("name, change, named", [
+    ("tokenizer_config.json", change_json(tokenizer_class="ByT5Tokenizer"), "ByT5Tokenizer"),
+    ("tokenizer.json", change_tokenizer(lambda content: content["model"]["vocab"].update(
+        red=2**31 - 1)), ("'red'", str(2**31 - 1))),
+    ("tokenizer.json", change_tokenizer(lambda content: content["added_tokens"].append(
+        content["added_tokens"][0] | {"id": 2**31, "content": "new"})), ("'new'", str(2**31))),
+    ("tokenizer.json", change_tokenizer(lambda content: content["model"]["vocab"].update(
+        red=-1)), ("'red'", "-1")),
+])
+def test_a_tokenizer_of_no_use(no_weights, llama, suite, tmp_path, name, change, named):
+    """A slow one, and ids for which memory would be taken; refused by name and value."""
+    shutil.copytree(llama, tmp_path / "model")
+    change(tmp_path / "model" / name)
+    line = refused("--model", "model", "--suite", suite, *SMALL, named=named)
+    assert line.startswith("error: cannot load model")
+
+
 @pytest.mark.parametrize("name, change", [
     ("config.json", Path.unlink),
     ("config.json", lambda file: file.write_text("{")),
