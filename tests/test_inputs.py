@@ -15,7 +15,7 @@ import pytest
 import safetensors.torch
 import torch
 from conftest import SMALL, instances, prompt_of, results_of, run, snapshot, succeed, write_json
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, BertConfig
 
 import arguments
 import models
@@ -430,6 +430,32 @@ def test_a_damaged_copy_of_the_embedded_model(no_weights, suite, tmp_path, monke
     folder.mkdir(parents=True)
     line = refused("--suite", suite, named=f"delete {folder} and run again")
     assert "licence" not in line
+
+
+@pytest.mark.parametrize("name, value", [
+    ("return_dict", False), ("is_encoder_decoder", True), ("attention_dropout", 1.0),
+    ("attention_dropout", -0.5), ("hidden_dropout_prob", 5), ("attn_implementation", "some/kernel"),
+    ("_attn_implementation", "some/kernel"), ("attn_implementation", {"": "some/kernel"}),
+    ("attn_implementation", "flash_attention_2"),
+])
+def test_a_configuration_of_no_use(no_weights, llama, suite, tmp_path, name, value):
+    """What would fail later, or fetch code, is refused by name and value."""
+    shutil.copytree(llama, tmp_path / "model")
+    change_json(**{name: value})(tmp_path / "model" / "config.json")
+    shown = "some/kernel" if isinstance(value, dict) else value
+    refused("--model", "model", "--suite", suite, *SMALL,
+            named=("cannot load model", f"{name.lstrip('_')} is {shown!r}"))
+
+
+def test_a_model_that_is_not_causal(no_weights, llama, suite, tmp_path):
+    """BERT as a decoder is taken, as an encoder not."""
+    shutil.copytree(llama, tmp_path / "model")
+    for decoder in (True, False):
+        BertConfig(vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=1,
+                   num_attention_heads=4, is_decoder=decoder).save_pretrained(tmp_path / "model")
+        if decoder:
+            models.skeleton("model")
+    refused("--model", "model", "--suite", suite, *SMALL, named=("BertLMHeadModel", "not causal"))
 
 
 def test_an_empty_model_folder(no_weights, suite, tmp_path):
