@@ -153,9 +153,25 @@ def locate(name_or_path):
         _check_hub(name_or_path, MODELS[name_or_path])
         return MODELS[name_or_path]
     if name_or_path and Path(name_or_path).is_dir():
+        with _one_line_errors(name_or_path, name_or_path):
+            _check_folder(Path(name_or_path))
         return str(name_or_path)
     raise InputError(f"model {str(name_or_path)!r} is unknown: allowed are {', '.join(MODELS)} and "
                      "the path of a folder with a checkpoint")
+
+
+def _check_folder(folder):
+    """Raise ValueError where the libraries would wait for a pipe, or read more than the folder."""
+    for path in sorted(folder.iterdir()):
+        if not path.is_file() and not path.is_dir():
+            raise ValueError(f"{path.name} is no file")
+    if (folder / "adapter_config.json").exists():
+        raise ValueError("adapter_config.json makes it an adapter for another model, not a base; "
+                         "merge the adapter into the weights, or delete the file")
+    for index in folder.glob("*.index.json"):
+        for name in set(json.loads(read_text(index))["weight_map"].values()):
+            if name != Path(name).name:
+                raise ValueError(f"{index.name} names {name!r}, which is no file of this folder")
 
 
 def _check_hub(name, repository):

@@ -458,6 +458,28 @@ def test_a_model_that_is_not_causal(no_weights, llama, suite, tmp_path):
     refused("--model", "model", "--suite", suite, *SMALL, named=("BertLMHeadModel", "not causal"))
 
 
+def write_index(name):
+    """A change of a folder: its index says that a weight is in the file `name`."""
+    return lambda folder: write_json(folder / "model.safetensors.index.json",
+                                     {"metadata": {}, "weight_map": {WEIGHT: name}})
+
+
+@pytest.mark.parametrize("change, named", [
+    (lambda folder: os.mkfifo(folder / "chat_template.jinja"), "chat_template.jinja"),
+    (lambda folder: (folder / "vocab.json").symlink_to("/dev/zero"), "vocab.json"),
+    (lambda folder: (folder / "adapter_config.json").write_text("{}"), "adapter_config.json"),
+    (write_index("../w.safetensors"), "'../w.safetensors'"),
+    (write_index("/tmp/w.safetensors"), "'/tmp/w.safetensors'"),
+    (write_index(5), "cannot load"),
+    (lambda folder: (folder / "model.safetensors.index.json").write_text("[1]"), "cannot load"),
+], ids=["pipe", "device", "adapter", "above", "absolute", "number", "no index"])
+def test_a_folder_that_leads_elsewhere(no_weights, llama, suite, tmp_path, change, named):
+    """A model is what its folder holds: nothing is waited for, applied to it or read elsewhere."""
+    shutil.copytree(llama, tmp_path / "model")
+    change(tmp_path / "model")
+    refused("--model", "model", "--suite", suite, *SMALL, named=named)
+
+
 def test_an_empty_model_folder(no_weights, suite, tmp_path):
     """A folder that holds no checkpoint."""
     (tmp_path / "model").mkdir()
