@@ -21,6 +21,7 @@ from datasets import Dataset, disable_progress_bars, enable_progress_bars
 from tqdm import tqdm
 
 from errors import InputError, one_line
+from method import CONFIG_FILE, WEIGHTS_FILE
 from metrics import SCORERS
 from models import library_errors
 from utils import atomic_path, cache_dir, open_file, read_text, sha256_file, stable_seed
@@ -31,6 +32,7 @@ SUPERNI_URL = ("https://raw.githubusercontent.com/circle-hit/SAPT/"
 LARGEST_FILE = 2**24  # bytes to download at most; SuperNI's largest file has 2.5 million
 PROMPT = "{definition}\n\nNow complete the following example -\nInput: {input}\nOutput: "
 SPLITS = ("train", "test")
+LONGEST = {"Definition": 10**5, "input": 10**6, "output": 10**6}  # characters; more takes minutes
 
 # Table 4 of the paper, in the order that the seeds shuffle (Table 5): category and metric.
 SUPERNI = {
@@ -95,10 +97,12 @@ def load_suite(name_or_path, data_dir=None):
                        if path.is_dir() and not path.name.startswith((".", "_")))
     if not names:
         raise InputError(f"{folder} holds no task folders")
-    for name in names:
-        if not re.fullmatch(r"[\w.-]+", name, flags=re.ASCII):  # files of a run bear these names
-            raise InputError(f"{folder}: a task folder's name may hold letters, digits, '_', '-' "
-                             f"and '.', not {name!r}")
+    for name in names:  # files of a run bear these names
+        if not re.fullmatch(r"[\w.-]{1,200}", name, flags=re.ASCII):
+            raise InputError(f"{folder}: a task folder's name may hold up to 200 letters, digits, "
+                             f"'_', '-' and '.', not {name!r}")
+        if name in (CONFIG_FILE, WEIGHTS_FILE):
+            raise InputError(f"{folder}: a task cannot be named {name}, as an adapter's file is")
     return Suite(folder.resolve().name if name_or_path != "superni" else "superni",
                  {name: load_task(folder / name) for name in names})
 
@@ -133,13 +137,13 @@ def load_task(folder):
         definition = "\n".join(definition)
     if not isinstance(definition, str) or not definition.strip():
         raise InputError(f"{file}: Definition is missing or not text")
-    _check_unicode(definition, f"{file}: Definition")
+    _check_text(definition, "Definition", f"{file}: Definition")
     category, metric = SUPERNI.get(folder.name, (None, None))
     if metric is None:
         category, metric = head.get("Category", "other"), head.get("Metric", "rouge_l")
     if not isinstance(category, str):
         raise InputError(f"{file}: Category {category!r} is not text")
-    _check_unicode(category, f"{file}: Category")
+    _check_text(category, "Definition", f"{file}: Category")
     if not isinstance(metric, str) or metric not in SCORERS:
         raise InputError(f"{file}: Metric {metric!r} is unknown; allowed: {', '.join(SCORERS)}")
     return Task(folder.name, definition.strip(), category, metric, **instances)
@@ -147,7 +151,7 @@ def load_task(folder):
 
 def _read_split(file):
     try:
-        content = json.loads(read_text(file))
+        content = json.loads(read_text(file), object_pairs_hook=_refuse_repeats)
     except OSError as error:
         raise InputError(f"cannot read {file}: {error.strerror}") from None
     except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, or nested too deeply
@@ -166,6 +170,14 @@ def _read_split(file):
     return content, instances
 
 
+def _refuse_repeats(pairs):
+    keys = [key for key, _ in pairs]
+    if len(set(keys)) < len(keys):
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key {twice!r} stands twice in an object")
+    return dict(pairs)
+
+
 def _read_instance(row, index, file):
     where = f"{file}, instance {index}"
     if not isinstance(row, dict):
@@ -178,12 +190,16 @@ def _read_instance(row, index, file):
     if not isinstance(outputs, list) or not outputs or not all(
             isinstance(output, str) for output in outputs):
         raise InputError(f"{where}: `output` must be text or a non-empty list of texts")
-    for text in (name, row["input"], *outputs):
-        _check_unicode(text, where)
+    for key, text in (("input", name), ("input", row["input"]),
+                      *(("output", output) for output in outputs)):
+        _check_text(text, key, where)
     return {"id": name, "input": row["input"], "outputs": outputs}
 
 
-def _check_unicode(text, where):
+def _check_text(text, key, where):
+    if len(text) > LONGEST[key]:
+        raise InputError(f"{where}: a text of {len(text):,} characters; at most {LONGEST[key]:,} "
+                         "are taken")
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -284,6 +284,43 @@ def test_bad_definition_is_named(tmp_path, case):
     assert shown in message and "Definition" in message
 
 
+@pytest.mark.parametrize("split", ["train", "test"])
+@pytest.mark.parametrize("level", ["top", "instance"])
+def test_repeated_keys_are_refused(tmp_path, split, level):
+    """Section 7: of two values for one key, none is dropped without a word."""
+    path = write_task(tmp_path / "s", "alpha") / "alpha" / f"{split}.json"
+    key, cut, more = {"instance": ("input", -3, ', "input": "other"}]}'),
+                      "top": ("Instances", -1, ', "Instances": []}')}[level]
+    path.write_text(path.read_text()[:cut] + more)
+    message = refused(data.load_suite, str(tmp_path / "s"))
+    assert os.path.join("alpha", f"{split}.json") in message and f"{key!r} stands twice" in message
+
+
+@pytest.mark.parametrize("key, longest", list(data.LONGEST.items()))
+def test_endless_texts_are_refused(tmp_path, key, longest):
+    """A text that takes minutes to encode; what is named is its file and how much is allowed."""
+    for more in (0, 1):
+        text = "x" * (longest + more)
+        if key == "Definition":
+            write_task(tmp_path / "s", "alpha", Definition=text)
+        else:
+            write_task(tmp_path / "s", "alpha", [item(id="odd") | {key: text}])
+        if not more:
+            data.load_suite(str(tmp_path / "s"))
+    message = refused(data.load_suite, str(tmp_path / "s"))
+    assert os.path.join("alpha", "train.json") in message and f"{longest:,}" in message
+    assert key == "Definition" or "odd" in message
+
+
+@pytest.mark.parametrize("name", ["t" * 201, "adapter_config.json", "adapter_model.safetensors"])
+def test_a_task_whose_name_no_file_of_a_run_can_bear(tmp_path, name):
+    """Too long with a number and an ending, or another file's."""
+    write_task(tmp_path / "s", "t" * 200)
+    data.load_suite(str(tmp_path / "s"))
+    write_task(tmp_path / "s", name)
+    assert name in refused(data.load_suite, str(tmp_path / "s"))
+
+
 def names_instance(message, root, index, name):
     """Whether the message shows the instance by its id or by its index, paths aside."""
     message = message.replace(str(root), "")
