@@ -302,6 +302,25 @@ def encoded_sha256(encoded):
             for split in SPLITS for task, rows in getattr(encoded, split).items()}
 
 
+def check_encoded(encoded, positions, vocabulary):
+    """Raise InputError for a test prompt of more than `positions` tokens, or a token that is none.
+
+    A Definition that alone exceeds max_length is left whole in evaluation; and a tokenizer may know
+    ids from `vocabulary` on, for which the model has no embedding.
+    """
+    for split in SPLITS:
+        for task, rows in getattr(encoded, split).items():
+            for row in rows:
+                length, largest = len(row["input_ids"]), max(row["input_ids"], default=0)
+                if split == "test" and length > positions:
+                    raise InputError(f"task {task}, {row['id']}: the prompt of {length} tokens, "
+                                     f"without any input, exceeds the {positions} that the model "
+                                     "has room for beside --max_new_tokens")
+                if largest >= vocabulary:
+                    raise InputError(f"task {task}, {row['id']}: the tokenizer gives the token "
+                                     f"{largest}, the model's embedding has {vocabulary}")
+
+
 def _encode_split(task, split, tokenizer, max_length, chat_template, cache_dir):
     """Rows of one split, from the cache where its content is known."""
     keys = ("id", "input", "outputs")

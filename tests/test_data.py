@@ -829,6 +829,20 @@ def test_evaluation_instances_are_never_left_out(tmp_path):
     assert encoded.shortened == {"train": 1, "test": 1}
 
 
+def test_what_the_model_has_no_room_for_is_refused(tmp_path):
+    """A prompt beyond the positions, and a token beyond the embedding; named with the limit."""
+    tokenizer = byte_tokenizer()
+    root = write_task(tmp_path / "s", "alpha", [item("a", "")], [item("b" * 9, id="long")])
+    encoded = encode(root, tokenizer, FRAME + 1)
+    length = len(encoded.test["alpha"][0]["input_ids"])
+    largest = max(encoded.train["alpha"][0]["input_ids"] + encoded.test["alpha"][0]["input_ids"])
+    data.check_encoded(encoded, length, largest + 1)
+    message = refused(data.check_encoded, encoded, length - 1, largest + 1)
+    assert all(word in message for word in ("alpha", "long", str(length), str(length - 1)))
+    message = refused(data.check_encoded, encoded, length, largest)
+    assert "alpha" in message and str(largest) in message
+
+
 def test_task_without_training_instances_is_refused(tmp_path):
     """Section 7: the error names the task and the smallest max_length that is enough."""
     train = [item("a", "x" * 20), item("b" * 30, "x" * 10), item("c", "x" * 15)]
