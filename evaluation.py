@@ -7,10 +7,12 @@ from collections import defaultdict
 import torch
 from accelerate.utils import gather_object
 from tqdm import tqdm
+from transformers import LogitsProcessor
 
 from data import pad_left
-from errors import Interrupted
+from errors import InputError, Interrupted
 from metrics import SCORERS, mean, score
+from models import library_errors
 from utils import atomic_path
 
 BRIEF = 6  # words: tasks whose answers have fewer on average are generated apart
@@ -38,16 +40,33 @@ def make_batches(rows, size):
     return batches
 
 
+class Extremes(LogitsProcessor):
+    """Keeps the extreme logits of every step, which it leaves as they are."""
+
+    def __init__(self):
+        self.seen = []
+
+    def __call__(self, input_ids, scores):
+        self.seen += torch.aminmax(scores)  # NaN where there is one; nothing waits for a GPU
+        return scores
+
+
 def generate(model, tokenizer, batch, max_new_tokens):
     """Greedy continuations of left-padded prompts, as texts without prompt and special tokens.
 
-    `batch` holds input_ids and attention_mask (batch, seq) on the model's device.
+    `batch` holds input_ids and attention_mask (batch, seq) on the model's device. Raises InputError
+    for logits that are not finite: the answer to them would be token 0.
     """
+    extremes = Extremes()
     prompt_length = batch["input_ids"].shape[1]
     tokens = model.generate(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"],
                             max_new_tokens=max_new_tokens, do_sample=False, num_beams=1,
-                            use_cache=True)  # (batch, seq + new)
-    texts = tokenizer.batch_decode(tokens[:, prompt_length:], skip_special_tokens=True)
+                            use_cache=True, logits_processor=[extremes])  # (batch, seq + new)
+    if not torch.isfinite(torch.stack(extremes.seen)).all():
+        raise InputError("the model answers with logits that are NaN or infinite: its "
+                         "configuration, or the adapter, makes its activations overflow")
+    with library_errors("the tokenizer cannot decode an answer"):
+        texts = tokenizer.batch_decode(tokens[:, prompt_length:], skip_special_tokens=True)
     return [text.strip() for text in texts]
 
 

@@ -177,7 +177,7 @@ def check_tensors(state, expected, what="the adapter"):
         if tensor.shape != want.shape or tensor.dtype not in kinds:
             raise InputError(f"{what} does not fit this model: {key} is {tensor.dtype} "
                              f"{list(tensor.shape)}, expected {want.dtype} {list(want.shape)}")
-        if not torch.isfinite(tensor).all():
+        if not torch.isfinite(tensor.to(want.dtype)).all():
             raise InputError(f"{what} is damaged: {key} holds a non-finite number")
 
 

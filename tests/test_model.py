@@ -289,6 +289,29 @@ def test_generation_of_a_batch_is_that_of_each_alone(checkpoint):
         assert evaluation.generate(model, tokenizer, data.pad_left([prompt], 0), 12) == [text]
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("step", [0, 3])
+def test_logits_that_are_not_finite(llama, bad, step):
+    """Neither an empty answer nor token 0 in one row of a batch: refused, also in a later step."""
+    model, tokenizer = models.load(llama)
+    model.generation_config.eos_token_id = None
+    steps = []
+
+    def spoil(module, inputs, output):
+        steps.append(1)
+        if len(steps) > step:
+            output[1, -1, 7] = bad
+
+    batch = data.pad_left(PROMPTS, 2)
+    model.lm_head.register_forward_hook(spoil)
+    if step:
+        evaluation.generate(model, tokenizer, batch, step)  # finite so far
+        steps.clear()
+    with pytest.raises(InputError) as caught:
+        evaluation.generate(model, tokenizer, batch, 5)
+    assert "NaN or infinite" in one_line(caught)
+
+
 # --- adapters on disk ---------------------------------------------------------------------------
 
 
@@ -450,6 +473,8 @@ DAMAGES = {
         {f"{LAYER}.expert_of": torch.zeros(16, dtype=torch.int64)})), "expert_of"),
     "not a number": (change_state(lambda state: state[f"{LAYER}.lora_B"].fill_(torch.nan)),
                      f"{LAYER}.lora_B"),
+    "too large in float32": (change_state(lambda state: state.update(
+        {f"{LAYER}.lora_B": state[f"{LAYER}.lora_B"].double() + 1e300})), f"{LAYER}.lora_B"),
     "truncated": (truncate, WEIGHTS),
     "empty": (lambda folder: (folder / WEIGHTS).write_bytes(b""), WEIGHTS),
     "a pickle": (disguise, WEIGHTS),
