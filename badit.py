@@ -732,8 +732,12 @@ class Dog:
         batch = probe_rows(batch)
         records, tokens = [], batch["attention_mask"].bool()
 
-        def measure(grouping):
+        def measure(name, grouping):
             def hook(layer, inputs, output):
+                if inputs[0].shape[:-1] != tokens.shape:
+                    raise InputError(f"--target_modules: {name} gets an input of shape "
+                                     f"{list(inputs[0].shape)}, not {list(tokens.shape)} tokens: "
+                                     "it can be neither regrouped nor measured")
                 x, y = inputs[0][tokens], output[tokens].float()  # (tokens, in), (tokens, out)
                 before = layer.add_bank(torch.zeros_like(y), x)  # (tokens, out)
                 health = router_health(layer.route(x))
@@ -743,8 +747,8 @@ class Dog:
                 records.append(dict(skipped=skipped, regroup_drift=drift, **health))
             return hook
 
-        handles = [layer.register_forward_hook(measure(grouping))
-                   for layer, grouping in zip(self.layers.values(), new, strict=True)]
+        handles = [layer.register_forward_hook(measure(name, grouping))
+                   for (name, layer), grouping in zip(self.layers.items(), new, strict=True)]
         training = model.training
         model.eval()
         model(**batch, logits_to_keep=1, use_cache=False)

@@ -289,6 +289,24 @@ def test_generation_of_a_batch_is_that_of_each_alone(checkpoint):
         assert evaluation.generate(model, tokenizer, data.pad_left([prompt], 0), 12) == [text]
 
 
+def test_a_layer_whose_input_is_flattened(llama):
+    """Its tokens cannot be told from padding; the layer is named, and what it would need."""
+    model = wrapped(models.load(llama)[0], regroup_every=1)
+    mlp = model.model.layers[1].mlp
+    shapes = []
+
+    def flatten(module, inputs):
+        shapes.append(inputs[0].shape)
+        return inputs[0].flatten(0, 1)
+
+    mlp.register_forward_pre_hook(flatten)
+    mlp.register_forward_hook(lambda module, inputs, output: output.view(shapes[-1]))
+    with pytest.raises(InputError) as caught:
+        train_steps(model, steps=2)
+    message = one_line(caught)
+    assert "model.layers.1.mlp.gate_proj" in message and ", 32]" in message
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("step", [0, 3])
 def test_logits_that_are_not_finite(llama, bad, step):
