@@ -118,10 +118,9 @@ def read_files(run):
     return {flag: sha256_file(path) for flag, path in files.items() if path is not None}
 
 
-def provenance(run):
-    """What the run is made with; asked at its start, as files may change while it lasts."""
-    return {"code_sha256": code_sha256(), "git_commit": git_commit(), "versions": versions(),
-            "read_files": read_files(run)}
+def provenance():
+    """What a run is made with; asked at its start, as files may change while it lasts."""
+    return {"code_sha256": code_sha256(), "git_commit": git_commit(), "versions": versions()}
 
 
 def versions():

@@ -31,12 +31,13 @@ import models
 import output_dir
 import processes
 import results
-from arguments import OVERRIDABLE, PAPER_BATCH, PATHS, parse_flags, read_results
+import resume
+from arguments import PAPER_BATCH, parse_flags
 from baselines import METHODS
 from checkpoint import Position
 from errors import InputError, Interrupted, one_line
 from method import CONFIG_FILE, WEIGHTS_FILE, Stage, load_adapter, method_of, save_adapter
-from utils import StopSignals, cache_dir, print_anything, read_json_lines, sha256_file, stable_seed
+from utils import StopSignals, cache_dir, print_anything, sha256_file, stable_seed
 
 # Of the disk, not of this program: one line, no traceback.
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
@@ -187,9 +188,11 @@ def check_model(run):
         raise InputError(f"--max_length {args.max_length} + --max_new_tokens {args.max_new_tokens} "
                          f"is more than the model's {limit} positions")
     rows = skeleton.get_input_embeddings().weight.shape[0]
-    if len(run.tokenizer) > rows:
-        raise InputError(f"model {args.model}: its tokenizer has {len(run.tokenizer)} tokens, its "
-                         f"embedding only {rows}")
+    largest = max(run.tokenizer.get_vocab().values(), default=0)
+    if largest >= rows:
+        raise InputError(f"model {args.model}: its tokenizer has the token id {largest}, its "
+                         f"embedding only {rows} rows")
+    data.check_encoded(run.encoded, limit - args.max_new_tokens, rows)
     if not args.eval_only:
         method = new_method(args)
         method.check_tasks(run.order)
@@ -485,77 +488,6 @@ def check_tracker(name):
         raise InputError(f"--report_to {name}: not installed, run `pip install {name}`")
 
 
-def refuse_another_run(run, recorded, source):
-    """Raise InputError unless this run is the one that is `recorded`, or --allow_other lets it.
-
-    Returns those of OVERRIDABLE that differ and matter.
-    """
-    mine, free = run.identity, set(run.args.allow_other)
-    different = [name for name in sorted(mine.keys() | recorded.keys())
-                 if mine.get(name) != recorded.get(name)]
-    kind = {name: "paths" if name in PATHS else name for name in different}
-    refused = [f"{name} (then {recorded.get(name)!r:.60}, now {mine.get(name)!r:.60})"
-               for name in different if kind[name] not in free]
-    if refused:
-        raise InputError(f"{source} is of another run: {'; '.join(refused)}. --allow_other can "
-                         f"overrule: {', '.join(OVERRIDABLE)}")
-    return set(kind.values()) - {"paths"}  # which change no digit
-
-
-def repeat(run):
-    """Refuse to repeat what this run cannot: the run of --from_results, as a whole or in part."""
-    source, allowed = run.args.from_results, run.args.allow_other
-    recorded = read_results(source)
-    refuse_another_run(run, results.recorded_identity(recorded), source)
-    mixed = [name for name in OVERRIDABLE if name in recorded["overruled"] and name not in allowed]
-    if mixed:
-        raise InputError(f"{source} is of a run that was resumed with other {' and '.join(mixed)} "
-                         f"than it began with: no run repeats it exactly; --allow_other "
-                         f"{' '.join(mixed)} repeats its flags")
-    run.known_hashes = {name: recorded.get(name) for name in results.MODEL_HASHES}
-
-
-def resume(run):
-    """Find where to go on -> the results of a run that is finished already, or None."""
-    folder = run.args.output_dir
-    if (folder / "results.json").exists():
-        finished = read_results(folder / "results.json")
-        refuse_another_run(run, results.recorded_identity(finished), folder / "results.json")
-        return finished
-    found = checkpoint.newest(run)
-    if found is None:
-        run.print(f"no whole checkpoint in {folder}: starting from the beginning")
-        return None
-    state = found.state
-    source = f"checkpoint {folder / checkpoint.FOLDER / found.name}"
-    run.overruled = refuse_another_run(run, state["identity"], source)
-    checkpoint.check_state(run, state)
-    run.overruled |= set(state["overruled"])
-    run.resumed, run.position, run.rows = found, Position(*state["position"]), state["rows"]
-    run.known_hashes, run.files = state["hashes"], state["files"]
-    run.seconds |= state["seconds"]
-    run.steps = run.position.step + sum(
-        stage.steps for stage in run.stages[:run.position.stage])
-    run.print(f"resuming at step {run.steps}, after checkpoint {found.name}")
-    return None
-
-
-def prepare_output_dir(run):
-    """Clear the run's folder, or bring it back to the checkpoint that it is resumed from."""
-    folder = run.args.output_dir
-    if run.accelerator.is_main_process:
-        if run.resumed is None:
-            output_dir.clear(folder)
-            checkpoint.drop_leftovers(folder)
-        else:
-            checkpoint.restore_files(run)
-            keep = (*run.files, "adapter/", f"{checkpoint.FOLDER}/", "tracking/")
-            output_dir.clear(folder, keep)
-    run.accelerator.wait_for_everyone()
-    if run.resumed is not None and (folder / "regroup.jsonl").exists():
-        run.regroupings = read_json_lines(folder / "regroup.jsonl")
-
-
 def execute(args, argv, stop, first_to_say):
     """One whole run -> its results."""
     check_tracker(args.report_to)
@@ -570,17 +502,18 @@ def execute(args, argv, stop, first_to_say):
     if accelerator.device.type == "cpu" and idle > 0:
         run.print(f"{idle} CPU cores stay idle: `accelerate launch --num_cpu_threads_per_process "
                   "N`, or `python train.py`, uses them")
-    run.provenance = results.provenance(run)
+    run.provenance = results.provenance()
     load_data(run)
     results.read_single_task_results(run)
     check_model(run)
+    run.provenance["read_files"] = results.read_files(run)
     run.identity = results.identity(run)
     if accelerator.num_processes > 1:
         seen = run.identity | data.encoded_sha256(run.encoded)
         processes.check_same(seen, "flags, data or libraries")
     if args.from_results is not None:
-        repeat(run)
-    finished = resume(run) if args.resume else None
+        resume.check_repeat(run)
+    finished = resume.find(run) if args.resume else None
     if finished is not None:
         run.print(f"{args.output_dir} is finished already")
         results.print_table(run, finished)
@@ -597,7 +530,7 @@ def carry_out(run, argv, first_to_say):
     """Train, evaluate and write down what a run is for -> its results."""
     args, accelerator = run.args, run.accelerator
     run.stop.deferred = True
-    prepare_output_dir(run)
+    resume.prepare_output_dir(run)
     accelerator.init_trackers("badit", config={
         key: value if isinstance(value, (int, float, str)) else str(value)
         for key, value in results.recorded_args(run).items()})

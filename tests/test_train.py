@@ -193,7 +193,8 @@ def test_results_json(trained, base_flags, llama, suite):
     here = results["run"]
     parts = ("load", "decompose", "train", "regroup", "evaluate")
     assert all(here["seconds"][part] > 0 for part in parts)
-    assert here["peak_memory_gib"] > 0 and here["pids"] == [os.getpid()] and here["device"] == "cpu"
+    assert here["peak_memory_gib"] > 0 and here["pids"] == [os.getpid()]
+    assert here["device"].startswith("cpu (")
     angles = results["regroupings"]
     assert [event["step"] for event in angles] == [5, 10]
     records = lines_of(trained(*MIXED) / "regroup.jsonl")
