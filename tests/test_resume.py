@@ -282,6 +282,7 @@ def test_nohup_is_respected():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         with utils.StopSignals() as stop:
+            stop.deferred = True
             os.kill(os.getpid(), signal.SIGHUP)
             assert stop.received is None
     finally:
@@ -659,12 +660,16 @@ def test_what_is_not_ours_stays(stopped):
     assert sorted(names_in(folder)) == ["000010", "keep-000002", "notes.txt"]
 
 
-def test_numbers_of_seven_digits(stopped, whole):
-    """Sorted as numbers, and kept."""
+def test_numbers_of_seven_digits(stopped, whole, monkeypatch):
+    """Sorted as numbers, and kept until there is a newer one."""
     argv, folder = stopped
     checkpoints = folder / "checkpoints"
     (checkpoints / "000008").rename(checkpoints / "999999")
     (checkpoints / "000009").rename(checkpoints / "1000000")
+    with monkeypatch.context() as patch:
+        stop_at(patch, train.Recorder, "add_step", 1)
+        with pytest.raises(Killed):
+            run(*argv, "--resume")
     outcome = succeed(*argv, "--resume")
     assert any("after checkpoint 1000000" in line for line in outcome.out)
     assert_equal_runs(folder, whole("badit"))
