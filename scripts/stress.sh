@@ -9,7 +9,7 @@ work=$(mktemp -d) kills=0 rounds=0 end=$((SECONDS + 60 * ${MINUTES:-10}))
 trap 'rm -rf "$work"' EXIT
 train() {
   .venv/bin/python train.py --model smollm2-135m --suite mini --max_train_per_task 4 \
-    --max_eval_per_task 1 --max_new_tokens 8 --epochs 2 --regroup_every 3 --checkpoint_every 1 "$@"
+    --max_eval_per_task 1 --max_new_tokens 8 --epochs 2 --checkpoint_every 1 "$@"
 }
 same() {  # every file, and results.json but for its key `run`
   diff -r --exclude results.json "$work/whole" "$work/killed"
