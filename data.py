@@ -20,10 +20,9 @@ import torch
 from datasets import Dataset, disable_progress_bars, enable_progress_bars
 from tqdm import tqdm
 
-from errors import InputError, one_line
+from errors import InputError, library_errors, one_line
 from method import CONFIG_FILE, WEIGHTS_FILE
 from metrics import SCORERS
-from models import library_errors
 from utils import atomic_path, cache_dir, open_file, read_text, sha256_file, stable_seed
 
 TASKS_DIR = Path(__file__).resolve().parent / "tasks"

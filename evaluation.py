@@ -10,9 +10,8 @@ from tqdm import tqdm
 from transformers import LogitsProcessor
 
 from data import pad_left
-from errors import InputError, Interrupted
+from errors import InputError, Interrupted, library_errors
 from metrics import SCORERS, mean, score
-from models import library_errors
 from utils import atomic_path
 
 BRIEF = 6  # words: tasks whose answers have fewer on average are generated apart

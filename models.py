@@ -21,7 +21,7 @@ from transformers import (
 )
 from transformers.utils import logging as hf_logging
 
-from errors import InputError, one_line
+from errors import InputError, library_errors
 from utils import cache_dir, read_text, sha256_file
 
 MODELS = {
@@ -134,11 +134,12 @@ def read_config(source):
         value = getattr(config, name, None)
         if value is not None and not (isinstance(value, int) and 1 <= value <= largest):
             raise ValueError(f"{name} is {value!r}, which is not from 1 to {largest}")
-    for name, allowed in (("attn_implementation", ATTENTION), ("is_encoder_decoder", (False,)),
+    for name, allowed in (("_attn_implementation", ATTENTION), ("is_encoder_decoder", (False,)),
                           ("return_dict", (True,))):
-        value = getattr(config, f"_{name}" if name == "attn_implementation" else name)
+        value = getattr(config, name)
         if value not in allowed:
-            raise ValueError(f"{name} is {value!r}; allowed: {', '.join(map(str, allowed))}")
+            raise ValueError(f"{name.lstrip('_')} is {value!r}; allowed: "
+                             f"{', '.join(map(str, allowed))}")
     for name, value in vars(config).items():
         if "drop" in name and type(value) in (int, float) and not 0 <= value < 1:
             raise ValueError(f"{name} is {value!r}, which is not from 0 to below 1")
@@ -198,20 +199,6 @@ def _one_line_errors(name, source):
             yield
     finally:
         hf_logging.set_verbosity(verbosity)
-
-
-@contextlib.contextmanager
-def library_errors(what, advice=""):
-    """Turn all that a library raises on bad files into an InputError: what, the reason, advice."""
-    try:
-        yield
-    except InputError:
-        raise
-    except BaseException as error:  # noqa: BLE001 (the libraries raise anything on a damaged file)
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-            raise  # only a panic of Rust code is as good as an Exception
-        reason = one_line(" ".join(str(error).split())) or type(error).__name__
-        raise InputError(f"{what} ({reason:.300}){advice}") from error
 
 
 def embedded_model():

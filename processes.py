@@ -30,7 +30,10 @@ def refuse_sharding():
 
 
 def end_with_launcher():
-    """Get a SIGTERM when the launcher of this process ends first: it may pass none on (Linux)."""
+    """Get a SIGTERM when the launcher of this process ends first: it may pass none on (Linux).
+
+    A launcher is told by the variables that it sets; so a shell that exports them counts as one.
+    """
     if {"ACCELERATE_DYNAMO_BACKEND", "TORCHELASTIC_RUN_ID"} & os.environ.keys():
         with contextlib.suppress(AttributeError):  # another system than Linux
             ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)

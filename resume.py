@@ -42,12 +42,21 @@ def check_repeat(run):
     run.known_hashes = {name: recorded.get(name) for name in results.MODEL_HASHES}
 
 
+def refuse_another_model(run, recorded, source):
+    """Raise InputError where `source` is of another model than the run of --from_results."""
+    for name, sha256 in run.known_hashes.items():
+        if recorded.get(name) != sha256:
+            raise InputError(f"{source} is of a run with {results.MODEL_HASHES[name]} other than "
+                             f"in {run.args.from_results}")
+
+
 def find(run):
     """Find where to go on -> the results of a run that is finished already, or None."""
     folder = run.args.output_dir
     if (folder / "results.json").exists():
         finished = read_results(folder / "results.json")
         refuse_another_run(run, results.recorded_identity(finished), folder / "results.json")
+        refuse_another_model(run, finished, folder / "results.json")
         return finished
     found = checkpoint.newest(run)
     if found is None:
@@ -57,6 +66,7 @@ def find(run):
     source = f"checkpoint {folder / checkpoint.FOLDER / found.name}"
     run.overruled = refuse_another_run(run, state["identity"], source)
     checkpoint.check_state(run, state)
+    refuse_another_model(run, state["hashes"], source)
     run.overruled |= set(state["overruled"])
     run.resumed, run.position, run.rows = found, Position(*state["position"]), state["rows"]
     run.known_hashes, run.files = state["hashes"], state["files"]

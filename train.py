@@ -51,7 +51,7 @@ class Run:
 
     def __init__(self, args, accelerator, stop):
         self.args, self.accelerator, self.stop = args, accelerator, stop
-        self.trains = trains(args)
+        self.trains = METHODS[args.method].trains and not args.eval_only
         self.tasks = self.order = self.encoded = self.tokenizer = self.stages = None  # load_data
         self.model = self.method = self.base_parameters = None  # load_model
         self.single_task_scores = self.single_base_sha256 = None
@@ -105,13 +105,13 @@ class Run:
         number = torch.tensor([self.stop.received or 0], device=self.accelerator.device)
         number = int(self.accelerator.gather(number).max())
         if number:
-            self.stop.received = signal.Signals(number)
+            self.stop.note(number)
         return number > 0
 
-
-def trains(args):
-    """Whether a run with these flags trains anything."""
-    return METHODS[args.method].trains and not args.eval_only
+    def end_together(self):
+        """Raise Interrupted once all processes are here: a launcher kills those that are late."""
+        self.accelerator.wait_for_everyone()
+        raise Interrupted
 
 
 def make_accelerator(args):
@@ -188,9 +188,9 @@ def check_model(run):
         raise InputError(f"--max_length {args.max_length} + --max_new_tokens {args.max_new_tokens} "
                          f"is more than the model's {limit} positions")
     rows = skeleton.get_input_embeddings().weight.shape[0]
-    largest = max(run.tokenizer.get_vocab().values(), default=0)
+    largest = max(run.tokenizer.all_special_ids)  # such as padding, which is in no row
     if largest >= rows:
-        raise InputError(f"model {args.model}: its tokenizer has the token id {largest}, its "
+        raise InputError(f"model {args.model}: its tokenizer has the special token {largest}, its "
                          f"embedding only {rows} rows")
     data.check_encoded(run.encoded, limit - args.max_new_tokens, rows)
     if not args.eval_only:
@@ -348,7 +348,7 @@ def save_and_stop(run, stage, optimizer):
     if asked or every and run.steps % every == 0:
         checkpoint.save(run, optimizer)
     if asked:
-        raise Interrupted
+        run.end_together()
 
 
 def micro_batches(run):
@@ -477,7 +477,7 @@ def save_between_stages(run, position):
     run.position, run.resumed = position, None
     checkpoint.save(run)
     if run.stop_asked():
-        raise Interrupted
+        run.end_together()
 
 
 # --- main ---------------------------------------------------------------------------------------
@@ -583,8 +583,9 @@ def main(argv=None):
             return end(2, f"error: {error}{full}")
         except (Interrupted, KeyboardInterrupt) as error:
             number = stop.received or signal.SIGINT
-            saves = isinstance(error, Interrupted) and trains(args)
-            saved = "saved" if saves else "nothing more was saved"
+            whole = isinstance(error, Interrupted) and checkpoint.checkpoints_in(
+                args.output_dir / checkpoint.FOLDER)
+            saved = "saved" if whole else "nothing more was saved"
             return end(128 + number, f"stopped by {number.name}, {saved}; go on with: "
                                      f"{command(argv, stop)}")
         except Exception:

@@ -1,4 +1,4 @@
-"""Files that are whole or absent, checksums, the cache folder, and seeds made from names."""
+"""Files that are whole or absent, checksums, the cache folder, seeds from names, and signals."""
 
 import contextlib
 import errno
@@ -18,6 +18,7 @@ import safetensors.torch
 LARGEST_TEXT = 2**30  # bytes
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 ECHO = 3  # seconds
+
 
 @contextlib.contextmanager
 def atomic_path(path):
@@ -100,8 +101,11 @@ def sha256_file(path):
 
 
 def print_anything():
-    """Let stdout and stderr escape what their encoding lacks: no run should end at a printed name.
+    """Let no run end at what it prints: an odd name is escaped, a closed stream is no other file.
     """
+    while (handle := os.open(os.devnull, os.O_RDWR)) <= 2:  # else a log would take its place
+        pass
+    os.close(handle)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -136,11 +140,15 @@ class StopSignals:
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
+    def note(self, number):
+        """Take a signal, of this process or another one of the run, as received now."""
+        self.received, self.since = signal.Signals(number), time.monotonic()
+
     def _receive(self, number, frame):
         again = self.received is not None
         if again and time.monotonic() - self.since < ECHO:
             return
-        self.received, self.since = signal.Signals(number), time.monotonic()
+        self.note(number)
         if number == signal.SIGHUP:
             leave_terminal()
         if again or not self.deferred:

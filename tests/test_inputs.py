@@ -480,6 +480,20 @@ def test_a_folder_that_leads_elsewhere(no_weights, llama, suite, tmp_path, chang
     refused("--model", "model", "--suite", suite, *SMALL, named=named)
 
 
+def test_token_ids_beyond_the_embedding(llama, suite, tmp_path):
+    """Unused ones harm nothing; padding, which is in no row of the data, would."""
+    shutil.copytree(llama, tmp_path / "model")
+    file = tmp_path / "model" / "tokenizer.json"
+    content = json.loads(file.read_text())
+    content["model"]["vocab"]["never"] = 305
+    write_json(file, content)
+    argv = ("--model", "model", "--suite", suite, "--method", "base", "--max_length", 64,
+            "--max_eval_per_task", 1)
+    succeed(*argv, "--output_dir", "out")
+    change_json(pad_token="never")(tmp_path / "model" / "tokenizer_config.json")
+    refused(*argv, "--output_dir", "other", named=("305", "300"))
+
+
 def test_an_empty_model_folder(no_weights, suite, tmp_path):
     """A folder that holds no checkpoint."""
     (tmp_path / "model").mkdir()

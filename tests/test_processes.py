@@ -87,6 +87,32 @@ def test_two_processes_resume(flags, forks, tmp_path):
     assert results_of(tmp_path / "two")["metrics"] == results_of(tmp_path / "whole")["metrics"]
 
 
+LEAVING = """
+import time
+import checkpoint, train
+write, end_together = checkpoint.write, train.Run.end_together
+def slow(*arguments):
+    time.sleep(1)
+    write(*arguments)
+def leave(run):
+    try:
+        end_together(run)
+    finally:
+        open(run.args.output_dir.with_name(f"left-{rank}"), "w").close()
+checkpoint.write, train.Run.end_together = slow, leave
+"""
+
+
+def test_no_process_ends_before_the_checkpoint_is_written(flags, forks, tmp_path):
+    """The launcher would kill the one that writes it."""
+    argv = (*flags, "--epochs", 100, "--output_dir", tmp_path / "out")
+    answer = forks(*argv, out=tmp_path / "a", processes=2, signal=signal.SIGTERM, to=1,
+                   seen=f"{tmp_path}/out/log.jsonl", prelude=LEAVING)
+    assert answer["statuses"] == [128 + signal.SIGTERM] * 2, answer["lines"][-5:]
+    sealed = (tmp_path / "out/checkpoints/000001/SHA256SUMS").stat().st_mtime_ns
+    assert sealed < (tmp_path / "left-1").stat().st_mtime_ns
+
+
 def test_another_number_of_processes_is_refused(flags, forks, tmp_path):
     argv = (*flags, "--checkpoint_every", 1, "--output_dir", tmp_path / "out")
     forks(*argv, out=tmp_path / "a", signal=signal.SIGKILL,

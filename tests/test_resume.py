@@ -6,8 +6,11 @@ import hashlib
 import json
 import os
 import random
+import shlex
 import shutil
 import signal
+import subprocess
+import sys
 
 import pytest
 import safetensors.torch
@@ -268,7 +271,7 @@ def test_a_second_signal_stops_at_once(monkeypatch):
     monkeypatch.setattr(utils.time, "monotonic", lambda: clock[0])
     with utils.StopSignals() as stop:
         stop.deferred = True
-        os.kill(os.getpid(), signal.SIGTERM)
+        stop.note(signal.SIGTERM)  # of another process of the run
         clock[0] += utils.ECHO - 1
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop.received == signal.SIGTERM
@@ -302,8 +305,11 @@ def test_a_run_that_has_not_begun_is_started_again(flags, forks, tmp_path):
     assert (tmp_path / "out/log.jsonl").read_text() == "an older run\n"
 
 
-def test_an_evaluation_says_that_nothing_is_saved(flags, forks, tmp_path):
-    argv = (*flags[:4], "--method", "base", "--max_length", 64, "--eval_batch_size", 1)
+@pytest.mark.parametrize("more", [("--method", "base"), ("--eval_before",)])
+def test_an_evaluation_says_that_nothing_is_saved(more, flags, forks, tmp_path):
+    """Of the base model, as a run of its own or before the training."""
+    argv = (*flags[:4], *more, "--max_length", 64, "--eval_batch_size", 1)
+    argv += () if "base" in more else SMALL[:4]
     answer = forks(*argv, "--output_dir", tmp_path / "out", out=tmp_path / "a",
                    signal=signal.SIGTERM, seen=f"{tmp_path}/out/predictions/*.partial")
     assert answer["statuses"] == [128 + signal.SIGTERM]
@@ -817,6 +823,39 @@ def test_from_results_refuses_what_it_cannot_repeat(whole, tmp_path, monkeypatch
         bad.write_bytes(text if isinstance(text, bytes) else text.encode())
         assert run("--from_results", bad, "--output_dir", tmp_path / "out").status == 2
     assert not (tmp_path / "out").exists()
+
+
+def test_repeating_and_resuming_compare_the_model(flags, whole, llama, tmp_path, monkeypatch):
+    """A run on other weights is not gone on with, or shown, as the repetition of one."""
+    argv = (*flags, *DOG, "--output_dir", tmp_path / "out")
+    again = ("--from_results", whole("badit") / "results.json", "--output_dir", tmp_path / "out",
+             "--resume")
+    file = llama / "model.safetensors"
+    held = file.read_bytes()
+    try:
+        change_weights(file)
+        with monkeypatch.context() as patch:
+            stop_at(patch, train.Recorder, "add_step", 9)
+            with pytest.raises(Killed):
+                run(*argv)
+        outcomes = [run(*again)]
+        succeed(*argv, "--resume")
+        outcomes.append(run(*again))
+    finally:
+        file.write_bytes(held)
+    for outcome in outcomes:
+        assert outcome.status == 2 and "weights other than" in outcome.err[-1]
+
+
+def test_a_closed_stream_is_no_other_file(tmp_path):
+    """What would be printed there does not end up in a log."""
+    code = ("import os, sys, utils; utils.print_anything(); "
+            "open('number', 'w').write(str(os.open('log', os.O_CREAT)))")
+    closed = f'{shlex.quote(sys.executable)} -c "$1" <&- >&- 2>&-'
+    path = {"PYTHONPATH": os.path.dirname(train.__file__)}
+    subprocess.run(["bash", "-c", closed, "", code], cwd=tmp_path, check=True,
+                   env=os.environ | path)
+    assert int((tmp_path / "number").read_text()) > 2
 
 
 def test_as_argv_is_the_inverse_of_parsing():
