@@ -188,10 +188,9 @@ def check_model(run):
         raise InputError(f"--max_length {args.max_length} + --max_new_tokens {args.max_new_tokens} "
                          f"is more than the model's {limit} positions")
     rows = skeleton.get_input_embeddings().weight.shape[0]
-    largest = max(run.tokenizer.all_special_ids)  # such as padding, which is in no row
-    if largest >= rows:
-        raise InputError(f"model {args.model}: its tokenizer has the special token {largest}, its "
-                         f"embedding only {rows} rows")
+    if run.tokenizer.pad_token_id >= rows:  # the others are in the rows that are checked below
+        raise InputError(f"model {args.model}: its tokenizer pads with the token "
+                         f"{run.tokenizer.pad_token_id}, its embedding has only {rows} rows")
     data.check_encoded(run.encoded, limit - args.max_new_tokens, rows)
     if not args.eval_only:
         method = new_method(args)

@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import shutil
+import signal
 import tempfile
 import warnings
 from pathlib import Path
@@ -39,6 +40,7 @@ import models  # noqa: E402
 import train  # noqa: E402
 from baselines import METHODS  # noqa: E402
 
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # also where nohup started the tests
 # Tiny models gain nothing from threads, which wait for each other on a busy machine.
 torch.set_num_threads(1)
 STEPS = 90  # of pre-training for the tiny Llama: it knows the suite in part
