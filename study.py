@@ -127,7 +127,7 @@ def parse(argv):
             raise InputError(f"--models {model!r} is no folder and none of {', '.join(MODELS)}")
     if args.runs.exists() and not args.runs.is_dir():
         raise InputError(f"--runs {args.runs} is no folder")
-    args.launcher = launcher_words(args.launcher, args.dry_run)
+    args.launcher = launcher_words(args.launcher)
     for word in passed_on:
         if word.split("=")[0] in CHOSEN:
             raise InputError(f"{word} after -- is what the study chooses for each run")
@@ -138,16 +138,13 @@ def parse(argv):
     return args, passed_on
 
 
-def launcher_words(text, dry_run):
-    """The words of --launcher. Raises InputError where they start nothing on this machine.
-
-    Of a dry run they need not: its commands may be for another one.
-    """
+def launcher_words(text):
+    """The words of --launcher. Raises InputError where there are none."""
     try:
         words = shlex.split(text)
     except ValueError as error:
         raise InputError(f"--launcher {text!r}: {error}") from None
-    if not words or not (dry_run or shutil.which(words[0])):
+    if not words:
         raise InputError(f"--launcher {text!r} starts no program that is here")
     return words
 
@@ -414,8 +411,11 @@ def main(argv=None):
                 raise InputError(f"--nth {args.nth} is outside 0 to {len(runs) - 1}")
             runs = [runs[args.nth]]
         if args.dry_run:
-            print_dry_run(runs, args)
+            print_dry_run(runs, args)  # perhaps for another machine
             return 0
+        if shutil.which(args.launcher[0]) is None:
+            raise InputError(f"--launcher {shlex.join(args.launcher)!r} starts no program that is "
+                             "here")
         return run_all(runs, args.stop_after)
     except (InputError, OSError) as error:
         print(one_line(f"error: {error}"), file=sys.stderr)

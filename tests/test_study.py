@@ -214,7 +214,9 @@ def piped(*argv, stdout=None):
     if stdout is None:
         read, stdout = os.pipe()
         os.close(read)
-    done = subprocess.run(command, cwd=ROOT, stdout=stdout, stderr=subprocess.PIPE, text=True)
+    path = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}  # for --launcher
+    done = subprocess.run(command, cwd=ROOT, stdout=stdout, stderr=subprocess.PIPE, text=True,
+                          env=os.environ | path)
     return done.returncode, done.stderr.splitlines()
 
 
