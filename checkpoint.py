@@ -9,7 +9,6 @@ whole or absent. The frozen base model is not in it. Nothing is unpickled.
 
 import hashlib
 import json
-import math
 import os
 import random
 import re
@@ -31,6 +30,7 @@ from results import MODEL_HASHES
 from utils import fsync, open_file, read_text, sha256_file, write_tensors
 
 FOLDER, KEPT = "checkpoints", 2
+LONGEST = 1e10  # seconds: what a run may say that it has taken
 TENSORS_FILE, STATE_FILE, SUMS_FILE = "tensors.safetensors", "state.json", "SHA256SUMS"
 LOGS = ("log.jsonl", "regroup.jsonl")
 STATE_TYPES = {"position": list, "rows": list, "files": dict, "identity": dict, "hashes": dict,
@@ -231,7 +231,7 @@ def check_state(run, state):
                 and all(len(row) == len(run.order) for row in scores)
                 and all(score is None or 0 <= score <= 100 for row in scores for score in row)
                 and state["hashes"].keys() == MODEL_HASHES.keys()
-                and all(0 <= seconds < math.inf for seconds in state["seconds"].values())
+                and all(0 <= seconds < LONGEST for seconds in state["seconds"].values())
                 and set(state["overruled"]) <= set(OVERRIDABLE)
                 and all(type(file["bytes"]) is int and file["bytes"] >= 0
                         and len(file["sha256"]) == 64 for file in state["files"].values()))
@@ -285,9 +285,11 @@ def restore_files(run):
 
 
 def sha256_start(path, size):
-    """SHA-256 of the first `size` bytes of a file, of all where it has fewer."""
+    """SHA-256 of the first `size` bytes of a file, None where it has fewer."""
     with open_file(path) as file:
-        return hashlib.sha256(file.read(min(size, os.fstat(file.fileno()).st_size))).hexdigest()
+        if size > os.fstat(file.fileno()).st_size:
+            return None
+        return hashlib.sha256(file.read(size)).hexdigest()
 
 
 def drop_leftovers(output_dir, newer_than=0):
