@@ -10,9 +10,10 @@ from tqdm import tqdm
 from transformers import LogitsProcessor
 
 from data import pad_left
-from errors import InputError, Interrupted, library_errors
+from harness.recorder import stream
+from inputs.errors import InputError, Interrupted, library_errors
+from inputs.files import atomic_path
 from metrics import SCORERS, mean, score
-from utils import atomic_path
 
 BRIEF = 6  # words: tasks whose answers have fewer on average are generated apart
 FILLED = 0.6  # of a batch's longest prompt: a shorter one opens a new batch
@@ -81,7 +82,7 @@ def evaluate(run, rows, path):
     partial = path.with_name(path.name + ".partial")
     predicted = {}
     run.model.eval()
-    with (run.stream(partial) as file,
+    with (stream(run, partial) as file,
           tqdm(total=len(rows), desc=f"evaluate {path.stem}", unit="item", leave=False,
                disable=not accelerator.is_main_process) as bar):
         for first in range(0, len(batches), processes):
@@ -105,11 +106,12 @@ def evaluate(run, rows, path):
 
 def _predict(run, rows, batch):
     """(row number, text) for one batch of row numbers."""
-    prompts = pad_left([rows[index]["input_ids"] for index in batch], run.tokenizer.pad_token_id)
+    tokenizer = run.setup.tokenizer
+    prompts = pad_left([rows[index]["input_ids"] for index in batch], tokenizer.pad_token_id)
     prompts = {key: tensor.to(run.accelerator.device) for key, tensor in prompts.items()}
     run.method.before_forward(prompts)
     with run.accelerator.autocast():
-        texts = generate(run.model, run.tokenizer, prompts, run.args.max_new_tokens)
+        texts = generate(run.model, tokenizer, prompts, run.args.max_new_tokens)
     return list(zip(batch, texts, strict=True))
 
 

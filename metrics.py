@@ -4,15 +4,18 @@ import functools
 import math
 import string
 
-from rouge_score.rouge_scorer import RougeScorer
-
-_ROUGE = RougeScorer(["rougeL"], use_stemmer=True)
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def rouge_l(prediction, reference):
     """Rouge-L F1 with Porter stemming, 0 to 100."""
-    return 100.0 * _ROUGE.score(reference, prediction)["rougeL"].fmeasure
+    return 100.0 * _rouge_scorer().score(reference, prediction)["rougeL"].fmeasure
+
+
+@functools.cache
+def _rouge_scorer():
+    from rouge_score.rouge_scorer import RougeScorer  # not above: it takes most of a second to load
+    return RougeScorer(["rougeL"], use_stemmer=True)
 
 
 def exact_match(prediction, reference):
@@ -147,3 +150,29 @@ def paper_metrics(score_matrix, order):
 def _highest(values):
     values = list(values)
     return None if any(value is None for value in values) else max(values)
+
+
+def score_table(results):
+    """Lines: scores per task, before (if evaluated) and after training, then the metrics.
+
+    `results` is the content of a results.json.
+    """
+    args, order, matrix = results["args"], results["task_order"], results["scores"]["best"]
+    before = matrix[0] if args["eval_before"] else None
+    last = matrix[-1]
+    if args["setting"] == "single":
+        last = [row[i] for i, row in enumerate(matrix[-len(order):])]
+    width = max(map(len, order))
+    yield f"\n{'task':{width}}  {'metric':8}  {'before':>7}  {'after':>7}"
+    for i, task in enumerate(order):
+        cells = [before and before[i], last[i]]
+        yield (f"{task:{width}}  {results['tasks'][task]['metric']:8}  "
+               + "  ".join(f"{'' if cell is None else f'{cell:.2f}':>7}" for cell in cells))
+    means = [before and mean(before), mean(last)]
+    yield (f"{'mean':{width}}  {'':8}  "
+           + "  ".join(f"{'' if cell is None else f'{cell:.2f}':>7}" for cell in means))
+    for name, value in results["metrics"].items():
+        yield f"{name}: {'not measured' if value is None else f'{value:.2f}'}"
+    if "forward_needs" in results:
+        yield f"forward needs the single-task scores: {results['forward_needs']}"
+        yield "and then --single_task_results with its results.json"

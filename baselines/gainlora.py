@@ -4,7 +4,7 @@ Branches are InfLoRA's (Liang and Li 2024): their A is frozen, orthogonal to wha
 the layer; or O-LoRA's. Old subspaces are found as in GPM (Saha et al. 2021). Where paper, T5 code
 and LLaMA code of the authors differ, this follows the LLaMA code unless a comment says otherwise.
 
-Axis names as in badit.py, and
+Axis names as in decomposition.py, and
     r, t   rank of one branch, number of branches (tasks so far)
     d, h   a vector space: inputs of a layer, or embeddings; hidden size of a gate
     c, k   blocks into which d is split (--chunk), and directions in one block's basis
@@ -23,14 +23,12 @@ from accelerate.utils import reduce
 from torch import nn
 
 from baselines.olora import BranchMethod, OloraLinear, branch_penalty
-from errors import InputError
-from flags import fraction, positive_int
+from inputs.errors import InputError
 from method import find_targets, frozen
 
 MAX_INSTANCES = 1000  # of a task, in one pass over its data; the published code takes 1002 batches
 SCHEDULE_TASKS = 15  # over which the published thresholds rise towards 1
 GATE_STD = 0.02  # of a new linear layer in transformers' LLaMA
-OLORA_FLAGS, INFLORA_FLAGS = {"orth_weight", "l2_weight", "orth_norm"}, {"threshold", "a_init"}
 DATA_KEYS = ("input_ids", "attention_mask", "position_ids")
 
 
@@ -360,47 +358,18 @@ class GainLora(BranchMethod):
     """A gated branch for every task; the gates are computed once per sequence from its prompt."""
 
     name = "gainlora"
-    reads = ("target_modules", "rank", "alpha", "dropout", "branches", "gate_hidden", "threshold",
-             "gate_threshold", "energy", "a_init", "chunk", "orth_weight", "l2_weight", "orth_norm")
-
-    @staticmethod
-    def add_flags(group):
-        group.add_argument("--branches", choices=("inflora", "olora"), default="inflora",
-                           help="what the gates integrate (default: inflora)")
-        group.add_argument("--gate_hidden", type=positive_int, default=50, metavar="H",
-                           help="hidden size of a gate (default: 50)")
-        group.add_argument("--threshold", type=fraction, default=0.995, metavar="EPS",
-                           help="share of the energy of layer inputs that the first task's "
-                                "subspace keeps; rises with every task (default: 0.995)")
-        group.add_argument("--gate_threshold", type=fraction, default=0.995, metavar="EPS",
-                           help="the same for what is fed into the gates (default: 0.995)")
-        group.add_argument("--energy", choices=("eig", "eig2"), default="eig",
-                           help="energies are eigenvalues of the second moments, as in GPM, or "
-                                "their squares, as in the authors' code (default: eig)")
-        group.add_argument("--a_init", choices=("cov_svd", "random_proj"), default="cov_svd",
-                           help="lora_A from a pass over the task's data, as InfLoRA, or random "
-                                "outside old subspaces, as the LLaMA code (default: cov_svd)")
-        group.add_argument("--chunk", type=positive_int, default=1, metavar="C",
-                           help="blocks with a subspace each into which inputs are split; the "
-                                "LLaMA scripts take 4 to save memory (default: 1)")
-
-    @classmethod
-    def check(cls, settings, given):
-        unread = OLORA_FLAGS if settings["branches"] == "inflora" else INFLORA_FLAGS
-        for flag in sorted(given & unread):
-            raise InputError(f"--{flag} is not read with --branches {settings['branches']}")
 
     @property
     def has_memory(self):
         """Whether layers keep the subspace of old inputs, as InfLoRA's branches do."""
-        return self.settings["branches"] == "inflora"
+        return self.settings.branches == "inflora"
 
     def check_model(self, model):
         super().check_model(model)
-        chunk, rank = self.settings["chunk"], self.settings["rank"]
+        chunk, rank = self.settings.chunk, self.settings.rank
         sizes = {model.get_input_embeddings().weight.shape[1]}
         if self.has_memory:
-            targets = find_targets(model, self.settings["target_modules"]).values()
+            targets = find_targets(model, self.settings.target_modules).values()
             sizes |= {linear.in_features for linear in targets}
         for size in sorted(sizes):
             if size % chunk or self.has_memory and rank > size // chunk:
@@ -411,14 +380,14 @@ class GainLora(BranchMethod):
         super().wrap(model, fresh)
         embeddings = model.get_input_embeddings().weight
         like = embeddings.new_empty(0, dtype=torch.promote_types(embeddings.dtype, torch.float32))
-        self.gates = Gates(embeddings.shape[1], self.settings["gate_hidden"],
-                           self.settings["chunk"], like)
+        self.gates = Gates(embeddings.shape[1], self.settings.gate_hidden,
+                           self.settings.chunk, like)
         model.add_module("gainlora_gates", self.gates)  # among the parameters that DDP sees
 
     def build_layer(self, linear, fresh):
-        return GainLinear(linear, self.settings["rank"], self.settings["alpha"],
-                          self.settings["dropout"],
-                          self.settings["chunk"] if self.has_memory else None)
+        return GainLinear(linear, self.settings.rank, self.settings.alpha,
+                          self.settings.dropout,
+                          self.settings.chunk if self.has_memory else None)
 
     def add_branch(self):
         super().add_branch()
@@ -426,8 +395,8 @@ class GainLora(BranchMethod):
 
     # --- hooks ----------------------------------------------------------------------------------
 
-    def start_task(self, task, loader):
-        super().start_task(task, loader)
+    def start_stage(self, stage, loader):
+        super().start_stage(stage, loader)
         if self.has_memory:
             self._warn_if_full()
             self._start_rows(loader)
@@ -435,7 +404,7 @@ class GainLora(BranchMethod):
     @torch.no_grad()
     def _start_rows(self, loader):
         """Set the new branch's frozen lora_A."""
-        if self.settings["a_init"] == "cov_svd":
+        if self.settings.a_init == "cov_svd":
             moments = self._observe(loader, with_gates=False)
             for name, layer in self.layers.items():
                 rows = rows_from_moment(moments[name], layer.basis, layer.rank)
@@ -445,8 +414,8 @@ class GainLora(BranchMethod):
                 layer.lora_A[-1].copy_(rows_from_random(layer.lora_A[-1], layer.basis))
 
     def _warn_if_full(self):
-        rank, layers = self.settings["rank"], self.layers.values()
-        over = min if self.settings["a_init"] == "cov_svd" else sum  # the blocks of a row
+        rank, layers = self.settings.rank, self.layers.values()
+        over = min if self.settings.a_init == "cov_svd" else sum  # the blocks of a row
         full = sum(over(map(room, layer.basis)) < rank for layer in layers)
         if full:
             PartialState().print(f"gainlora: old inputs leave a new branch less than rank {rank} "
@@ -465,27 +434,27 @@ class GainLora(BranchMethod):
         rows = rows.to(self.gates.tasks[0].k.dtype)  # (batch, seq, d)
         return pooled_prompt(rows, prompt_mask(batch))
 
-    def penalty(self):
+    def penalty(self, batch):
         if self.has_memory:
             return 0.0
         read = self.settings
-        return branch_penalty(self.layers.values(), read["orth_weight"], read["l2_weight"],
-                              read["orth_norm"])
+        return branch_penalty(self.layers.values(), read.orth_weight, read.l2_weight,
+                              read.orth_norm)
 
-    def after_step(self):
+    def after_step(self, batch):
         self.gates.constrain()
         return ()
 
-    def end_task(self, task, loader):
+    def end_stage(self, stage, loader):
         moments = self._observe(loader, with_gates=True)
         t, read = len(self.gates.tasks), self.settings
         for name, layer in self.layers.items():
             if self.has_memory:
-                eps = scheduled_threshold(read["threshold"], t)
-                layer.basis.extend(moments[name], eps, read["energy"])
+                eps = scheduled_threshold(read.threshold, t)
+                layer.basis.extend(moments[name], eps, read.energy)
         for name in ("P1", "P2", "P3"):
-            eps = scheduled_threshold(read["gate_threshold"], t)
-            getattr(self.gates, name).extend(moments[name], eps, read["energy"])
+            eps = scheduled_threshold(read.gate_threshold, t)
+            getattr(self.gates, name).extend(moments[name], eps, read.energy)
 
     @torch.no_grad()
     def _observe(self, loader, with_gates):

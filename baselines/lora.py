@@ -1,15 +1,16 @@
 """LoRA (Hu et al. 2022): a trained low-rank update beside a frozen linear layer.
 
-Axis names as in badit.py; r is the rank.
+Axis names as in decomposition.py; r is the rank.
 """
 
 import math
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from errors import InputError
+from inputs.errors import InputError
 from method import Method, find_targets, frozen
 
 
@@ -54,7 +55,7 @@ class LoraLinear(nn.Module):
         check_rank(rank, base.weight.shape)
         self.scaling = alpha / rank
         self.dropout = nn.Dropout(dropout)
-        self.residual = frozen(base.weight)  # (out, in), named as in badit.BankLinear: here all W0
+        self.residual = frozen(base.weight)  # (out, in), all of W0: named as in experts.py
         self.bias = None if base.bias is None else frozen(base.bias)
         kind = dict(dtype=torch.promote_types(base.weight.dtype, torch.float32),
                     device=base.weight.device)
@@ -79,27 +80,16 @@ class Lora(Method):
     """One adapter for all tasks: trained on, never reset, never merged at a task's end."""
 
     name = "lora"
-    reads = ("target_modules", "rank", "alpha", "dropout", "match_parameters")
-
-    @staticmethod
-    def add_flags(group):
-        group.add_argument("--match_parameters", choices=("badit",),
-                           help="the --rank whose trainable parameters come nearest to BADIT's: 34 "
-                                "for its K = 8, r = 4 (also for pissa)")
-
-    @classmethod
-    def check(cls, settings, given):
-        if {"rank", "match_parameters"} <= given:
-            raise InputError("--rank is not read with --match_parameters, which chooses it")
 
     def check_model(self, model):
-        if self.settings["match_parameters"] is not None:  # "badit" is the only choice
-            self.settings["rank"] = matching_rank(model, self.settings["target_modules"])
+        if self.settings.match_parameters is not None:  # "badit" is the only choice
+            rank = matching_rank(model, self.settings.target_modules)
+            self.settings = replace(self.settings, rank=rank)
         super().check_model(model)
 
     def check_layer(self, linear):
-        check_rank(self.settings["rank"], linear.weight.shape)
+        check_rank(self.settings.rank, linear.weight.shape)
 
     def build_layer(self, linear, fresh):
-        return LoraLinear(linear, self.settings["rank"], self.settings["alpha"],
-                          self.settings["dropout"])
+        return LoraLinear(linear, self.settings.rank, self.settings.alpha,
+                          self.settings.dropout)

@@ -1,9 +1,8 @@
 """LoRAMoE (Dou et al. 2024): a trained per-token router over randomly initialised LoRA experts.
 
-Axis names as in badit.py. Its layer is also that of BADIT's ablation `--no_bad`.
+Axis names as in experts.py. Its layer is also that of BADIT's ablation `--no_bad`.
 """
 
-import argparse
 import math
 import re
 
@@ -11,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from badit import BankLinear, Dog, DogMethod, Routing, check_bank_size, select_experts
-from errors import InputError
-from flags import fraction, non_negative
+from decomposition import check_bank_size
+from experts import BankLinear, Routing, select_experts
+from inputs.errors import InputError
+from regrouping import ExpertMethod, Regrouper
 
 
 class LoraMoeLinear(BankLinear):
@@ -80,13 +80,6 @@ def balancing_loss(Q, I):  # noqa: E741 (the paper's letter)
 # --- the method ---------------------------------------------------------------------------------
 
 
-def task_type(text):
-    """Check a TASK=TYPE pair for argparse; it stays a string, as the adapter's settings need it."""
-    if not re.fullmatch(r".+=[01]", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not TASK=0 or TASK=1")
-    return text
-
-
 def type_of(task, pairs):
     """The type of `task` by pairs TASK=TYPE of folder names or T-numbers. Raises InputError."""
     found = []
@@ -100,48 +93,22 @@ def type_of(task, pairs):
     return found[0]
 
 
-class LoraMoe(DogMethod):
+class LoraMoe(ExpertMethod):
     """LoRAMoE; with --balance_weight also its localized balancing constraint."""
 
     name = "loramoe"
-    reads = ("target_modules", "num_experts", "rank", "alpha", "dropout", "top_k", "regroup_every",
-             "balance_weight", "balance_delta", "balance_types")
-
-    @staticmethod
-    def add_flags(group):
-        group.add_argument("--balance_weight", type=non_negative, default=0.0, metavar="BETA",
-                           help="of the balancing loss, summed over layers (default: 0)")
-        group.add_argument("--balance_delta", type=fraction, default=0.1, metavar="DELTA",
-                           help="how far experts lean to their own type of task (default: 0.1)")
-        group.add_argument("--balance_types", nargs="+", type=task_type, metavar="TASK=TYPE",
-                           help="0 (knowledge questions) or 1 for every task, by name or T-number")
-
-    @classmethod
-    def check(cls, settings, given):
-        K = settings["num_experts"]
-        if settings["top_k"] > K:
-            raise InputError(f"--top_k {settings['top_k']} is above --num_experts {K}")
-        if settings["balance_weight"] == 0:
-            for flag in sorted(given & {"balance_delta", "balance_types"}):
-                raise InputError(f"--{flag} is not read with --balance_weight 0")
-            return
-        if settings["balance_types"] is None:
-            raise InputError("--balance_weight needs --balance_types: which task has which type")
-        if K % 2:
-            raise InputError(f"--num_experts {K} must be even with --balance_weight: one half of "
-                             "the experts for each type")
 
     def check_tasks(self, tasks):
         """Raise InputError unless every task has a type, where the types are read."""
-        if self.settings["balance_weight"] > 0:
+        if self.settings.balance_weight > 0:
             for task in tasks:
-                type_of(task, self.settings["balance_types"])
+                type_of(task, self.settings.balance_types)
 
     def check_layer(self, linear):
-        check_bank_size(self.settings["num_experts"], self.settings["rank"], linear.weight.shape)
+        check_bank_size(self.settings.num_experts, self.settings.rank, linear.weight.shape)
 
     def build_layer(self, linear, fresh):
-        return LoraMoeLinear(linear, **{key: self.settings[key] for key in (
+        return LoraMoeLinear(linear, **{key: getattr(self.settings, key) for key in (
             "num_experts", "rank", "alpha", "dropout", "top_k")})
 
     def active_parameters(self):
@@ -150,35 +117,34 @@ class LoraMoe(DogMethod):
     def wrap(self, model, fresh=True):
         super().wrap(model, fresh)
         # Never regroups, so it draws nothing from its seed: it logs what BADIT's does.
-        self.dog = Dog(self.layers, self.settings["regroup_every"], "fixed", refine=False,
-                       seed=None)
+        self.regrouper = Regrouper(self.layers, self.settings.regroup_every, "fixed",
+                                   refine=False, seed=None)
 
-    def start_task(self, task, loader):
-        self.check_tasks(task.tasks)
-        super().start_task(task, loader)
+    def start_stage(self, stage, loader):
+        self.check_tasks(stage.tasks)
+        super().start_stage(stage, loader)
 
     def before_forward(self, batch):
-        super().before_forward(batch)
-        if self.model.training and self.settings["balance_weight"] > 0:
+        if self.model.training and self.settings.balance_weight > 0:
             self.gates = []
             self._collect_gates_in(self.gates)
 
-    def penalty(self):
+    def penalty(self, batch):
         """beta * sum over layers of L_lbc on this micro-batch, 0 where it has no tokens."""
         read = self.settings
-        if read["balance_weight"] == 0:
+        if read.balance_weight == 0:
             return 0.0
         # Closed before the backward pass, in which checkpointing runs the layers a second time.
         self._collect_gates_in(None)
-        mask = self.batch["attention_mask"].bool()  # (batch, seq)
+        mask = batch["attention_mask"].bool()  # (batch, seq)
         real = mask.any(1)  # (batch,): a filler has no tokens
         if not real.any():
             return 0.0
-        types = torch.tensor([type_of(task, read["balance_types"]) for task, kept
-                              in zip(self.row_tasks, real.tolist(), strict=True) if kept],
+        types = torch.tensor([type_of(task, read.balance_types) for task, kept
+                              in zip(batch["tasks"], real.tolist(), strict=True) if kept],
                              device=mask.device)  # (rows,)
-        coefficients = importance_coefficients(types, read["num_experts"], read["balance_delta"])
-        return read["balance_weight"] * sum(
+        coefficients = importance_coefficients(types, read.num_experts, read.balance_delta)
+        return read.balance_weight * sum(
             balancing_loss(expert_importance(g[real], mask[real]), coefficients)
             for g in self.gates)
 

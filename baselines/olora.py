@@ -1,8 +1,8 @@
 """O-LoRA (Wang et al. 2023a): one LoRA branch per task, kept orthogonal to those of past tasks.
 
-Not the QR initialisation that PEFT calls "olora". Axis names as in badit.py; r is the rank of one
-branch, t the number of branches. The paper writes a branch as A B with A on the output's side; here
-`lora_A` reads the input, and the penalty is on it, as in the authors' code.
+Not the QR initialisation that PEFT calls "olora". Axis names as in decomposition.py; r is the rank
+of one branch, t the number of branches. The paper writes a branch as A B with A on the output's
+side; here `lora_A` reads the input, and the penalty is on it, as in the authors' code.
 """
 
 import math
@@ -13,7 +13,6 @@ from accelerate import PartialState
 from torch import nn
 
 from baselines.lora import check_rank, low_rank_update
-from flags import non_negative
 from method import Method, frozen
 
 
@@ -103,7 +102,7 @@ class BranchMethod(Method):
     """
 
     def check_layer(self, linear):
-        check_rank(self.settings["rank"], linear.weight.shape)
+        check_rank(self.settings.rank, linear.weight.shape)
 
     def wrap(self, model, fresh=True):
         self.started = False
@@ -123,23 +122,22 @@ class BranchMethod(Method):
                    if not weight.requires_grad)
         return super().active_parameters() + past
 
-    def start_task(self, task, loader):
+    def start_stage(self, stage, loader):
         if self.started:
             self.add_branch()
         self.started = True
-        if task.name == "mixed":
+        if stage.name == "mixed":
             PartialState().print(f"{self.name}: mixed training is one task: one branch, and no "
                                  "past one to protect")
 
     def grow(self, state):
-        """Add the branches that `state` has, and this does not."""
+        """Add the branches that `state` has, and a fresh adapter does not."""
         name, layer = next(iter(self.layers.items()))
         while f"{name}.lora_A.{len(layer.lora_A)}" in state:
             self.add_branch()
 
     def load_state_dict(self, state):
-        """As in Method, with all branches of `state`; the next task to start adds one."""
-        self.grow(state)
+        """As in Method; the next task to start adds a branch."""
         super().load_state_dict(state)
         self.started = True
 
@@ -148,33 +146,22 @@ class Olora(BranchMethod):
     """A new branch for every task; all of them act on every input, whatever its task."""
 
     name = "olora"
-    reads = ("target_modules", "rank", "alpha", "dropout", "orth_weight", "l2_weight", "orth_norm")
-
-    @staticmethod
-    def add_flags(group):
-        group.add_argument("--orth_weight", type=non_negative, default=0.5, metavar="LAMBDA1",
-                           help="weight of the orthogonality penalty (default: 0.5)")
-        group.add_argument("--l2_weight", type=non_negative, default=0.0, metavar="LAMBDA2",
-                           help="weight of the new branch's size (default: 0)")
-        group.add_argument("--orth_norm", choices=("l1", "fro2"), default="l1",
-                           help="of the products of branches: sum of magnitudes, as the authors' "
-                                "code runs it, or of squares, as in the paper (default: l1)")
 
     def build_layer(self, linear, fresh):
-        return OloraLinear(linear, self.settings["rank"], self.settings["alpha"],
-                           self.settings["dropout"])
+        return OloraLinear(linear, self.settings.rank, self.settings.alpha,
+                           self.settings.dropout)
 
-    def penalty(self):
+    def penalty(self, batch):
         # Deviation: the loop divides this among micro-batches; the code adds it to each in full.
         read = self.settings
-        return branch_penalty(self.layers.values(), read["orth_weight"], read["l2_weight"],
-                              read["orth_norm"])
+        return branch_penalty(self.layers.values(), read.orth_weight, read.l2_weight,
+                              read.orth_norm)
 
     @torch.no_grad()
-    def end_task(self, task, loader):
+    def end_stage(self, stage, loader):
         layers = self.layers.values()
         cosines = [mean_cosine(layer.lora_A[-1], torch.cat(list(layer.lora_A)[:-1]))
                    for layer in layers if len(layer.lora_A) > 1]
         if cosines:
             PartialState().print(f"olora: mean |cosine| of rows of lora_A to past branches' after "
-                                 f"{task.name}: {torch.stack(cosines).mean():.4f}")
+                                 f"{stage.name}: {torch.stack(cosines).mean():.4f}")

@@ -1,10 +1,10 @@
 """PiSSA (Meng et al. 2024): LoRA that starts from the leading singular triplets of the base weight.
 
-Axis names as in badit.py; r is the rank.
+Axis names as in decomposition.py; r is the rank.
 """
 
-from badit import InitialBank, decompose
 from baselines.lora import Lora, LoraLinear
+from decomposition import InitialBank, decompose
 
 
 class PissaLinear(InitialBank, LoraLinear):
@@ -27,12 +27,11 @@ class PissaLinear(InitialBank, LoraLinear):
 class Pissa(Lora):
     """Decomposed once, before the first task, then trained as LoRA is."""
 
-    name = "pissa"
     # Deviation: its authors ask for dropout 0, since dropout here drops principal parts of W0;
     # every method is given the same dropout by default.
-    reads = (*Lora.reads, "svd")
+    name = "pissa"
 
     def build_layer(self, linear, fresh):
         read = self.settings
-        return PissaLinear(linear, read["rank"], read["alpha"], read["dropout"],
-                           read["svd"] if fresh else None)
+        return PissaLinear(linear, read.rank, read.alpha, read.dropout,
+                           read.svd if fresh else None)

@@ -27,14 +27,16 @@ from tqdm import tqdm  # noqa: E402
 from transformers import AutoModelForCausalLM  # noqa: E402
 from transformers.models.llama import LlamaConfig  # noqa: E402
 
-import badit  # noqa: E402
+import adapter  # noqa: E402
 import data  # noqa: E402
+import decomposition  # noqa: E402
 import evaluation  # noqa: E402
+import grouping  # noqa: E402
 import models  # noqa: E402
-from arguments import build_parser  # noqa: E402
-from baselines import METHODS  # noqa: E402
-from method import Method, Stage, load_adapter  # noqa: E402
-from utils import write_json  # noqa: E402
+from harness.arguments import ALL_FLAGS  # noqa: E402
+from inputs.files import write_json  # noqa: E402
+from method import Method, Stage  # noqa: E402
+from registry import METHODS, method_class  # noqa: E402
 
 # glibc gives freed logits back to the kernel at every step; scripts/setup.sh sets the same.
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "8589934592",
@@ -108,9 +110,9 @@ def base_model(options, **changed):
 
 def adapted(model, method, **changed):
     """`model` with a fresh adapter of `method`, by train.py's defaults."""
-    defaults = vars(build_parser().parse_args([])) | {"svd": "fast"} | changed
-    read = METHODS[method].reads
-    METHODS[method](**{name: defaults[name] for name in read}).wrap(model)
+    cls = METHODS[method].settings
+    fast = {"svd": "fast"} if "svd" in cls.names() else {}
+    method_class(method)(cls(**fast | changed)).wrap(model)
     return model
 
 
@@ -166,8 +168,8 @@ def training_step(model, batch, device):
     model.train()
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=1e-4)
-    method = getattr(model, "adapted_by", Method())  # its hooks cost time as well
-    method.start_task(Stage("benchmark", ("benchmark",), 1, 10**6), None)
+    method = getattr(model, "adapted_by", Method(None))  # its hooks cost time as well
+    method.start_stage(Stage("benchmark", ("benchmark",), 1, 10**6), None)
 
     def step():
         method.before_forward(batch)
@@ -177,7 +179,7 @@ def training_step(model, batch, device):
         loss.backward()
         method.after_backward()
         optimizer.step()
-        method.after_step()
+        method.after_step(batch)
         optimizer.zero_grad()
 
     return step
@@ -216,12 +218,12 @@ def regroup(options):
     mix = torch.randn(36, 32, 6, generator=generator, device=options.device)
     noise = torch.randn(36, 32, 16_384, generator=generator, device=options.device)
     gradients = mix @ shared + noise
-    gram = badit.component_gram(gradients)
+    gram = grouping.component_gram(gradients)
     current = (torch.arange(32) // 4).expand(36, 32)
     seconds = in_turn({
-        "all": lambda: badit.group_components(gradients, 8, current),
-        "Gram matrices": lambda: badit.component_gram(gradients),
-        "grouping from them": lambda: badit.grouping_from_gram(gram, 8, current),
+        "all": lambda: grouping.group_components(gradients, 8, current),
+        "Gram matrices": lambda: grouping.component_gram(gradients),
+        "grouping from them": lambda: grouping.grouping_from_gram(gram, 8, current),
     }, options.rounds, options.device)
     yield row("regrouping, 36 layers", seconds, "all", target="0.1 s")
     yield row("regrouping, 36 layers", seconds, "Gram matrices")
@@ -249,7 +251,7 @@ def decompose(options):
     weights = [layer.mlp.gate_proj.weight.detach().to(options.device)
                for layer in model.model.layers]
     weights = weights if options.full else weights[::10]
-    calls = {svd: lambda svd=svd: [badit.top_singular_triplets(W, 32, svd) for W in weights]
+    calls = {svd: lambda svd=svd: [decomposition.top_singular_triplets(W, 32, svd) for W in weights]
              for svd in ("fast", "exact")}
     seconds = in_turn(calls, 3, options.device)
     share = min(captured(W, torch.linalg.svdvals(W)[:32]) for W in weights)
@@ -257,8 +259,8 @@ def decompose(options):
               captured=share)
     shape = QWEN3_8B if options.full else (1_536, 512)
     W, leading = weight_like(torch.linalg.svdvals(weights[0]).double(), shape, options.device)
-    calls = {"fast": lambda: badit.top_singular_triplets(W, 32, "fast"),
-             "exact": lambda: badit.top_singular_triplets(W, 32, "exact")}
+    calls = {"fast": lambda: decomposition.top_singular_triplets(W, 32, "fast"),
+             "exact": lambda: decomposition.top_singular_triplets(W, 32, "exact")}
     seconds = in_turn(calls, 1 if options.full else 3, options.device, warmup=not options.full)
     yield row(f"decomposing {shape[0]} x {shape[1]}", seconds, "fast", "exact",
               "0.1 and 3 s", captured=captured(W, leading))
@@ -266,7 +268,7 @@ def decompose(options):
 
 def captured(W, leading):
     """Share of the energy of the exact `leading` singular values that "fast" captures."""
-    _, _, Vh = badit.top_singular_triplets(W, 32, "fast")
+    _, _, Vh = decomposition.top_singular_triplets(W, 32, "fast")
     return float((W @ Vh.T).double().square().sum().cpu() / leading.double().square().sum().cpu())
 
 
@@ -322,7 +324,7 @@ def evaluate(options):
     bare, tokenizer = models.load("smollm2-135m", options.dtype)
     bare = bare.to(options.device).eval()
     ours = copy.deepcopy(bare)
-    ours = (load_adapter(ours, options.adapter) if options.adapter else
+    ours = (adapter.load(ours, options.adapter) if options.adapter else
             adapted(ours, "badit")).eval()
     suite = data.load_suite(options.suite)
     encoded = data.encode_suite(suite, tokenizer, 1024, splits=("test",))
@@ -348,7 +350,7 @@ def evaluate(options):
         yield row("20 tokens for each prompt", seconds, "BADIT", "bare base model", "1.11")
         batches = {
             "our batches": evaluation.make_batches(
-                rows, build_parser().get_default("eval_batch_size")),
+                rows, ALL_FLAGS["eval_batch_size"].default),
             "unsorted, batches of 8, 50 tokens": [
                 range(first, min(first + 8, len(rows))) for first in range(0, len(rows), 8)]}
         count = 12 if options.full else 3

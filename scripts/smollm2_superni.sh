@@ -27,7 +27,7 @@ for seed in $seeds; do
       cpu-mixed) often=" --regroup_every 30" ;;
       cpu-sequential) often=" --regroup_every 5" more=(--eval_tasks seen) ;;
     esac
-    methods=(base "badit$often" lora-matched pissa-matched "loramoe$often" "badit --grouping random$often")
+    methods=(zero_shot "badit$often" lora-matched pissa-matched "loramoe$often" "badit --grouping random$often")
     [ "$form" = cpu ] || methods+=(lora pissa olora gainlora "badit --no_bad$often"
       "badit --no_dog$often" "badit --no_bad --no_dog$often")
     bash scripts/sweep.sh --models smollm2-135m --launcher "$launcher" --runs "runs/smollm2-$form" \

@@ -7,4 +7,4 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/setup.sh
 export PATH="$PWD/.venv/bin:$PATH"
-exec python study.py "$@"
+exec python scripts/study.py "$@"

@@ -35,10 +35,9 @@ from transformers.models.gemma2 import Gemma2Config  # noqa: E402
 from transformers.models.llama import LlamaConfig  # noqa: E402
 from transformers.models.qwen3 import Qwen3Config  # noqa: E402
 
-import arguments  # noqa: E402
-import models  # noqa: E402
 import train  # noqa: E402
-from baselines import METHODS  # noqa: E402
+from inputs import embedded  # noqa: E402
+from registry import EMBEDDED, METHODS, method_class  # noqa: E402
 
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # also where nohup started the tests
 # Tiny models gain nothing from threads, which wait for each other on a busy machine.
@@ -97,7 +96,7 @@ def save_checkpoint(folder, architecture, dtype=torch.float32, steps=0):
 
 
 def prompt_of(task, row):
-    """Section 7's prompt of one instance of the tiny suite."""
+    """The prompt of one instance of the tiny suite."""
     return (f"name the {task} .\n\nNow complete the following example -\n"
             f"Input: {row['input']}\nOutput: ")
 
@@ -159,12 +158,12 @@ def suite(tmp_path_factory):
 @pytest.fixture(scope="session")
 def smollm2():
     """The name of the embedded model, converted already or now."""
-    folder = f"{models.EMBEDDED}-{models.EMBEDDED_SHA256[:12]}"
+    folder = f"{EMBEDDED}-{embedded.SHA256[:12]}"
     if (USER_CACHE / folder).is_dir() and not (CACHE / "badit" / folder).exists():
         (CACHE / "badit").mkdir(exist_ok=True)
         (CACHE / "badit" / folder).symlink_to(USER_CACHE / folder)
-    models.embedded_model()
-    return models.EMBEDDED
+    embedded.embedded_folder(EMBEDDED)
+    return EMBEDDED
 
 
 @pytest.fixture(scope="session")
@@ -189,17 +188,17 @@ def reset_accelerate():
 
 
 def settings_of(method="badit", **changed):
-    """The settings that a method gets from train.py's defaults, with a small bank."""
-    defaults = vars(arguments.build_parser().parse_args([])) | dict(rank=2, alpha=16.0)
-    reads = METHODS[method].reads
-    assert set(changed) <= set(reads)
-    return {name: defaults[name] for name in reads} | changed
+    """The settings that a method has by default, with a small bank."""
+    cls = METHODS[method].settings
+    small = {name: value for name, value in dict(rank=2, alpha=16.0).items()
+             if name in cls.names()}
+    return cls(**small | changed)
 
 
 def wrapped(model, method="badit", **changed):
     """`model` with a fresh adapter, in evaluation mode."""
     torch.manual_seed(0)
-    METHODS[method](**settings_of(method, **changed)).wrap(model)
+    method_class(method)(settings_of(method, **changed)).wrap(model)
     return model.eval()
 
 

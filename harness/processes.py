@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import os
+import shlex
 import signal
 from datetime import timedelta
 
@@ -10,23 +11,10 @@ import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from torch.distributed import DistError, TCPStore
 
-from errors import InputError
+from inputs.errors import InputError
 
 PATIENCE = timedelta(seconds=5)
 PR_SET_PDEATHSIG = 1  # of <sys/prctl.h>
-# What the launcher sets for what shards gradients, by the name that users know.
-SHARDED = {"ACCELERATE_USE_DEEPSPEED": "DeepSpeed", "ACCELERATE_USE_FSDP": "FSDP",
-           "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
-           "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism configuration"}
-
-
-def refuse_sharding():
-    """Raise InputError where the launcher asks for more than DDP; before Accelerate obeys it."""
-    for variable, name in SHARDED.items():
-        if os.environ.get(variable, "false").lower() not in ("false", "0", ""):
-            raise InputError(f"{name} is not supported, only DDP ({variable} is set): sharded "
-                             "gradients would make Eq. 8 wrong, and the trainable state is small "
-                             "enough for every process; launch with --multi_gpu")
 
 
 def end_with_launcher():
@@ -67,6 +55,18 @@ def bit_sum(tensor):
     """A checksum of a tensor's bytes, an int64 scalar, that is quick on any device."""
     data = tensor.detach().contiguous().flatten().view(torch.uint8).to(torch.int64)
     return (data * torch.arange(1, len(data) + 1, device=data.device)).sum()
+
+
+def launcher():
+    """How this process was started: by python, or by accelerate launch with these settings."""
+    processes = os.environ.get("WORLD_SIZE", "1")
+    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    backend = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()
+    if (processes, precision, backend) == ("1", "no", "no"):
+        return "python"
+    several = ["--multi_gpu"] if processes != "1" else []
+    return shlex.join(["accelerate", "launch", *several, "--num_processes", processes,
+                       "--mixed_precision", precision, "--dynamo_backend", backend])
 
 
 class FirstToSay:

@@ -3,8 +3,10 @@
 from method import Method
 
 
-class Base(Method):
+class ZeroShot(Method):
     """Nothing is adapted and nothing is trained."""
 
-    name = "base"
-    trains = False
+    name = "zero_shot"
+
+    def targets(self, model):
+        return {}

@@ -3,8 +3,6 @@
 A checkpoint is a folder `checkpoints/000007` with `tensors.safetensors`, `state.json` and their
 `SHA256SUMS`. It is written under a temporary name and renamed when it is on the disk, so that it is
 whole or absent. The frozen base model is not in it. Nothing is unpickled.
-
-`run` is train.Run, whose `position` says how far the run has come.
 """
 
 import hashlib
@@ -18,33 +16,22 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import safetensors
-import safetensors.torch
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
 
-from arguments import OVERRIDABLE
-from errors import InputError
-from method import check_tensors
-from results import MODEL_HASHES
-from utils import fsync, open_file, read_text, sha256_file, write_tensors
+from adapter import check_tensors
+from adapter import restore as restore_adapter
+from harness.arguments import OVERRIDABLE
+from harness.identity import MODEL_HASHES
+from harness.run import say
+from inputs import formats
+from inputs.errors import InputError
+from inputs.files import fsync, open_file, read_text, sha256_file
+from inputs.tensors import read_tensors, write_tensors
 
 FOLDER, KEPT = "checkpoints", 2
-LONGEST = 1e10  # seconds: what a run may say that it has taken
 TENSORS_FILE, STATE_FILE, SUMS_FILE = "tensors.safetensors", "state.json", "SHA256SUMS"
 LOGS = ("log.jsonl", "regroup.jsonl")
-STATE_TYPES = {"position": list, "rows": list, "files": dict, "identity": dict, "hashes": dict,
-               "overruled": list, "seconds": dict, "rng": list}
-# What reading a file of another making can raise, where its checksum is right.
-MISFIT = (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError,
-          OverflowError)
-
-
-class Position(NamedTuple):
-    """How far a run has come: stages trained and evaluated, optimizer steps of the next one."""
-
-    stage: int
-    step: int
 
 
 class Checkpoint(NamedTuple):
@@ -67,9 +54,11 @@ def save(run, optimizer=None):
     if not run.accelerator.is_main_process:
         return
     tensors = {f"adapter.{key}": tensor for key, tensor in run.method.state_dict().items()}
-    state = {"position": run.position, "rows": run.rows, "files": run.files | log_hashes(run),
-             "identity": run.identity, "hashes": run.hashes, "overruled": sorted(run.overruled),
-             "seconds": run.seconds_so_far(), "rng": rng}
+    progress = run.progress
+    state = {"position": progress.position, "rows": progress.rows,
+             "files": progress.files | log_hashes(run), "identity": run.setup.identity,
+             "hashes": progress.hashes, "overruled": sorted(progress.overruled),
+             "seconds": progress.seconds.so_far(), "rng": rng}
     if optimizer is not None:
         tensors |= {f"method.{key}": value for key, value in run.method.training_state().items()}
         tensors |= {f"optimizer.{key}": tensor
@@ -149,9 +138,9 @@ def expected_moments(model):
             for key, make in like.items()}
 
 
-def restore_optimizer(run, optimizer):
+def restore_optimizer(resumed, model, optimizer):
     """Give the optimizer of the resumed stage the state that it had."""
-    tensors, names = part(run.resumed, "optimizer"), [name for name, _ in trained(run.model)]
+    tensors, names = part(resumed, "optimizer"), [name for name, _ in trained(model)]
     state = {index: {key: tensors[f"{name}/{key}"] for key in ("step", "exp_avg", "exp_avg_sq")}
              for index, name in enumerate(names)}
     optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
@@ -175,19 +164,19 @@ def number(path):
     return int(path.name)
 
 
-def newest(run):
-    """The newest whole checkpoint of the run's folder, or None; damaged ones are named.
+def newest(setup):
+    """The newest whole Checkpoint in the run's folder, or None; damaged ones are named.
 
     The main process chooses, and all read the same one: the folder must be one that all see.
     """
-    folder, chosen = run.args.output_dir / FOLDER, [None]
-    if run.accelerator.is_main_process:
+    folder, chosen = setup.args.output_dir / FOLDER, [None]
+    if setup.accelerator.is_main_process:
         for path in reversed(checkpoints_in(folder)):
             reason = damage(path)
             if reason is None:
                 chosen = [path.name]
                 break
-            run.print(f"checkpoint {path} is damaged ({reason}): skipped")
+            say(setup.accelerator, f"checkpoint {path} is damaged ({reason}): skipped")
     broadcast_object_list(chosen)
     return None if chosen[0] is None else read(folder / chosen[0])
 
@@ -203,59 +192,54 @@ def damage(path):
         for name in (TENSORS_FILE, STATE_FILE):
             if sums.get(name) != sha256_file(path / name):
                 return f"{name} does not have its checksum"
-        state = read(path).state
-    except (FileNotFoundError, NotADirectoryError, ValueError, RecursionError,
-            safetensors.SafetensorError) as error:
+    except (FileNotFoundError, NotADirectoryError, ValueError) as error:
         return f"{type(error).__name__}: {error}"
-    if not isinstance(state, dict) or state.keys() != STATE_TYPES.keys() or not all(
-            isinstance(state[key], kind) for key, kind in STATE_TYPES.items()):
-        raise InputError(f"checkpoint {path} is whole, but of another version of this program: go "
-                         "on with that one, or start anew in another --output_dir")
+    formats.read(path / STATE_FILE, formats.CheckpointState)
     return None
 
 
-def check_state(run, state):
+def check_state(setup, state):
     """Raise InputError unless the parts of a state fit each other and the run."""
-    try:
-        stage, step = state["position"]
-        steps = [each.steps for each in run.stages] + [0]
-        first = 0 if run.args.eval_before else 1
-        names = ["before"][first:] + [each.name for each in run.stages[:stage]]
-        scores = [row[reference] for row in state["rows"] for reference in ("best", "first")]
-        predicted = {f"predictions/{number:02d}_{row['name']}.jsonl"
-                     for number, row in enumerate(state["rows"], start=first)
-                     if any(score is not None for score in row["best"])}
-        whole = {name for name in state["files"] if name.startswith("predictions/")}
-        fits = (type(stage) is type(step) is int and stage >= 0 and 0 <= step <= steps[stage]
-                and [row["name"] for row in state["rows"]] == names and whole == predicted
-                and all(len(row) == len(run.order) for row in scores)
-                and all(score is None or 0 <= score <= 100 for row in scores for score in row)
-                and state["hashes"].keys() == MODEL_HASHES.keys()
-                and all(0 <= seconds < LONGEST for seconds in state["seconds"].values())
-                and set(state["overruled"]) <= set(OVERRIDABLE)
-                and all(type(file["bytes"]) is int and file["bytes"] >= 0
-                        and len(file["sha256"]) == 64 for file in state["files"].values()))
-        set_random_states(state["rng"][run.accelerator.process_index])
-    except MISFIT as error:
-        raise InputError(f"{STATE_FILE} of the checkpoint is damaged ({error!r:.200})") from None
-    if not fits:
+    stage, step = state["position"]
+    stages, first = setup.stages, 0 if setup.args.eval_before else 1
+    names = ["before"][first:] + [each.name for each in stages[:stage]]
+    scores = [row[reference] for row in state["rows"] for reference in ("best", "first")]
+    predicted = {f"predictions/{number:02d}_{row['name']}.jsonl"
+                 for number, row in enumerate(state["rows"], start=first)
+                 if any(score is not None for score in row["best"])}
+    whole = {name for name in state["files"] if name.startswith("predictions/")}
+    if not (stage <= len(stages) and step <= [*(each.steps for each in stages), 0][stage]
+            and [row["name"] for row in state["rows"]] == names and whole == predicted
+            and all(len(row) == len(setup.order) for row in scores)
+            and state["hashes"].keys() == MODEL_HASHES.keys()
+            and set(state["overruled"]) <= set(OVERRIDABLE)
+            and len(state["rng"]) == setup.accelerator.num_processes):
         raise InputError(f"{STATE_FILE} of the checkpoint is damaged: its position, rows and files "
                          "do not belong together")
+    try:
+        set_random_states(state["rng"][setup.accelerator.process_index])
+    except (KeyError, IndexError, TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise InputError(f"{STATE_FILE} of the checkpoint is damaged ({error!r:.200})") from None
 
 
-def restore(run):
-    """Put adapter and method back as they were; refuse an optimizer's state that does not fit."""
-    run.method.load_state_dict(part(run.resumed, "adapter"))
-    stage, step = run.position
-    if stage < len(run.stages) and 0 < step < run.stages[stage].steps:
-        run.method.resume_task(run.stages[stage], part(run.resumed, "method"))
-        check_tensors(part(run.resumed, "optimizer"), expected_moments(run.model),
+def restore(run, resumed):
+    """Put adapter and method back as they were. Raises InputError for a state that does not fit."""
+    restore_adapter(run.method, part(resumed, "adapter"))
+    (stage, step), stages = run.progress.position, run.setup.stages
+    if stage < len(stages) and 0 < step < stages[stage].steps:
+        state = part(resumed, "method")
+        try:
+            run.method.resume_stage(stages[stage], state)
+        except (KeyError, RuntimeError) as error:
+            raise InputError(f"the checkpoint does not fit this model: {error!r:.200}") from None
+        check_tensors(state, run.method.training_state(), "the checkpoint")
+        check_tensors(part(resumed, "optimizer"), expected_moments(run.model),
                       "the checkpoint's optimizer")
 
 
 def read(path):
-    state = json.loads(read_text(path / STATE_FILE))
-    return Checkpoint(path.name, safetensors.torch.load_file(path / TENSORS_FILE), state)
+    return Checkpoint(path.name, read_tensors(path / TENSORS_FILE),
+                      json.loads(read_text(path / STATE_FILE)))
 
 
 def part(checkpoint, name):
@@ -265,20 +249,20 @@ def part(checkpoint, name):
             if key.startswith(prefix)}
 
 
-def restore_random_states(run):
-    set_random_states(run.resumed.state["rng"][run.accelerator.process_index])
+def restore_random_states(resumed, accelerator):
+    set_random_states(resumed.state["rng"][accelerator.process_index])
 
 
-def restore_files(run):
+def restore_files(folder, resumed):
     """Cut the logs back to the checkpoint; refuse to go on where a finished file was changed."""
-    folder, state = run.args.output_dir, run.resumed.state
+    state = resumed.state
     for name, known in state["files"].items():
         path = folder / name
         grown = name not in LOGS and path.is_file() and path.stat().st_size != known["bytes"]
         if grown or not path.is_file() or sha256_start(path, known["bytes"]) != known["sha256"]:
             raise InputError(f"{path} is not as it was at the checkpoint: the run cannot go on "
                              "exactly; start it anew in another --output_dir")
-    drop_leftovers(folder, int(run.resumed.name))
+    drop_leftovers(folder, int(resumed.name))
     for name in LOGS:
         if (folder / name).exists():
             os.truncate(folder / name, state["files"].get(name, {"bytes": 0})["bytes"])

@@ -1,8 +1,8 @@
 """Run a whole study: every method on every model, seed and setting. scripts/sweep.sh calls this.
 
-    python study.py --dry-run                      # the paper's 360 runs, then the single-task ones
-    python study.py --models smollm2-135m --methods badit lora --seeds 1 2 -- --epochs 1
-    python report.py runs/study --out report       # tables and figures of what has finished
+    python scripts/study.py --dry-run              # the paper's 360 runs, then the single-task ones
+    python scripts/study.py --models smollm2-135m --seeds 1 2 -- --epochs 1
+    python report.py runs/study --out report      # tables and figures of what has finished
 
 Words after -- go to train.py in every run. Each run has a folder of its own, so the same command
 goes on with whatever was stopped; --nth runs one line of the list, for a cluster.
@@ -23,38 +23,25 @@ from typing import NamedTuple
 
 import psutil
 
-import data
-from arguments import TRAINING_FLAGS, Parser, parse_flags, read_results
-from baselines import METHODS
-from errors import InputError, one_line
-from flags import non_negative, positive
-from flags import seed as seed_number
-from models import EMBEDDED, MODELS
-from utils import STOPPING, leave_terminal, receive_stops
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-# Short names for --methods: the paper's six and the untrained model, matched baselines, ablations,
-# controls, and Fig. 12.
-VARIANTS = {
-    **{name: name for name in METHODS},
-    # As many trainable parameters as BADIT, and its scaling: alpha / rank = 272 / 34 = 8.
-    "lora-matched": "lora --alpha 272 --match_parameters badit",
-    "pissa-matched": "pissa --alpha 272 --match_parameters badit",
-    "badit-no_bad": "badit --no_bad", "badit-no_dog": "badit --no_dog",
-    "badit-no_bad-no_dog": "badit --no_bad --no_dog",
-    "badit-random": "badit --grouping random", "badit-refine": "badit --refine",
-    "badit-static": "badit --routing static",
-    # Half of the experts active and alpha / rank = 8, as at K = 8 and r = 4.
-    "badit-K2": "badit --num_experts 2 --top_k 1", "badit-K4": "badit --num_experts 4 --top_k 2",
-    "badit-K16": "badit --num_experts 16 --top_k 8",
-    "badit-r1": "badit --alpha 8 --rank 1", "badit-r2": "badit --alpha 16 --rank 2",
-    "badit-r8": "badit --alpha 64 --rank 8", "badit-r16": "badit --alpha 128 --rank 16",
-}
-SENSITIVITY = ("badit", "badit-K2", "badit-K4", "badit-K16", "badit-r1", "badit-r2", "badit-r8",
-               "badit-r16")
+from harness.arguments import (  # noqa: E402
+    STUDY_FLAGS,
+    TRAINING_FLAGS,
+    Parser,
+    names,
+    parse_flags,
+)
+from harness.signals import STOPPING, leave_terminal, receive_stops  # noqa: E402
+from inputs import formats  # noqa: E402
+from inputs.errors import InputError, one_line  # noqa: E402
+from inputs.numbers import NonNegative, Positive, Seed, from_text  # noqa: E402
+from inputs.suites import SUPERNI, suite_folder  # noqa: E402
+from inputs.task_files import resolve_names, task_folders  # noqa: E402
+from registry import EMBEDDED, METHODS, MODELS, VARIANTS  # noqa: E402
+
 PAPER_METHODS = ("lora", "pissa", "olora", "loramoe", "gainlora", "badit")
 SETTINGS = ("mixed", "sequential")
-CHOSEN = {"--method", "--model", "--seed", "--setting", "--suite", "--tasks", "--output_dir",
-          "--resume", "--overwrite", "--from_results", "--eval_only", "--adapter"}
 
 # For the estimate of cost alone. Parameters in billions, by the models' cards.
 BILLIONS = {"qwen3-8b": 8.2, "qwen3-4b": 4.0, "llama3-8b": 8.0, "llama3-3b": 3.2,
@@ -83,7 +70,7 @@ def build_parser():
     add("--methods", nargs="+", default=list(PAPER_METHODS), metavar="METHOD",
         help=f"of {', '.join(VARIANTS)}, or a method and its flags in quotes, such as "
              "'badit --regroup_every 30' (default: the paper's six)")
-    add("--seeds", nargs="+", type=seed_number, default=[1, 2, 3, 4, 5], metavar="SEED",
+    add("--seeds", nargs="+", type=from_text(Seed), default=[1, 2, 3, 4, 5], metavar="SEED",
         help="(default: 1 2 3 4 5)")
     add("--settings", nargs="+", default=list(SETTINGS), choices=SETTINGS, metavar="SETTING",
         help="of mixed, sequential (default: both)")
@@ -99,12 +86,12 @@ def build_parser():
     add("--dry-run", action="store_true", dest="dry_run",
         help="print the commands, one a line; and on stderr their number and a rough cost")
     add("--nth", type=int, metavar="I", help="only line I of the list, from 0")
-    add("--stop_after", type=non_negative, metavar="SECONDS",
+    add("--stop_after", type=from_text(NonNegative), metavar="SECONDS",
         help="ask the run under way to save and stop after so long; the same command goes on")
-    add("--tflops", type=positive, default=200.0,
+    add("--tflops", type=from_text(Positive), default=200.0,
         help="for the cost: 10^12 operations per second that a GPU sustains in training (default: "
              "200, assumed, not measured)")
-    add("--step_ms", type=positive, default=30.0,
+    add("--step_ms", type=from_text(Positive), default=30.0,
         help="for the cost: milliseconds to generate one token for a batch (default: 30, assumed)")
     return parser
 
@@ -129,7 +116,7 @@ def parse(argv):
         raise InputError(f"--runs {args.runs} is no folder")
     args.launcher = launcher_words(args.launcher)
     for word in passed_on:
-        if word.split("=")[0] in CHOSEN:
+        if word.split("=")[0].removeprefix("--") in STUDY_FLAGS:
             raise InputError(f"{word} after -- is what the study chooses for each run")
     for method in args.methods:
         check_method(method)
@@ -157,7 +144,7 @@ def check_method(method):
                          "method and its flags in quotes")
     for word in words:
         flag = word.removeprefix("--").split("=")[0]
-        if word.startswith("--") and flag not in set(METHODS[name].reads) - {"seed"}:
+        if word.startswith("--") and flag not in set(METHODS[name].settings.names()) - {"seed"}:
             raise InputError(f"--methods {method!r}: {name} has no flag --{flag} of its own; those "
                              "for all runs stand after --")
 
@@ -198,15 +185,16 @@ def untrained(passed_on):
 
 def for_one_task(passed_on):
     """The flags that mean something to a run on one task alone."""
-    return without(passed_on, {"task_order", "eval_tasks", "eval_before", "paper_metrics",
-                               "single_task_results"})
+    return without(passed_on, names(alone="nothing"))
 
 
 def task_names(args):
+    """The tasks of the suite that are to be trained on, in no particular order."""
     if args.suite == "superni":  # known, wherever the data may be
-        return data.resolve_names(args.tasks or list(data.SUPERNI), list(data.SUPERNI))
-    suite = data.load_suite(args.suite)
-    return list((data.select_tasks(suite, args.tasks) if args.tasks else suite).tasks)
+        known = list(SUPERNI)
+    else:
+        known = task_folders(suite_folder(args.suite))
+    return resolve_names(args.tasks, known) if args.tasks else known
 
 
 def plan(args, passed_on):
@@ -354,7 +342,7 @@ def finished(run):
     if not path.exists():
         return False
     wanted, _ = parse_flags(run.words[run.words.index("train.py") + 1:])
-    there = read_results(path)["args"]
+    there = formats.read(path, formats.Results)[1].args
     different = sorted(name for name, value in there.items()  # the batch follows the processes
                        if name != "batch_size" and vars(wanted).get(name) != value)
     if different:

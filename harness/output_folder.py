@@ -1,12 +1,13 @@
 """The folder of a run: what is written there, by one run at a time, and what may be deleted."""
 
 import contextlib
-import fcntl
 import os
 import re
 from pathlib import Path
 
-from errors import InputError
+import filelock
+
+from inputs.errors import InputError
 
 LOCK = ".lock"  # there while a run writes, or where one was killed
 # What a run writes into its folder, and what --overwrite may delete there.
@@ -69,6 +70,13 @@ def clear(folder, keep=()):
             (folder / name).unlink()
 
 
+def check_names(tasks):
+    """Raise InputError for a task that bears the name of a file in adapter/."""
+    for name in tasks:
+        if re.fullmatch(r"adapter_(model\.safetensors|config\.json)", name):
+            raise InputError(f"a task cannot be named {name}, as an adapter's file is")
+
+
 def listing(folder):
     """The names of a run's files in `folder`."""
     names = (path.relative_to(folder).as_posix() for path in folder.rglob("*"))
@@ -86,26 +94,22 @@ def reserved(run, there):
     if not run.accelerator.is_main_process:
         yield
         return
+    lock = filelock.FileLock(folder / LOCK, blocking=False)  # until this process ends or dies
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / LOCK, "a")
+        lock.acquire()
+    except filelock.Timeout:
+        raise InputError(f"--output_dir {folder}: another run is writing there; let it end, or "
+                         "stop it, first") from None
+    except NotImplementedError:
+        run.print(f"--output_dir {folder}: its file system has no locks; start no second run there")
     except OSError as error:
         raise InputError(f"--output_dir {folder} cannot be written: {error.strerror}") from None
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until this process ends or dies
-            if os.fstat(file.fileno()).st_nlink == 0:  # deleted since, below, by a run that ended
-                raise BlockingIOError
-        except BlockingIOError:
-            raise InputError(f"--output_dir {folder}: another run is writing there; let it end, or "
-                             "stop it, first") from None
-        except OSError as error:
-            run.print(f"--output_dir {folder}: its file system has no locks ({error.strerror}); "
-                      "start no second run there")
-        try:
-            if listing(folder) != there:
-                raise InputError(f"--output_dir {folder}: another run has written there since this "
-                                 "one was started")
-            yield
-        finally:
-            (folder / LOCK).unlink(missing_ok=True)
+    try:
+        if listing(folder) != there:
+            raise InputError(f"--output_dir {folder}: another run has written there since this "
+                             "one was started")
+        yield
+    finally:
+        (folder / LOCK).unlink(missing_ok=True)
+        lock.release()

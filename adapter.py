@@ -1,0 +1,69 @@
+"""Adapters on disk: a folder with adapter_model.safetensors and adapter_config.json."""
+
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from inputs.errors import InputError
+from inputs.files import atomic_path, write_json
+from inputs.tensors import read_tensors, write_tensors
+from method import fingerprint, method_of
+from registry import ADAPTER_CONFIG, ADAPTER_FORMAT, method_class, read_adapter_config
+
+WEIGHTS_FILE = "adapter_model.safetensors"
+FLOATS = {torch.float16, torch.bfloat16, torch.float32, torch.float64}  # taken one for another
+
+
+def save(model, path):
+    """Write the adapter of a wrapped model into folder `path`; equal adapters give equal bytes."""
+    method, path = method_of(model), Path(path)
+    with atomic_path(path / WEIGHTS_FILE) as temporary:
+        write_tensors(temporary, method.state_dict())
+    write_json(path / ADAPTER_CONFIG, {
+        "format": ADAPTER_FORMAT, "method": method.name, "settings": asdict(method.settings),
+        "base_sha256": method.base_sha256, "model_type": model.config.model_type,
+        "chat_template": method.chat_template})
+
+
+def load(model, path):
+    """Wrap the bare base `model` with the adapter saved in `path` and return it.
+
+    Nothing is decomposed again: the saved initial bank gives the residual. Raises InputError for a
+    damaged adapter and for any base model but the one that it was made on.
+    """
+    path = Path(path)
+    config, settings = read_adapter_config(path)
+    state = read_tensors(path / WEIGHTS_FILE)
+    sha256 = fingerprint(model)
+    if sha256 != config.base_sha256:
+        raise InputError(f"{path} was made on another base model: its SHA-256 is "
+                         f"{config.base_sha256[:12]}…, this one's is {sha256[:12]}…")
+    method = method_class(config.method)(settings)
+    method.base_sha256, method.chat_template = sha256, config.chat_template
+    method.wrap(model, fresh=False)
+    restore(method, state)
+    return model
+
+
+def restore(method, state):
+    """Put the tensors of an adapter into a wrapped model. Raises InputError unless they fit."""
+    method.grow(state)
+    check_tensors(state, method.state_dict(), "the adapter")
+    method.load_state_dict(state)
+
+
+def check_tensors(state, expected, what):
+    """Raise InputError unless `state` is finite and has `expected`'s keys, shapes and types."""
+    missing, extra = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
+    if missing or extra:
+        raise InputError(f"{what} does not fit this model: {len(missing)} tensors are missing "
+                         f"{missing[:2]}, {len(extra)} are unknown {extra[:2]}")
+    for key, tensor in state.items():
+        want = expected[key]
+        kinds = FLOATS if want.is_floating_point() else {want.dtype}
+        if tensor.shape != want.shape or tensor.dtype not in kinds:
+            raise InputError(f"{what} does not fit this model: {key} is {tensor.dtype} "
+                             f"{list(tensor.shape)}, expected {want.dtype} {list(want.shape)}")
+        if not torch.isfinite(tensor.to(want.dtype)).all():
+            raise InputError(f"{what} is damaged: {key} holds a non-finite number")

@@ -1,0 +1,128 @@
+"""BAD, basic ability decomposition: a weight as rank-1 components and a residual, Eq. (5) and (6).
+
+Axis glossary, used by every shape comment:
+    in, out   input and output features of one linear layer (the paper's n and m)
+    K, r, N   experts, rank of each, and rank-1 components in all: N = K * r
+"""
+
+from typing import NamedTuple
+
+import torch
+
+from inputs.errors import InputError
+from method import frozen
+
+KRYLOV_BLOCKS, KRYLOV_EXTRA = 8, 16  # of --svd fast: 99.99 % of the leading energy
+
+
+class Decomposition(NamedTuple):
+    """W0 = residual + scaling * lora_B @ lora_A, whatever the accuracy of the SVD."""
+
+    lora_A: torch.Tensor  # (N, in)
+    lora_B: torch.Tensor  # (out, N)
+    residual: torch.Tensor  # (out, in), in the type of W0
+    singular_values: torch.Tensor  # (N,), descending
+
+
+def orient_singular_pairs(U, Vh):
+    """Make the largest entry (by magnitude, first on ties) of every row of `Vh` positive.
+
+    U (out, N), Vh (N, in). (u, v) and (-u, -v) are one component, but Eq. (10) is not invariant to
+    the flip: without a convention the grouping would hang on the SVD routine.
+    """
+    largest = Vh.abs().argmax(dim=1, keepdim=True)  # (N, 1)
+    sign = torch.where(Vh.gather(1, largest) < 0, -1.0, 1.0).to(Vh.dtype)  # (N, 1)
+    return U * sign.T, Vh * sign
+
+
+def top_singular_triplets(W0, N, svd):
+    """The N leading singular triplets U (out, N), S (N,), Vh (N, in) of W0 (out, in).
+
+    "exact" is LAPACK's SVD; "fast" looks for them in a `krylov_basis` of the rows.
+    """
+    if svd == "exact":
+        U, S, Vh = torch.linalg.svd(W0, full_matrices=False)
+        return U[:, :N], S[:N], Vh[:N]
+    if svd == "fast":
+        V = krylov_basis(W0, N + KRYLOV_EXTRA)  # (in, n)
+        U, S, Vh = torch.linalg.svd(W0 @ V, full_matrices=False)
+        return U[:, :N], S[:N], Vh[:N] @ V.T
+    raise InputError(f"svd {svd!r} is unknown; allowed: exact, fast")
+
+
+def krylov_basis(W, width):
+    """Orthonormal V (in, n) that nearly holds the leading right singular vectors of W (out, in).
+
+    Randomised block Krylov (Musco and Musco 2015): the span of (W'W)^i X for i = 1, 2, ... and one
+    random X (in, width), which keeps what power iterations throw away. Its random numbers are its
+    own.
+    """
+    generator = torch.Generator(W.device).manual_seed(0)
+    X = torch.randn(W.shape[1], width, generator=generator, dtype=W.dtype, device=W.device)
+    blocks = []
+    for _ in range(min(KRYLOV_BLOCKS, 1 + W.shape[1] // width)):
+        X = torch.linalg.qr(W.T @ (W @ X)).Q  # (in, width)
+        blocks.append(X)
+    return torch.linalg.qr(torch.cat(blocks, dim=1)).Q
+
+
+def residual_weight(W0, A, B, s):
+    """Eq. (6): residual = W0 - s B A, computed in the bank's precision, stored in that of W0."""
+    return (W0.to(A.dtype) - s * (B @ A)).to(W0.dtype)  # (out, in)
+
+
+@torch.no_grad()
+def decompose(weight, num_experts, rank, scaling, svd="exact"):
+    """Eq. (5), (6): split a weight (out, in) into N = num_experts * rank components and a residual.
+
+    b_i = sqrt(S_i / s) u_i and a_i = sqrt(S_i / s) v_i', by descending singular value: expert k
+    starts with components r*k to r*k + r - 1. Returns a Decomposition in float32, or in float64 for
+    a float64 weight. Raises ValueError for N outside 1 .. min(out, in).
+    """
+    W0, N, s = weight, num_experts * rank, scaling
+    check_bank_size(num_experts, rank, W0.shape)
+    W = W0.to(torch.promote_types(W0.dtype, torch.float32))
+    U, S, Vh = top_singular_triplets(W, N, svd)
+    U, Vh = orient_singular_pairs(U, Vh)
+    root = (S / s).sqrt()  # (N,)
+    A, B = root[:, None] * Vh, U * root  # (N, in), (out, N)
+    return Decomposition(A, B, residual_weight(W0, A, B, s), S)
+
+
+def check_bank_size(num_experts, rank, shape):
+    """Raise InputError unless 1 <= num_experts * rank <= the smaller side of `shape`."""
+    if not 1 <= num_experts * rank <= min(shape):
+        raise InputError(f"num_experts * rank = {num_experts} * {rank} = {num_experts * rank} must "
+                         f"be from 1 to {min(shape)}, the smaller side of a {tuple(shape)} weight")
+
+
+class InitialBank:
+    """Mixin of a layer with a decomposed base: residual = W0 - s B0 A0.
+
+    The frozen initial bank `lora_A0`, `lora_B0` is part of the adapter: loading rebuilds the
+    residual from it and decomposes nothing again.
+    """
+
+    def add_initial_bank(self):
+        """Reserve the initial bank, all zero until `start_from` or `restore`."""
+        self.lora_A0 = frozen(torch.zeros_like(self.lora_A))
+        self.lora_B0 = frozen(torch.zeros_like(self.lora_B))
+
+    @torch.no_grad()
+    def start_from(self, lora_A0, lora_B0, residual):
+        """Set the initial bank, the bank and the residual, which may be the base's own tensor."""
+        for parameter, value in ((self.lora_A, lora_A0), (self.lora_A0, lora_A0),
+                                 (self.lora_B, lora_B0), (self.lora_B0, lora_B0)):
+            parameter.copy_(value)
+        self.residual.data = residual
+
+    @torch.no_grad()
+    def restore(self, tensors):
+        """Take over saved tensors; the residual is rebuilt from the saved initial bank."""
+        same = all(torch.equal(getattr(self, name), tensors[name].to(self.lora_A))
+                   for name in ("lora_A0", "lora_B0"))
+        if not same:
+            assert not self.lora_A0.any(), "the residual of another decomposition is gone"
+            A0, B0 = (tensors[name].to(self.lora_A) for name in ("lora_A0", "lora_B0"))
+            self.start_from(A0, B0, residual_weight(self.residual, A0, B0, self.scaling))
+        super().restore(tensors)

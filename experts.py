@@ -1,0 +1,168 @@
+"""A frozen linear layer with a routed bank of rank-1 components, and its backward pass.
+
+Axis names as in decomposition.py, and
+    ...       any leading axes, such as (batch, seq)
+
+All N components of a layer live in one bank, `lora_A` (N, in) and `lora_B` (out, N); `expert_of`
+(N,) says which expert owns each. Regrouping rewrites that index and moves no weight.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from decomposition import check_bank_size
+from inputs.errors import InputError
+from method import frozen
+
+
+def select_experts(logits, top_k):
+    """The `top_k` largest of logits (..., K) as a bool mask; ties go to the lowest index."""
+    order = logits.sort(dim=-1, descending=True, stable=True).indices  # (..., K)
+    selected = torch.zeros_like(logits, dtype=torch.bool)
+    return selected.scatter_(-1, order[..., :top_k], True)
+
+
+def add_components(y, u, A, B, w):
+    """y + B (w * (A u)), and A u: the whole bank in two products, each component weighted.
+
+    y (tokens, out), u (tokens, in), A (N, in), B (out, N), w (tokens, N). The narrow products with
+    A and w are in the bank's precision, the wide one in that of y: under bf16 the leading singular
+    values would otherwise double the rounding error.
+    """
+    with torch.autocast(u.device.type, enabled=False):
+        h = u.to(A.dtype) @ A.T  # (tokens, N)
+        return torch.addmm(y, (h * w).to(y.dtype), B.to(y.dtype).T), h  # (tokens, out)
+
+
+class RoutedBank(torch.autograd.Function):
+    """`add_components` with its backward; `active` (tokens, N) bool, or None for all.
+
+    Where `active` is False the component still acts on u, but A and B get no gradient from it.
+    """
+
+    @staticmethod
+    def forward(ctx, y, u, A, B, w, active):
+        y, h = add_components(y, u, A, B, w)
+        ctx.save_for_backward(u, A, B, w, active, h)
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_y):
+        u, A, B, w, active, h = ctx.saved_tensors
+        with torch.autocast(u.device.type, enabled=False):
+            grad_c = (grad_y @ B.to(grad_y.dtype)).to(A.dtype)  # (tokens, N), c = w * h
+            grad_u = grad_w = None
+            if ctx.needs_input_grad[1]:
+                grad_u = (grad_c * w).to(u.dtype) @ A.to(u.dtype)  # (tokens, in)
+            if ctx.needs_input_grad[4]:
+                grad_w = grad_c * h
+            trained_w = w if active is None else w * active
+            grad_A = (grad_c * trained_w).T @ u.to(A.dtype)  # (N, in)
+            grad_B = (grad_y.T @ (h * trained_w).to(grad_y.dtype)).to(B.dtype)  # (out, N)
+        return grad_y, grad_u, grad_A, grad_B, grad_w, None
+
+
+class Routing(NamedTuple):
+    """How one layer routes its tokens."""
+
+    alpha: torch.Tensor  # (..., K) routing weights
+    weight: torch.Tensor  # (..., K) the factor with which each expert acts
+    active: torch.Tensor | None  # (..., K) bool, experts that learn from the token; None for all
+
+
+class Bank(NamedTuple):
+    """The rank-1 components of one layer, and who owns them."""
+
+    lora_A: torch.Tensor  # (N, in)
+    lora_B: torch.Tensor  # (out, N)
+    expert_of: torch.Tensor  # (N,) int64: the grouping
+
+
+class BankLinear(nn.Module):
+    """A frozen linear layer plus a routed bank of N rank-1 components owned by K experts.
+
+    Subclasses define `route(x) -> Routing`. Raises InputError for a bank that does not fit the
+    layer or top_k outside 1 .. num_experts.
+    """
+
+    base_tensors = ("residual", "bias")
+
+    def __init__(self, base, num_experts, rank, alpha, dropout, top_k):
+        super().__init__()
+        check_bank_size(num_experts, rank, base.weight.shape)
+        if not 1 <= top_k <= num_experts:
+            raise InputError(f"top_k {top_k} must be from 1 to num_experts = {num_experts}")
+        self.num_experts, self.rank, self.top_k = num_experts, rank, top_k
+        self.scaling = alpha / rank
+        self.dropout = nn.Dropout(dropout)
+        self.residual = frozen(base.weight)  # (out, in); frozen, but no buffer: DDP sends those
+        self.bias = None if base.bias is None else frozen(base.bias)
+        N, (out_features, in_features) = num_experts * rank, base.weight.shape
+        kind = dict(dtype=torch.promote_types(base.weight.dtype, torch.float32),
+                    device=base.weight.device)
+        self.lora_A = nn.Parameter(torch.zeros(N, in_features, **kind))
+        self.lora_B = nn.Parameter(torch.zeros(out_features, N, **kind))
+        first = torch.arange(N, device=base.weight.device) // rank
+        self.register_buffer("expert_of", first)  # (N,) int64: the grouping
+
+    def forward(self, x):
+        """(..., in) -> (..., out)."""
+        y = F.linear(x, self.residual, self.bias)  # (..., out)
+        return self.add_bank(y.reshape(-1, y.shape[-1]), x).view_as(y)
+
+    def add_bank(self, y, x, bank=None):
+        """y (tokens, out) plus what the experts make of x (..., in), by another Bank if given."""
+        A, B, expert_of = bank or self.bank
+        weight, active = self.per_component(self.route(x), expert_of)  # (tokens, N)
+        u = self.dropout(x).reshape(-1, x.shape[-1])  # (tokens, in): one mask for all experts
+        if not torch.is_grad_enabled():
+            return add_components(y, u, A, B, weight)[0]
+        return RoutedBank.apply(y, u, A, B, weight, active)
+
+    def per_component(self, routing, expert_of):
+        """Expand a Routing from experts to components: s * weight and active, (tokens, N)."""
+        K = self.num_experts
+        weight = self.scaling * routing.weight.reshape(-1, K).index_select(1, expert_of)
+        if routing.active is None or not torch.is_grad_enabled():
+            return weight, None
+        return weight, routing.active.reshape(-1, K).index_select(1, expert_of)
+
+    def active_parameters(self, drops):
+        """Weights that act on one token; `drops`: experts outside the top_k do not act at all."""
+        bank = self.lora_A.numel() + self.lora_B.numel()
+        routed = sum(weight.numel() for weight in self.parameters() if weight.requires_grad) - bank
+        return routed + (bank * self.top_k // self.num_experts if drops else bank)
+
+    def restore(self, tensors):
+        """Take over saved adapter tensors, named as in this layer's state_dict."""
+        owned = tensors["expert_of"].clamp(-1, self.num_experts) + 1  # what is out of range counts
+        if owned.bincount(minlength=self.num_experts + 2).tolist() != [
+                0, *[self.rank] * self.num_experts, 0]:
+            raise InputError(f"expert_of of the adapter does not give each of {self.num_experts} "
+                             f"experts {self.rank} components")
+        for name, tensor in self.state_dict().items():
+            if name not in self.base_tensors:
+                tensor.copy_(tensors[name])
+
+    @property
+    def bank(self):
+        """What a regrouping may change."""
+        return Bank(self.lora_A, self.lora_B, self.expert_of)
+
+    def obstacle(self, grouping):
+        """Why this layer cannot adopt a grouping (N,), or None."""
+        return None
+
+    def regrouped(self, grouping):
+        """The Bank that this layer has after it has adopted a grouping (N,)."""
+        return Bank(self.lora_A, self.lora_B, grouping.to(self.expert_of.device))
+
+    @torch.no_grad()
+    def take_grouping(self, grouping):
+        """Adopt a grouping (N,)."""
+        for mine, new in zip(self.bank, self.regrouped(grouping), strict=True):
+            mine.copy_(new)

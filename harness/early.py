@@ -1,0 +1,25 @@
+"""What train.py does before it loads the libraries that take seconds: --help, and wrong flags."""
+
+import os
+import sys
+
+from harness import output_folder
+from harness.arguments import parse_flags
+from inputs.errors import InputError, one_line
+
+
+def end_on_bad_flags(argv):
+    """Exit with status 2 and one line where train.py would refuse its flags; after --help, with 0.
+
+    Of several processes one says why.
+    """
+    try:
+        args, _ = parse_flags(argv)
+        output_folder.check(args)
+    except (InputError, OSError) as error:
+        several = os.environ.get("WORLD_SIZE", "1") != "1"
+        if several:
+            from harness.processes import FirstToSay  # not above: it takes torch
+        if not several or FirstToSay()():
+            print(one_line(f"error: {error}"), file=sys.stderr)
+        sys.exit(2)

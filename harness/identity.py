@@ -1,0 +1,136 @@
+"""When two runs are one: what a run is made with, and whether another is the same."""
+
+import hashlib
+import importlib.metadata
+import json
+import platform
+import shutil
+import subprocess
+from pathlib import Path
+
+import torch
+
+from adapter import WEIGHTS_FILE
+from data import SPLITS
+from harness.arguments import OVERRIDABLE, PATH_FLAGS, recorded_args
+from inputs.errors import InputError
+from inputs.files import sha256_file
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = ("torch", "transformers", "accelerate", "numpy", "scipy", "rouge_score", "safetensors")
+# What trains: the paper's files, what feeds a run and what carries it. Not what shows it later.
+TRAINS = ("badit.py", "decomposition.py", "experts.py", "grouping.py", "regrouping.py", "method.py",
+          "registry.py", "train.py", "data.py", "models.py", "evaluation.py", "metrics.py",
+          "adapter.py", "baselines/*.py", "inputs/*.py", "harness/*.py")
+# What identifies the base model in results.json and in checkpoints, in words.
+MODEL_HASHES = {"base_sha256": "weights", "config_sha256": "a configuration or tokenizer"}
+
+
+def provenance(args):
+    """What a run is made with; asked at its start, as files may change while it lasts."""
+    return {"code_sha256": code_sha256(), "git_commit": git_commit(), "versions": versions(),
+            "read_files": read_files(args)}
+
+
+def code_sha256(root=ROOT):
+    """SHA-256 over the names and contents of the Python files that train."""
+    digest = hashlib.sha256()
+    for file in sorted(file for pattern in TRAINS for file in root.glob(pattern)):
+        content = file.read_bytes()
+        digest.update(f"{file.relative_to(root)} {len(content)}\n".encode() + content)
+    return digest.hexdigest()
+
+
+def git_commit():
+    """The commit of this code, or None where it is no git checkout or git is not installed."""
+    if shutil.which("git") is None:
+        return None
+    answer = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    return answer.stdout.strip() if answer.returncode == 0 else None
+
+
+def versions():
+    return {name: importlib.metadata.version(name) for name in PACKAGES} | {
+        "python": platform.python_version()}
+
+
+def read_files(args):
+    """SHA-256 by flag of the files that a run reads beside its model and its data."""
+    files = {"single_task_results": args.single_task_results,
+             "adapter": args.adapter and Path(args.adapter) / WEIGHTS_FILE}
+    return {flag: sha256_file(path) for flag, path in files.items() if path is not None}
+
+
+def task_sha256(task):
+    """SHA-256 of what a task's score depends on: its text as it is used."""
+    content = [task.definition, task.metric, task.train, task.test]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def encoded_sha256(encoded):
+    """SHA-256 by task and split of an encoded suite's rows."""
+    return {f"{split} rows of {task}": hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+            for split in SPLITS for task, rows in getattr(encoded, split).items()}
+
+
+def compiler(accelerator):
+    """The backend of torch.compile that the launcher asks for, "no" for none."""
+    return accelerator.state.dynamo_plugin.backend.value.lower()
+
+
+def device_name(accelerator):
+    device = accelerator.device
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device} ({torch.backends.cpu.get_cpu_capability()})"  # which decides the kernels
+
+
+def identity(args, accelerator, tasks, made):
+    """What must be equal for runs to be equal, by the names that a user knows."""
+    return _identity(
+        recorded_args(args), {name: task_sha256(task) for name, task in tasks.items()},
+        made["read_files"], code=made["code_sha256"], versions=made["versions"],
+        threads=torch.get_num_threads(), device=device_name(accelerator),
+        precision=accelerator.mixed_precision, processes=accelerator.num_processes,
+        compiler=compiler(accelerator))
+
+
+def recorded_identity(results):
+    """`identity` of the run that wrote these Results."""
+    return _identity(
+        results.args, {name: task.sha256 for name, task in results.tasks.items()},
+        results.read_files, code=results.code_sha256, versions=results.versions,
+        threads=results.run.threads, device=results.run.device, precision=results.precision,
+        processes=results.processes, compiler=results.compiler)
+
+
+def _identity(args, data, files, **rest):
+    return ({f"--{name}": value for name, value in args.items()}
+            | {f"data of {name}": sha256 for name, sha256 in data.items()}
+            | {f"file of --{name}": sha256 for name, sha256 in files.items()} | rest)
+
+
+def refuse_another_run(setup, recorded, source):
+    """Raise InputError unless this run is the one that is `recorded`, or --allow_other lets it.
+
+    Returns those of OVERRIDABLE that differ and matter.
+    """
+    mine, free = setup.identity, set(setup.args.allow_other)
+    paths = {f"--{name}" for name in PATH_FLAGS}
+    different = [name for name in sorted(mine.keys() | recorded.keys())
+                 if mine.get(name) != recorded.get(name)]
+    kind = {name: "paths" if name in paths else name for name in different}
+    refused = [f"{name} (then {recorded.get(name)!r:.60}, now {mine.get(name)!r:.60})"
+               for name in different if kind[name] not in free]
+    if refused:
+        raise InputError(f"{source} is of another run: {'; '.join(refused)}. --allow_other can "
+                         f"overrule: {', '.join(OVERRIDABLE)}")
+    return set(kind.values()) - {"paths"}  # which change no digit
+
+
+def refuse_another_model(known, hashes, why):
+    """Raise InputError where one of the `known` hashes of a model is not that of `hashes`."""
+    for name, sha256 in known.items():
+        if sha256 != hashes.get(name):
+            raise InputError(f"{why} with {MODEL_HASHES[name]} other than then: its {name} was "
+                             f"{sha256!r:.20}, now {hashes.get(name)!r:.20}")

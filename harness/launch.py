@@ -1,0 +1,138 @@
+"""How a run starts and ends: the Accelerator, signals, and one line for whatever goes wrong."""
+
+import errno
+import importlib.util
+import os
+import shlex
+import signal
+import sys
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+
+from harness import checkpoint, output_folder, processes
+from harness.arguments import PAPER_BATCH, parse_flags
+from harness.run import say
+from harness.signals import StopSignals
+from inputs.errors import InputError, Interrupted, one_line
+
+# Of the disk, not of this program: one line, no traceback.
+DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
+# What the launcher sets for what shards gradients, by the name that users know.
+SHARDED = {"ACCELERATE_USE_DEEPSPEED": "DeepSpeed", "ACCELERATE_USE_FSDP": "FSDP",
+           "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+           "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism configuration"}
+
+
+def carry_out(argv, execute):
+    """Call execute(args, argv, stop, first_to_say) with the flags in `argv` -> exit status.
+
+    0; 2 after one line on bad input; 128 + the signal's number after one that asked to stop.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # no run ends at what it prints
+    first_to_say = processes.FirstToSay()
+
+    def end(status, reason):
+        if first_to_say():
+            print(one_line(reason), file=sys.stderr)
+        return status
+
+    with StopSignals() as stop:
+        processes.end_with_launcher()
+        try:
+            args, _ = parse_flags(argv)
+            output_folder.check(args)
+            execute(args, argv, stop, first_to_say)
+            return 0
+        except InputError as error:
+            return end(2, f"error: {error}")
+        except OSError as error:
+            full = (f"; what was saved before is whole: make room there, then "
+                    f"{command(argv, stop)}") if error.errno in DISK_ERRORS else ""
+            return end(2, f"error: {error}{full}")
+        except (Interrupted, KeyboardInterrupt) as error:
+            number = stop.received or signal.SIGINT
+            whole = isinstance(error, Interrupted) and checkpoint.checkpoints_in(
+                args.output_dir / checkpoint.FOLDER)
+            saved = "saved" if whole else "nothing more was saved"
+            return end(128 + number, f"stopped by {number.name}, {saved}; go on with: "
+                                     f"{command(argv, stop)}")
+        except Exception:
+            if first_to_say():
+                raise
+            return 1
+
+
+def command(argv, stop):
+    """The command that goes on with a run, or starts it again where it had not begun to write."""
+    if stop.deferred:
+        argv = [*(word for word in argv if word not in ("--resume", "--overwrite")), "--resume"]
+    threads = os.environ.get("OMP_NUM_THREADS")  # a run goes on with as many
+    prefix = f"OMP_NUM_THREADS={shlex.quote(threads)} " if threads else ""
+    return f"{prefix}{processes.launcher()} train.py {shlex.join(argv)}"
+
+
+def make_accelerator(args):
+    """The Accelerator, and a batch size for every process. Raises InputError."""
+    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")  # what the launcher sets
+    if precision not in ("no", "bf16"):
+        raise InputError(f"--mixed_precision {precision} is not supported; allowed: no, bf16")
+    refuse_sharding()
+    if args.report_to != "none" and importlib.util.find_spec(args.report_to) is None:
+        raise InputError(f"--report_to {args.report_to}: not installed, run `pip install "
+                         f"{args.report_to}`")
+    if args.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
+    torch.use_deterministic_algorithms(args.deterministic, warn_only=True)
+    try:
+        accelerator = Accelerator(
+            gradient_accumulation_steps=args.gradient_accumulation_steps,
+            log_with=None if args.report_to == "none" else args.report_to,
+            project_dir=args.output_dir / "tracking",
+            # Buffers are groupings, equal on all processes by construction.
+            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)])
+    except (ValueError, KeyError, RuntimeError, ImportError) as error:
+        raise InputError("Accelerate does not start: what the launcher or the environment asks for "
+                         f"does not fit this machine ({type(error).__name__}: {error})") from error
+    if accelerator.gradient_accumulation_steps != args.gradient_accumulation_steps:
+        raise InputError(f"the launcher asks for {accelerator.gradient_accumulation_steps} "
+                         "accumulation steps: give --gradient_accumulation_steps to train.py, not "
+                         "to accelerate launch")
+    kind = accelerator.distributed_type.value
+    if kind not in ("NO", "MULTI_GPU", "MULTI_CPU"):
+        raise InputError(f"distributed training by {kind} is not supported, only DDP on GPUs or "
+                         "CPUs")
+    args.batch_size = args.batch_size or share_of_batch(accelerator)
+    return accelerator
+
+
+def refuse_sharding():
+    """Raise InputError where the launcher asks for more than DDP; before Accelerate obeys it."""
+    for variable, name in SHARDED.items():
+        if os.environ.get(variable, "false").lower() not in ("false", "0", ""):
+            raise InputError(f"{name} is not supported, only DDP ({variable} is set): sharded "
+                             "gradients would make Eq. 8 wrong, and the trainable state is small "
+                             "enough for every process; launch with --multi_gpu")
+
+
+def share_of_batch(accelerator):
+    """Rows of a micro-batch where the global batch is the paper's. Raises InputError."""
+    micro_batches = accelerator.num_processes * accelerator.gradient_accumulation_steps
+    if PAPER_BATCH % micro_batches:
+        raise InputError(f"the global batch of {PAPER_BATCH} does not split over {micro_batches} "
+                         "processes * accumulation steps: give --batch_size")
+    return PAPER_BATCH // micro_batches
+
+
+def greet(args, accelerator):
+    """Say what runs where."""
+    trains = "evaluation only" if args.eval_only else args.setting
+    say(accelerator, f"badit: method {args.method}, {trains}, model {args.model}, precision "
+        f"{accelerator.mixed_precision}, processes {accelerator.num_processes}, device "
+        f"{accelerator.device}")
+    idle = (os.cpu_count() or 1) - torch.get_num_threads() * accelerator.num_processes
+    if accelerator.device.type == "cpu" and idle > 0:
+        say(accelerator, f"{idle} CPU cores stay idle: `accelerate launch "
+            "--num_cpu_threads_per_process N`, or `python train.py`, uses them")

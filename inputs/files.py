@@ -1,0 +1,87 @@
+"""Files that are whole or absent, files read with suspicion, checksums, and the cache folder."""
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import stat
+import tempfile
+from pathlib import Path
+
+LARGEST_TEXT = 2**30  # bytes
+
+
+@contextlib.contextmanager
+def atomic_path(path):
+    """Yield a temporary path beside `path`; on success rename it over `path`, both on the disk.
+
+    An exception, a full disk, a kill or a power failure leaves whatever was at `path` before.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    os.close(handle)
+    try:
+        yield Path(temporary)
+        # mkstemp makes files private to the user; give them the mode an ordinary open() would.
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)
+        fsync(temporary)
+        os.replace(temporary, path)
+        fsync(path.parent)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise
+
+
+def fsync(path):
+    """Return when the file `path`, or the names in the folder `path`, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_json(path, value):
+    """Write `value` as sorted, indented JSON, atomically. Raises ValueError on NaN or infinity."""
+    text = json.dumps(value, indent=1, sort_keys=True, allow_nan=False, ensure_ascii=False)
+    with atomic_path(path) as temporary:
+        temporary.write_text(text + "\n", encoding="utf-8")
+
+
+def open_file(path):
+    """`path` opened for reading bytes. Raises OSError for a pipe or a device: it might not end."""
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe would be waited for
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return open(handle, "rb")
+
+
+def read_text(path):
+    """The UTF-8 text of a file. Raises OSError, also for what is no file or far too large."""
+    with open_file(path) as file:
+        if os.fstat(file.fileno()).st_size > LARGEST_TEXT:
+            raise OSError(errno.EINVAL, f"larger than {LARGEST_TEXT:,} bytes", str(path))
+        return file.read().decode("utf-8")
+
+
+def read_json_lines(path):
+    """The values of a JSON-lines file. Raises OSError or ValueError."""
+    lines = read_text(path).split("\n")  # not splitlines: texts hold other line breaks
+    return [json.loads(line) for line in (lines[:-1] if lines[-1] == "" else lines)]
+
+
+def sha256_file(path):
+    """SHA-256 of a file's bytes, as lower-case hexadecimal digits."""
+    with open_file(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def cache_dir():
+    """The folder for converted models, downloads and tokenised data."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "badit"

