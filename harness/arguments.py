@@ -16,7 +16,7 @@ import msgspec
 from inputs import formats
 from inputs.errors import InputError
 from inputs.numbers import Fraction, Positive, PositiveInt, Seed
-from inputs.settings import add_argument, check_each
+from inputs.settings import Parser, add_argument, check_each
 from registry import EMBEDDED, METHODS, MODELS, read_adapter_config
 
 PAPER_BATCH = 8
@@ -162,13 +162,6 @@ RUN_FLAGS, PATH_FLAGS = names(of_run=True), names(is_path=True)
 TRAINING_FLAGS, STUDY_FLAGS = names(of_training=True), names(of_study=True)
 
 
-class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, and where to read on."""
-
-    def error(self, message):
-        raise InputError(f"{message}; see `python {self.prog} --help`")
-
-
 def build_parser():
     """All flags with the paper's defaults (Appendix G.4)."""
     parser = Parser(prog="train.py", allow_abbrev=False,
@@ -261,13 +254,16 @@ def from_values(values, source):
     if values.keys() != wanted:
         raise InputError(f"{source} is of another version of this program, with other flags: "
                          f"{sorted(wanted ^ values.keys())[:5]}")
+    read = {}
     for name, value in values.items():
         try:
-            check_each(ALL_FLAGS[name], msgspec.convert(value, ALL_FLAGS[name].type))
+            typed = msgspec.convert(value, ALL_FLAGS[name].type)
+            check_each(ALL_FLAGS[name], typed)
         except (msgspec.ValidationError, argparse.ArgumentTypeError) as error:
             raise InputError(f"{source}: {value!r:.60} is no value of --{name} ({error})"
                              ) from None
-    return argparse.Namespace(**values)
+        read[name] = list(typed) if isinstance(typed, tuple) else typed
+    return argparse.Namespace(**read)
 
 
 def recorded_args(args):
