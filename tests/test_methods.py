@@ -206,6 +206,31 @@ def words_for(flag):
     return [f"--{flag.name}", "1" if flag.default is None else str(flag.default)]
 
 
+@pytest.mark.parametrize(("flags", "message"), [
+    ("badit --top_k 9", "--top_k 9 is above --num_experts 8"),
+    ("loramoe --top_k 9", "--top_k 9 is above --num_experts 8"),
+    ("loramoe --balance_delta 0.2", "--balance_delta is not read with --balance_weight 0"),
+    ("loramoe --balance_types qa=0", "--balance_types is not read with --balance_weight 0"),
+    ("loramoe --balance_weight 1", "--balance_weight needs --balance_types"),
+    ("loramoe --balance_weight 1 --balance_types qa=2", "'qa=2' is not TASK=0 or TASK=1"),
+    ("loramoe --balance_weight 1 --balance_types qa=0 --num_experts 5", "5 must be even"),
+    ("olora --orth_norm l2", "invalid choice: 'l2'"),
+    ("gainlora --orth_weight 1", "--orth_weight is not read with --branches inflora"),
+    ("gainlora --branches olora --a_init cov_svd", "--a_init is not read with --branches olora"),
+    ("gainlora --threshold 1", "'1' is not a number from 0 to below 1"),
+])
+def test_flags_that_do_not_fit_each_other_are_refused(flags, message):
+    with pytest.raises(InputError, match=message):
+        parse_flags(["--method", *flags.split()])
+
+
+@pytest.mark.parametrize("chunk", [5, 32])
+def test_chunks_that_do_not_split_a_layer_are_refused(chunk):
+    settings = replace(CASES["gainlora"][1], chunk=chunk)
+    with pytest.raises(InputError, match=f"--chunk {chunk} does not split 32 inputs"):
+        method_class("gainlora")(settings).check_model(base_model())
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_an_impossible_rank_is_refused_before_weights_load(name):
     """The model may still be on the meta device."""
