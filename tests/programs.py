@@ -43,9 +43,10 @@ def finish(_, *flags):
                "config_sha256": "", "variant": "", "precision": "no", "compiler": "no",
                "processes": 1, "global_batch_size": 8, "rows": ["mixed"], "task_order": ["a"],
                "overruled": [], "regroupings": [],
+               "parameters": dict.fromkeys(("trainable", "stored", "active", "total"), 0),
                "run": {"device": "cpu", "threads": 1, "seconds": {}},
                **{key: {} for key in ("comparable", "settings", "versions", "read_files", "tasks",
-                                      "parameters", "scores", "metrics")}}
+                                      "scores", "metrics")}}
     args.output_dir.mkdir(parents=True)
     (args.output_dir / "results.json").write_text(json.dumps(results), encoding="utf-8")
 
