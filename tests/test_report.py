@@ -136,11 +136,6 @@ def test_all_whole_runs_are_read(folder):
         matrix = record.results["scores"]["best"]
         assert len(matrix) == {"sequential": 3}.get(record.setting, 1)
         assert list(record.final("best").values()) == matrix[-1]
-        if record.setting != "single":
-            means = {task: statistics.fmean(
-                item[record.results["tasks"][task]["metric"]]["best"] for item in items.values())
-                for task, items in record.items.items()}
-            assert means == pytest.approx(record.final("best"))
 
 
 def assert_left_out(study, reason):
@@ -210,13 +205,6 @@ def answers_without_the_best(run):
 def test_a_run_with_other_files_is_left_out(study, damage, reason):
     damage(study / "lora-sequential-2")
     assert_left_out(study, reason)
-
-
-def test_a_run_is_read_once(study):
-    shutil.copytree(study / "lora-sequential-2", study / "z")
-    kept, left_out = runs.collect([study])
-    assert [record.seed for record in kept if record.cell[1:] == ("lora", "sequential")] == [1, 2]
-    assert left_out == [(study / "z", f"the same run as {study / 'lora-sequential-2'}")]
 
 
 def test_zero_shot_on_other_items_is_left_out(study):
@@ -638,7 +626,7 @@ def test_strange_folder_names_in_a_report(folder, tmp_path, capsys):
     (tmp_path / "runs" / "c" / STRANGE / "checkpoints").mkdir(parents=True)
     assert report.main([str(tmp_path / "runs"), "--out", str(tmp_path / STRANGE)]) == 0
     out, err = capsys.readouterr()
-    assert out.count("\n") == 1 and SHOWN in out
+    assert out == f"1 runs, 2 left out: {tmp_path}/{SHOWN}/report.md\n"  # one is a copy of it
     assert err.count("\n") == 2 and err.count(SHOWN) == 2
     text = (tmp_path / STRANGE / "report.md").read_text()
     assert f"runs/c/{SHOWN}`: incomplete" in text
