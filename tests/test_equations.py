@@ -288,17 +288,6 @@ def test_orient_makes_the_largest_entry_positive():
     assert torch.equal(Vh_new, Vh * signs[:, None])
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_orient_is_blind_to_flips(seed):
-    """Flipped pairs come back equal, and their product never changes."""
-    U, Vh = randn(seed, 9, 6), randn(seed + 50, 6, 7)
-    flip = randn(seed + 100, 6).sign()
-    one = orient_singular_pairs(U.clone(), Vh.clone())
-    two = orient_singular_pairs(U * flip, flip[:, None] * Vh)
-    assert torch.equal(one[0], two[0]) and torch.equal(one[1], two[1])
-    assert_close(one[0] @ one[1], U @ Vh)
-
-
 @pytest.mark.parametrize("seed", range(3))
 def test_flipped_svd_gives_equal_banks_and_groupings(seed, monkeypatch):
     """Other signs from the SVD change neither the bank nor the grouping."""
@@ -349,22 +338,15 @@ def test_routing_weights_by_hand():
 
 
 @pytest.mark.parametrize("top_k", [1, 3, 4, 7, 8])
-@pytest.mark.parametrize("ties", [False, True])
-def test_select_experts(top_k, ties):
-    """The top_k largest logits, the lowest index on ties, exactly top_k of them."""
-    z = randn(9, 5, 40, 8)
-    z = z.round() if ties else z
+@pytest.mark.parametrize("decimals", [9, 0, -1])
+def test_select_experts(top_k, decimals):
+    """The top_k largest logits, the lowest index on ties, exactly top_k; also of equal logits."""
+    z = randn(9, 5, 40, 8).round(decimals=decimals)
     mask = select_experts(z, top_k)
     assert mask.dtype == torch.bool and mask.shape == z.shape
     for row, chosen in zip(z.reshape(-1, 8).tolist(), mask.reshape(-1, 8).tolist(), strict=True):
         ranked = sorted(range(8), key=row.__getitem__, reverse=True)  # stable: lowest index first
         assert [k for k in range(8) if chosen[k]] == sorted(ranked[:top_k])
-
-
-def test_select_experts_with_all_logits_equal():
-    """At init the first top_k experts are taken."""
-    mask = select_experts(torch.full((3, 8), 0.25), 4)
-    assert mask.tolist() == [[True] * 4 + [False] * 4] * 3
 
 
 # Eq. 8, 9

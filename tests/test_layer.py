@@ -262,11 +262,11 @@ def test_a_layer_is_its_formula(options, bias):
     assert_close(layer.eval()(x), expected)
 
 
-@pytest.mark.parametrize("routing", ["token", "static"])
+@pytest.mark.parametrize("options", [{}, dict(inactive="drop"), dict(routing="static")])
 @pytest.mark.parametrize("lead", [(), (1,), (5,), (2, 3), (2, 1, 2, 2), (0,), (2, 0)])
-def test_any_leading_dimensions(routing, lead):
-    """One token, a batch, sequences, or none at all."""
-    layer = trained(linear(14), 15, routing=routing).eval()
+def test_tokens_are_independent(options, lead):
+    """One token, a batch, sequences, or none at all: each is treated as if alone."""
+    layer = trained(linear(14), 15, **options).eval()
     x = randn(16, *lead, IN)
     y = layer(x)
     assert y.shape == (*lead, OUT)
@@ -438,22 +438,6 @@ def test_dropout_reaches_the_adapter_only():
     is_kept = (y - kept).abs().amax(1) < 1e-9
     is_dropped = (y - none).abs().amax(1) < 1e-9
     assert (is_kept ^ is_dropped).all() and is_kept.any() and is_dropped.any()
-
-
-# Tokens are independent
-
-
-@pytest.mark.parametrize("inactive", ["keep", "drop"])
-def test_routing_ignores_padding_and_batch_mates(inactive):
-    """A token's output does not depend on its neighbours, padding included."""
-    layer = trained(linear(55), 56, inactive=inactive).eval()
-    tokens = randn(57, 6, IN)
-    alone = torch.stack([layer(t[None])[0] for t in tokens])
-    padding, mates = torch.zeros(3, IN).double(), 100 * randn(58, 4, IN)
-    for left, right in [(padding, padding[:0]), (mates, padding), (padding, mates)]:
-        together = layer(torch.cat([left, tokens, right])[None])[0]
-        assert_close(together[len(left):len(left) + 6], alone)
-    assert_close(layer(tokens.reshape(2, 3, IN)).reshape(6, OUT), alone)
 
 
 # Precision
