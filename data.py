@@ -9,8 +9,8 @@ import sys
 from typing import NamedTuple
 
 import torch
-from tqdm import tqdm
 
+from inputs.bars import Bar
 from inputs.download import download
 from inputs.errors import InputError, library_errors, one_line
 from inputs.numbers import stable_seed
@@ -117,7 +117,7 @@ def encode_suite(suite, tokenizer, max_length, chat_template=False, splits=SPLIT
         raise InputError("--chat_template: this tokenizer has no chat template")
     encoded = Encoded({}, {}, [], {split: 0 for split in SPLITS})
     total = sum(len(getattr(task, split)) for task in suite.tasks.values() for split in splits)
-    with tqdm(total=total, desc="tokenise", unit="row", delay=2, leave=False) as bar:
+    with Bar(total=total, desc="tokenise", unit="row", delay=2, leave=False) as bar:
         for name, task in suite.tasks.items():
             train, test = (_encode_split(task, split, tokenizer, max_length, chat_template, bar)
                            if split in splits else [] for split in SPLITS)

@@ -6,11 +6,11 @@ from collections import defaultdict
 
 import torch
 from accelerate.utils import gather_object
-from tqdm import tqdm
 from transformers import LogitsProcessor
 
 from data import pad_left
 from harness.recorder import stream
+from inputs.bars import Bar
 from inputs.errors import InputError, Interrupted, library_errors
 from inputs.files import atomic_path
 from metrics import SCORERS, mean, score
@@ -83,7 +83,7 @@ def evaluate(run, rows, path):
     predicted = {}
     run.model.eval()
     with (stream(run, partial) as file,
-          tqdm(total=len(rows), desc=f"evaluate {path.stem}", unit="item", leave=False,
+          Bar(total=len(rows), desc=f"evaluate {path.stem}", unit="item", leave=False,
                disable=not accelerator.is_main_process) as bar):
         for first in range(0, len(batches), processes):
             if run.stop_asked():

@@ -4,9 +4,8 @@ import json
 import os
 import time
 
-from tqdm import tqdm
-
 from harness import processes
+from inputs.bars import Bar
 
 
 def stream(run, path, mode="w"):
@@ -24,7 +23,7 @@ class Recorder:
         self.run, self.stage, self.tokens = run, stage.name, 0
         self.log = stream(run, run.args.output_dir / "log.jsonl", "a")
         self.regroup_log = stream(run, run.args.output_dir / "regroup.jsonl", "a")
-        self.bar = tqdm(total=stage.steps, initial=run.progress.position.step,
+        self.bar = Bar(total=stage.steps, initial=run.progress.position.step,
                         desc=f"train {stage.name}", unit="step",
                         disable=not run.accelerator.is_main_process)
         self.start = time.perf_counter()

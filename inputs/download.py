@@ -3,8 +3,8 @@
 from pathlib import Path
 
 import pooch
-from tqdm import tqdm
 
+from inputs.bars import Bar
 from inputs.errors import InputError
 from inputs.files import sha256_file
 
@@ -18,7 +18,7 @@ def download(destination, base_url, manifest):
     destination = Path(destination)
     missing = [name for name, sha256 in manifest.items()
                if not (destination / name).is_file() or sha256_file(destination / name) != sha256]
-    for name in tqdm(missing, desc="download", unit="file"):
+    for name in Bar(missing, desc="download", unit="file"):
         path = destination / name
         try:
             pooch.retrieve(base_url + name, known_hash=f"sha256:{manifest[name]}",

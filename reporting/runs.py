@@ -10,10 +10,9 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
-from tqdm import tqdm
-
 import metrics
 from inputs import formats
+from inputs.bars import Bar
 from inputs.errors import InputError
 from inputs.files import atomic_path, write_json
 from inputs.settings import Settings
@@ -280,7 +279,7 @@ def collect(folders, free=()):
     Raises InputError where none is left.
     """
     records, left_out = [], []
-    for folder in tqdm(find(folders), desc="read runs", unit="run", delay=2, leave=False):
+    for folder in Bar(find(folders), desc="read runs", unit="run", delay=2, leave=False):
         try:
             records.append(read(folder))
         except InputError as error:

@@ -1,8 +1,8 @@
 """The report of a study: Markdown with its tables, what differences are worth, and its figures."""
 
 import numpy as np
-from tqdm import tqdm
 
+from inputs.bars import Bar
 from inputs.errors import one_line
 from inputs.files import write_text
 from reporting import figures, runs, significance, tables
@@ -19,7 +19,7 @@ def make(records, left_out, out):
         write_text(out / "tables" / f"{table.name}.tex", table.latex())
         write_text(out / "tables" / f"{table.name}.csv", table.csv())
     names = []
-    for name, figure in tqdm(figures.of_study(records), desc="figures", unit="figure", delay=5,
+    for name, figure in Bar(figures.of_study(records), desc="figures", unit="figure", delay=5,
                              leave=False):
         figures.save(figure, out / "figures" / name, ("png", "pdf"))
         names.append(name)

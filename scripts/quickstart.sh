@@ -10,4 +10,9 @@ while [ -e "$output" ]; do n=$((n + 1)) output=runs/quickstart-$n; done
   --dynamo_backend no --num_cpu_threads_per_process "$(nproc)" train.py --method badit \
   --model smollm2-135m --suite mini --setting mixed --epochs 2 --max_train_per_task 24 \
   --learning_rate 5e-4 --max_new_tokens 20 --eval_before --output_dir "$output"
-.venv/bin/python report.py "$output"
+.venv/bin/python report.py "$output" | tail -n 2  # its table stands above already
+echo "adapter: $output/adapter
+next, after \`source .venv/bin/activate\`:
+  python train.py --eval_only --adapter $output/adapter                # score the adapter again
+  python train.py --method badit --setting sequential --eval_before    # the tasks one after the other
+  python train.py --method lora --rank 32                              # a method to compare it with"
