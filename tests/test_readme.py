@@ -10,15 +10,17 @@ import study
 from conftest import succeed
 
 import train
-from registry import METHODS
+from registry import METHODS, Entry, Targets
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+TEXTS = README + "".join(file.read_text(encoding="utf-8")
+                         for file in sorted((ROOT / "docs").glob("*.md")))
 
 
 def section(title):
     """The text under one heading."""
-    return README.split(f"\n## {title}\n")[1].split("\n## ")[0]
+    return re.split(rf"\n##+ {title}\n", README)[1].split("\n## ")[0]
 
 
 def table_rows():
@@ -48,19 +50,21 @@ def test_equation_table(paper, functions, tests):
         assert (ROOT / "tests" / file).is_file()
 
 
-def test_file_map():
-    """The line counts of the map are within a tenth, and ten lines, of the files'."""
-    rows = re.findall(r"^\| (`[^|]*\.py`[^|]*) \| (\d+) \|", section("Map"), flags=re.MULTILINE)
-    assert len(rows) > 10
-    for names, count in rows:
-        files = [ROOT / name for name in re.findall(r"`([\w/.]+)`", names)]
-        lines = sum(len(file.read_text(encoding="utf-8").splitlines()) for file in files)
-        assert abs(lines - int(count)) <= 10 + lines // 10, names
+def test_tree():
+    """Everything in the tree is there, and its line counts are within a tenth, and ten lines."""
+    tree = section("The tree").split("```")[1]
+    counted = re.findall(r"^([\w/]+\.py) +(\d+)  ", tree, flags=re.MULTILINE)
+    assert {name for name, _ in counted} == {file.name for file in ROOT.glob("*.py")}
+    for name, count in counted:
+        lines = len((ROOT / name).read_text(encoding="utf-8").splitlines())
+        assert abs(lines - int(count)) <= 10 + lines // 10, name
+    for name in re.findall(r"\b\w+/", tree):
+        assert (ROOT / name).is_dir(), name
 
 
 def train_commands():
     """The flags of every train.py command in a code block."""
-    for block in re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL):
+    for block in re.findall(r"```bash\n(.*?)```", TEXTS, flags=re.DOTALL):
         for line in block.splitlines():
             words = shlex.split(line, comments=True)
             if "train.py" in words:
@@ -69,9 +73,9 @@ def train_commands():
 
 def test_study_commands_parse():
     """The README's sweeps are accepted, in code blocks and in the text."""
-    text = " ".join(README.split())
+    text = " ".join(TEXTS.split())
     commands = [shlex.split(words) for words in re.findall(r"`(--m[^`]*seq[^`]*)`", text)]
-    commands += [shlex.split(line, comments=True)[2:] for line in README.splitlines()
+    commands += [shlex.split(line, comments=True)[2:] for line in TEXTS.splitlines()
                  if line.startswith("bash scripts/sweep.sh")]
     assert len(commands) == 2
     for words in commands:
@@ -90,9 +94,9 @@ def test_commands_parse(flags):
 def test_example_method_trains(llama, suite, tmp_path, monkeypatch):
     """The example under "Add your own method" trains, saves and loads through train.py."""
     code = re.search(r"```python\n(# baselines/scale.py.*?)```", README, flags=re.DOTALL)[1]
-    namespace = {}
-    exec(compile(code, "scale.py", "exec"), namespace)
-    monkeypatch.setitem(METHODS, "scale", namespace["Scale"])
+    (tmp_path / "scale_example.py").write_text(code, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(METHODS, "scale", Entry("scale_example:Scale", Targets))
     common = ["--model", llama, "--suite", suite, "--max_length", 128, "--max_new_tokens", 4]
     succeed("--method", "scale", "--epochs", 1, "--learning_rate", 0.5, "--eval_before",
             "--output_dir", tmp_path / "run", *common)
