@@ -72,6 +72,13 @@ class Settings:
         return cls(**read)
 
 
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, and where to read on."""
+
+    def error(self, message):
+        raise InputError(f"{message}; see `python {self.prog} --help`")
+
+
 def check_each(field, value):
     """Call the check of a field, if it has one, on the text or texts of its value."""
     check = field.metadata["check"]
