@@ -76,8 +76,8 @@ def task_order(names, seed, explicit=None):
         order = ORDERS[explicit[0]]
         other = [name for name in names if name not in order]
         if other:
-            raise InputError(f"--task_order {explicit[0]} orders the tasks of long_sequence: "
-                             f"{', '.join(other)} are not among them")
+            raise InputError(f"--task_order {explicit[0]} is for tasks of long_sequence, not for "
+                             f"{', '.join(other)}")
         return [name for name in order if name in names]
     if explicit is not None:
         order = resolve_names(explicit, names)
@@ -346,7 +346,7 @@ def fetch(args):
     folder = named.folder(args.data_dir)
     if args.command == "download":
         download(folder, named.url, named.manifest(), named.checksum)
-    suite = load_suite(named.name, folder)
+    suite = load_suite(named.name, args.data_dir)
     counts = [sum(len(getattr(task, split)) for task in suite.tasks.values()) for split in SPLITS]
     yield (f"{folder}: {len(suite.tasks)} tasks, {counts[0]} training and {counts[1]} test "
            "instances, all checksums right")

@@ -253,7 +253,10 @@ def choose_columns(kind, there, args, path):
              for first, second in PAIRS[kind]]
     pair = next((pair for pair in pairs if set(pair) <= set(there)), None)
     if pair is None:
-        raise InputError(f"{names}: name those to read with --input_column and --output_column")
+        wanted = " or ".join(" and ".join(pair) for pair in pairs)
+        raise InputError(f"{names}, not {wanted}" + (
+            ": name those to read with --input_column and --output_column" if kind == "table"
+            else f" as --kind {kind} has"))
     chosen["input"], chosen["output"] = pair
     for name, usual in (("definition", "instruction"), ("id", "id")):
         if chosen[name] is None:

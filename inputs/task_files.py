@@ -55,8 +55,8 @@ def resolve_names(names, allowed):
 
 def listed(names):
     """Some names in a line."""
-    more = f" and {len(names) - 50:,} more" if len(names) > 50 else ""
-    return ", ".join(names[:50]) + more
+    more = f" and {len(names) - 20:,} more" if len(names) > 20 else ""
+    return ", ".join(names[:20]) + more
 
 
 def read_task(folder, about=None):
