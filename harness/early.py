@@ -1,5 +1,6 @@
 """What train.py does before it loads the libraries that take seconds: --help, and wrong flags."""
 
+import io
 import os
 import sys
 
@@ -8,11 +9,23 @@ from harness.arguments import parse_flags
 from inputs.errors import InputError, one_line
 
 
+def print_anything():
+    """Let no run end at what it prints: an odd name is escaped, a closed stream is no other file.
+    """
+    while (handle := os.open(os.devnull, os.O_RDWR)) <= 2:  # else a log would take its place
+        pass
+    os.close(handle)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def end_on_bad_flags(argv):
     """Exit with status 2 and one line where train.py would refuse its flags; after --help, with 0.
 
     Of several processes one says why.
     """
+    print_anything()
     try:
         args, _ = parse_flags(argv)
         output_folder.check(args)

@@ -12,6 +12,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 
 from harness import checkpoint, output_folder, processes
 from harness.arguments import PAPER_BATCH, parse_flags
+from harness.early import print_anything
 from harness.run import say
 from harness.signals import StopSignals
 from inputs.errors import InputError, Interrupted, one_line
@@ -29,9 +30,7 @@ def carry_out(argv, execute):
 
     0; 2 after one line on bad input; 128 + the signal's number after one that asked to stop.
     """
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")  # no run ends at what it prints
+    print_anything()
     first_to_say = processes.FirstToSay()
 
     def end(status, reason):

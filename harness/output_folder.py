@@ -1,6 +1,7 @@
 """The folder of a run: what is written there, by one run at a time, and what may be deleted."""
 
 import contextlib
+import errno
 import os
 import re
 from pathlib import Path
@@ -10,6 +11,7 @@ import filelock
 from inputs.errors import InputError
 
 LOCK = ".lock"  # there while a run writes, or where one was killed
+NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}  # what a file system without them says
 # What a run writes into its folder, and what --overwrite may delete there.
 OUTPUTS = (r"results\.json", r"log\.jsonl", r"regroup\.jsonl", r"figure\.png", r"report\.html",
            r"predictions/\d{2,}_[\w.-]+\.jsonl(\.partial)?",
@@ -94,17 +96,19 @@ def reserved(run, there):
     if not run.accelerator.is_main_process:
         yield
         return
-    lock = filelock.FileLock(folder / LOCK, blocking=False)  # until this process ends or dies
+    # Held until this process ends or dies: never a lock that is but a file, which a kill leaves.
+    lock = filelock.FileLock(folder / LOCK, blocking=False, fallback_to_soft=False)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     except filelock.Timeout:
         raise InputError(f"--output_dir {folder}: another run is writing there; let it end, or "
                          "stop it, first") from None
-    except NotImplementedError:
-        run.print(f"--output_dir {folder}: its file system has no locks; start no second run there")
     except OSError as error:
-        raise InputError(f"--output_dir {folder} cannot be written: {error.strerror}") from None
+        if error.errno not in NO_LOCKS:
+            raise InputError(f"--output_dir {folder} cannot be written: {error.strerror}") from None
+        run.print(f"--output_dir {folder}: its file system has no locks ({error.strerror}); start "
+                  "no second run there")
     try:
         if listing(folder) != there:
             raise InputError(f"--output_dir {folder}: another run has written there since this "

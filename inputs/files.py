@@ -49,13 +49,21 @@ def fsync(path):
 def write_json(path, value):
     """Write `value` as sorted, indented JSON, atomically. Raises ValueError on NaN or infinity."""
     text = json.dumps(value, indent=1, sort_keys=True, allow_nan=False, ensure_ascii=False)
+    write_text(path, text + "\n")
+
+
+def write_text(path, text):
+    """Write a text as UTF-8, atomically."""
     with atomic_path(path) as temporary:
-        temporary.write_text(text + "\n", encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8")
 
 
 def open_file(path):
     """`path` opened for reading bytes. Raises OSError for a pipe or a device: it might not end."""
-    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe would be waited for
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe would be waited for
+    except ValueError as error:  # no name of a file, as it holds a NUL
+        raise OSError(errno.EINVAL, str(error), str(path)) from None
     if not stat.S_ISREG(os.fstat(handle).st_mode):
         os.close(handle)
         raise OSError(errno.EINVAL, "not a regular file", str(path))
@@ -71,12 +79,6 @@ def read_text(path):
         if os.fstat(file.fileno()).st_size > LARGEST_TEXT:
             raise OSError(errno.EINVAL, f"larger than {LARGEST_TEXT:,} bytes", str(path))
         return file.read().decode("utf-8-sig")
-
-
-def read_json_lines(path):
-    """The values of a JSON-lines file. Raises OSError or ValueError."""
-    lines = read_text(path).split("\n")  # not splitlines: texts hold other line breaks
-    return [json.loads(line) for line in (lines[:-1] if lines[-1] == "" else lines)]
 
 
 def sha256_file(path):

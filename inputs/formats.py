@@ -5,16 +5,18 @@ together) is checked where the file is used.
 """
 
 import json
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
-from msgspec import Meta, Struct
+from msgspec import UNSET, Meta, Struct, UnsetType
 
 from inputs.errors import InputError
 from inputs.files import read_text
+from inputs.numbers import Seed
 
 Score = Annotated[float, Meta(ge=0, le=100)]
 Amount = Annotated[float, Meta(ge=-1e100, le=1e100)]  # sums and squares of such are finite
+Count = Annotated[int, Meta(ge=0, le=2**62)]
 
 
 class Instance(Struct):
@@ -22,16 +24,15 @@ class Instance(Struct):
 
     input: str
     output: str | Annotated[list[str], Meta(min_length=1)]
-    id: str | None = None
+    id: str | UnsetType = UNSET
 
 
-class TaskFile(Struct):
-    """A split of a task in the natural-instructions layout; other keys are not read."""
+class TaskHead(Struct):
+    """What a task file says beside its Instances; other keys are not read."""
 
     Definition: str | list[str]
-    Instances: Annotated[list[Instance], Meta(min_length=1)]
-    Category: str | None = None
-    Metric: str | None = None
+    Category: str = "other"
+    Metric: str = "rouge_l"
 
 
 class AdapterConfig(Struct, forbid_unknown_fields=True):
@@ -73,21 +74,42 @@ class CheckpointState(Struct, forbid_unknown_fields=True):
     rng: list[dict[str, Any]]
 
 
+class RunArgs(Struct):
+    """The flags of a run, as far as a report reads them."""
+
+    method: str
+    model: str
+    suite: str
+    setting: Literal["mixed", "sequential", "single"]
+    seed: Seed
+    eval_before: bool
+    eval_only: bool
+
+
 class TaskSummary(Struct):
     """What results.json says of a task."""
 
     category: str
-    metric: str
-    train: int
-    test: int
+    metric: Literal["rouge_l", "accuracy"]
+    train: Count
+    test: Count
     sha256: str
+
+
+class Parameters(Struct, forbid_unknown_fields=True):
+    """Numbers of weights."""
+
+    trainable: Count
+    stored: Count
+    active: Count
+    total: Count
 
 
 class RunInfo(Struct):
     """What differs between equal runs, as far as a report reads it."""
 
     device: str
-    threads: int
+    threads: Count
     seconds: dict[str, Amount]
 
 
@@ -95,7 +117,7 @@ class Regrouping(Struct):
     """Means over layers of one regrouping, as far as a report reads them."""
 
     stage: str
-    step: int
+    step: Count
     inter_before: Amount | None
     intra_before: Amount | None
     inter_after: Amount | None
@@ -104,31 +126,51 @@ class Regrouping(Struct):
     alpha_max: Amount | None
 
 
-class Results(Struct):
-    """results.json of a finished run, as far as anything reads it; other keys are kept, unread."""
+class ReportedResults(Struct):
+    """results.json of a finished run, as far as a report reads it; other keys are kept, unread."""
 
-    args: dict[str, Any]
+    args: RunArgs
     variant: str
     comparable: dict[str, Any]
     settings: dict[str, Any]
     versions: dict[str, str]
     code_sha256: str
     base_sha256: str
-    config_sha256: str
-    read_files: dict[str, str]
-    overruled: list[str]
     precision: str
-    processes: int
+    processes: Count
     compiler: str
-    global_batch_size: int
+    global_batch_size: Count
     task_order: Annotated[list[str], Meta(min_length=1)]
     tasks: dict[str, TaskSummary]
-    parameters: dict[str, int]
+    parameters: Parameters
     rows: Annotated[list[str], Meta(min_length=1)]
     scores: dict[str, list[list[Score | None]]]
     metrics: dict[str, Amount | None]
     regroupings: list[Regrouping]
     run: RunInfo
+
+
+class Results(ReportedResults):
+    """results.json of a finished run, as far as another run reads it."""
+
+    args: dict[str, Any]  # of any flags: what a run repeats, it checks
+    config_sha256: str
+    read_files: dict[str, str]
+    overruled: list[str]
+
+
+class References(Struct):
+    """A score against the best and against the first reference."""
+
+    best: Score
+    first: Score
+
+
+class ItemScores(Struct):
+    """The scores of one item, by metric."""
+
+    rouge_l: References
+    accuracy: References
 
 
 class Prediction(Struct):
@@ -139,7 +181,7 @@ class Prediction(Struct):
     prompt: str
     prediction: str
     references: Annotated[list[str], Meta(min_length=1)]
-    scores: dict[str, dict[str, Score]]
+    scores: ItemScores
 
 
 class LogLine(Struct):
@@ -148,30 +190,32 @@ class LogLine(Struct):
     loss: Amount
 
 
+class RegroupLine(Struct):
+    """A line of regroup.jsonl, of one layer, as far as a report reads it."""
+
+    stage: str
+    step: Count
+    layer: str
+    moved: Count
+    intra_before: Amount | None
+    intra_after: Amount | None
+    inter_after: Amount | None
+    alpha_entropy: Amount | None
+    expert_share: Annotated[list[Amount], Meta(min_length=1)] | None
+
+
 def read(path, kind):
     """(the content of a JSON file as plain values, the same as a `kind`).
 
-    Raises InputError, in one line, for what is no file, no JSON, or of another shape; for a key
-    that stands twice, NaN, and half of a surrogate pair, which Python would let pass.
+    Raises InputError, in one line, for what is no file, no JSON, or of another shape.
     """
-    try:
-        text = read_text(path)
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not readable JSON: {error}") from None
-    value = _parse(text, path)
+    value = load(path)
     return value, convert(value, kind, path)
 
 
 def read_lines(path, kind):
     """The lines of a JSON-lines file, as plain values. Raises InputError as `read` does."""
-    try:
-        lines = read_text(path).split("\n")  # not splitlines: texts hold other line breaks
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not readable JSON: {error}") from None
+    lines = _text(path).split("\n")  # not splitlines: texts hold other line breaks
     if lines[-1] == "":
         lines.pop()
     values = [_parse(line, f"{path}, line {number}") for number, line in enumerate(lines, start=1)]
@@ -179,25 +223,48 @@ def read_lines(path, kind):
     return values
 
 
-def convert(value, kind, source):
-    """Plain values as a `kind`. Raises InputError where they are of another shape."""
+def load(path):
+    """The content of a JSON file, of any shape. Raises InputError for what is no file or no JSON.
+
+    So for a key that stands twice, and for NaN, which Python would let pass.
+    """
+    return _parse(_text(path), path)
+
+
+def convert(value, kind, source, verdict=" is damaged, or of another version of this program"):
+    """Plain values as a `kind`. Raises InputError where they are of another shape.
+
+    So for half of a surrogate pair, which Python would let pass. A message begins with the source,
+    such as a file, and the verdict on it.
+    """
     try:
-        return msgspec.convert(value, kind)
+        converted = msgspec.convert(value, kind)
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        before = error.object[max(0, error.start - 40):error.start]
+        raise InputError(f"{source}: half of a surrogate pair, which is no character, after "
+                         f"{before!r}") from None
+    except RecursionError as error:
+        raise InputError(f"{source} is not readable JSON: {error}") from None
     except msgspec.ValidationError as error:
-        raise InputError(f"{source} is damaged, or of another version of this program: {error}"
-                         ) from None
+        raise InputError(f"{source}{verdict}: {error}") from None
+    return converted
+
+
+def _text(path):
+    try:
+        return read_text(path)
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not readable JSON: {error}") from None
 
 
 def _parse(text, source):
     try:
-        value = json.loads(text, object_pairs_hook=_refuse_repeats, parse_constant=_refuse_constant)
-        json.dumps(value, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        raise InputError(f"{source}: a text holds half of a surrogate pair, which is no character"
-                         ) from None
+        return json.loads(text, object_pairs_hook=_refuse_repeats, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
         raise InputError(f"{source} is not readable JSON: {error}") from None
-    return value
 
 
 def _refuse_repeats(pairs):

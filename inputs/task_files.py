@@ -3,6 +3,8 @@
 import re
 from typing import NamedTuple
 
+from msgspec import UNSET
+
 from inputs import formats
 from inputs.errors import InputError
 from inputs.suites import SUPERNI
@@ -66,9 +68,7 @@ def read_task(folder, about=None):
     """
     heads, instances = {}, {}
     for split in SPLITS:
-        file = folder / f"{split}.json"
-        _, heads[split] = formats.read(file, formats.TaskFile)
-        instances[split] = _instances(heads[split].Instances, file)
+        heads[split], instances[split] = _read_split(folder / f"{split}.json")
     head, file = heads["train"], folder / "train.json"
     for key in ("Definition", "Category", "Metric"):
         if getattr(heads["test"], key) != getattr(head, key):
@@ -76,26 +76,40 @@ def read_task(folder, about=None):
     definition = head.Definition
     definition = definition if isinstance(definition, str) else "\n".join(definition)
     _check_length(definition, "Definition", f"{file}: Definition")
-    known = about or SUPERNI.get(folder.name)
-    category, metric = known or (head.Category or "other", head.Metric or "rouge_l")
+    category, metric = about or SUPERNI.get(folder.name, (head.Category, head.Metric))
     _check_length(category, "Definition", f"{file}: Category")
     if metric not in METRICS:
         raise InputError(f"{file}: Metric {metric!r} is unknown; allowed: {', '.join(METRICS)}")
     return Task(folder.name, definition.strip(), category, metric, **instances)
 
 
+def _read_split(file):
+    """(the TaskHead of a task file, its instances)."""
+    content = formats.load(file)
+    rows = content.pop("Instances", None) if isinstance(content, dict) else None
+    if not isinstance(rows, list) or not rows:
+        raise InputError(f"{file} is no object with Definition and a list of Instances")
+    return formats.convert(content, formats.TaskHead, file, verdict=""), _instances(rows, file)
+
+
 def _instances(rows, file):
+    """{"id", "input", "outputs"} of every row; an id that lacks is made of the row's index."""
     found, seen = [], set()
     for index, row in enumerate(rows):
-        name = row.id if row.id is not None else f"{file.parent.name}-{file.stem}-{index}"
-        outputs = [row.output] if isinstance(row.output, str) else row.output
+        named = f" (id {row['id']!r:.60})" if isinstance(row, dict) and "id" in row else ""
+        where = f"{file}, instance {index}{named}"
+        instance = formats.convert(row, formats.Instance, where, verdict="")
+        name = instance.id
+        if name is UNSET:
+            name = f"{file.parent.name}-{file.stem}-{index}"
+        outputs = [instance.output] if isinstance(instance.output, str) else instance.output
         if name in seen:
-            raise InputError(f"{file}: the id {name!r} stands twice")
+            raise InputError(f"{where}: the id stands twice in this file")
         seen.add(name)
-        for key, text in (("input", name), ("input", row.input),
+        for key, text in (("input", name), ("input", instance.input),
                           *(("output", output) for output in outputs)):
-            _check_length(text, key, f"{file}, instance {index} (id {name!r:.60})")
-        found.append({"id": name, "input": row.input, "outputs": outputs})
+            _check_length(text, key, where)
+        found.append({"id": name, "input": instance.input, "outputs": outputs})
     return found
 
 

@@ -46,15 +46,15 @@ class Forks:
 
 
 def serve():
-    """Carry out orders: {argv, out, processes, prelude, signal, after or seen, times, to}.
+    """Carry out orders: {argv, out, processes, sabotage, signal, after or seen, times, to}.
 
-    `prelude` is Python for the child, `signal` a number that is sent `after` seconds, or when a
-    path matches `seen`, so many `times` to all or to one rank. The answer: statuses (negative:
-    killed by that signal) and seconds.
+    `sabotage` names a function of saboteurs.py for the children, `signal` is a number that is sent
+    `after` seconds, or when a path matches `seen`, so many `times` to all or to one rank. The
+    answer: statuses (negative: killed by that signal) and seconds.
     """
     # Imported here: the other end must not load the program again.
     import accelerate.commands.launch  # noqa: F401
-    import torch  # noqa: F401
+    import saboteurs  # noqa: F401  (which imports torch)
 
     import train  # noqa: F401
 
@@ -93,11 +93,13 @@ def fork(order, rank, processes, port):
             os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_PORT": str(port),
                            "WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes),
                            "MASTER_ADDR": "127.0.0.1"}
+        import saboteurs
         import torch
 
         import train
         torch.set_num_threads(1)
-        exec(order.get("prelude", ""), {"rank": rank})
+        if "sabotage" in order:
+            getattr(saboteurs, order["sabotage"])(rank)
         status = train.main(order["argv"])
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()

@@ -12,10 +12,12 @@ from torch import nn
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
+import adapter
 import data
-from baselines import METHODS, gainlora, olora
-from errors import InputError
-from method import Stage, fingerprint, load_adapter, method_of, save_adapter
+from baselines import gainlora, olora
+from inputs.errors import InputError
+from method import Stage, fingerprint, method_of
+from registry import method_class
 
 # Thresholds that leave room in 32 dimensions for several tasks.
 ROOM = dict(threshold=0.7, gate_threshold=0.7)
@@ -76,7 +78,7 @@ def adapt(model, variant, **changed):
     """`model` with a fresh adapter of a variant -> its method."""
     name, settings = VARIANTS[variant]
     torch.manual_seed(0)
-    METHODS[name](**settings_of(name, **settings | changed)).wrap(model)
+    method_class(name)(settings_of(name, **settings | changed)).wrap(model)
     return method_of(model)
 
 
@@ -106,7 +108,7 @@ def stage_of(task):
 def start(method, task):
     """A task's first hook."""
     torch.manual_seed(task)
-    method.start_task(stage_of(task), batches(instances(task)))
+    method.start_stage(stage_of(task), batches(instances(task)))
 
 
 def train(method, task, steps=4, started=False, finish=True, learning_rate=3e-2):
@@ -120,15 +122,15 @@ def train(method, task, steps=4, started=False, finish=True, learning_rate=3e-2)
     for batch in itertools.islice(itertools.cycle(loader), steps):
         batch = {key: value for key, value in batch.items() if key != "num_tokens"}
         method.before_forward(batch)
-        loss = method.model(**batch, use_cache=False).loss + method.penalty()
+        loss = method.model(**batch, use_cache=False).loss + method.penalty(batch)
         loss.backward()
         method.after_backward()
         optimizer.step()
         optimizer.zero_grad()
-        assert list(method.after_step()) == []
+        assert list(method.after_step(batch)) == []
         losses.append(loss.item())
     if finish:
-        method.end_task(stage_of(task), loader)
+        method.end_stage(stage_of(task), loader)
     method.model.eval()
     return losses
 
@@ -233,10 +235,10 @@ def test_one_task_of_olora_is_lora_bit_for_bit():
     for name in ("olora", "lora"):
         model = base_model()
         torch.manual_seed(5)
-        METHODS[name](**settings_of(name, dropout=0.2)).wrap(model)
+        method_class(name)(settings_of(name, dropout=0.2)).wrap(model)
         method = method_of(model)
         losses = train(method, task=0, steps=3)
-        assert method.penalty() == 0
+        assert method.penalty({}) == 0
         states.append(([tensor for _, tensor in sorted(method.state_dict().items())], losses))
     (ours, our_losses), (theirs, their_losses) = states
     assert our_losses == their_losses
@@ -639,7 +641,7 @@ def test_first_step_of_a_gate_is_not_constrained():
         for weight in method.gates.tasks[0].parameters():
             weight.add_(torch.randn_like(weight))
     before = weights_of(method.gates)
-    method.after_step()
+    method.after_step({})
     assert_same(weights_of(method.gates), before)
 
 
@@ -665,8 +667,8 @@ def test_saved_after_two_tasks_and_loaded(architecture, variant, tmp_path):
     method = adapt(model, variant)
     for task in range(2):
         train(method, task)
-    save_adapter(model, tmp_path)
-    other = load_adapter(base_model(architecture), tmp_path).eval()
+    adapter.save(model, tmp_path)
+    other = adapter.load(base_model(architecture), tmp_path).eval()
     assert_same(other.adapted_by.state_dict(), method.state_dict())
     assert torch.equal(logits_of(other), logits_of(model))
     flags = [{name: weight.requires_grad for name, weight in each.named_parameters()}
@@ -685,7 +687,7 @@ def test_saved_keys_are_what_a_fresh_base_needs():
         train(method, 1, steps=1)
         layers = [f"model.layers.{i}.mlp.gate_proj" for i in range(2)]
         keys = {f"{layer}.lora_{x}.{t}" for layer in layers for x in "AB" for t in range(2)}
-        chunk = method.settings.get("chunk", 1)
+        chunk = getattr(method.settings, "chunk", 1)
         if variant in GATED:
             keys |= {f"gates.tasks.{t}.{x}" for t in range(2) for x in ("W1", "W2", "k")}
             keys |= {f"gates.{P}.{i}" for P in ("P1", "P3") for i in range(chunk)} | {"gates.P2.0"}
@@ -717,10 +719,10 @@ def test_a_damaged_state_is_refused(damage):
     train(method, 0, steps=1)
     method.add_branch()
     state = {key: tensor.clone() for key, tensor in method.state_dict().items()}
-    adapt(base_model(), "inflora").load_state_dict(state)
+    adapter.restore(adapt(base_model(), "inflora"), state)
     DAMAGE[damage](state, "model.layers.1.mlp.gate_proj")
     with pytest.raises(InputError, match="does not fit this model"):
-        adapt(base_model(), "inflora").load_state_dict(state)
+        adapter.restore(adapt(base_model(), "inflora"), state)
 
 
 @pytest.mark.parametrize("name", ["olora", "inflora", "gain_olora"])
@@ -918,7 +920,7 @@ def test_subspaces_after_a_task_are_those_of_its_moments():
     layer = "model.layers.1.mlp.gate_proj"
     moments = naive_moments(method, instances(1))
     before = method.state_dict()
-    method.end_task(stage_of(1), batches(instances(1)))
+    method.end_stage(stage_of(1), batches(instances(1)))
     after = method.state_dict()
     for key, name, eps in ((f"{layer}.basis.0", layer, 0.6), ("gates.P1.0", "P1", 0.8),
                            ("gates.P2.0", "P2", 0.8), ("gates.P3.0", "P3", 0.8)):
@@ -1087,6 +1089,6 @@ def test_a_wrapped_models_base_is_told_apart(tmp_path):
     sha256 = fingerprint(model)
     method = adapt(model, "inflora")
     assert method.base_sha256 == sha256
-    save_adapter(model, tmp_path)
+    adapter.save(model, tmp_path)
     with pytest.raises(InputError, match="another base model"):
-        load_adapter(base_model("qwen3"), tmp_path)
+        adapter.load(base_model("qwen3"), tmp_path)

@@ -8,8 +8,23 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch.testing import assert_close
 
-import badit
 import models
+from badit import routing_weights
+from decomposition import decompose, orient_singular_pairs, top_singular_triplets
+from experts import select_experts
+from grouping import (
+    balanced_assignment,
+    centroid_gram,
+    component_gradients,
+    gradient_angles,
+    group_components,
+    grouping_objective,
+    orthogonalized_similarity,
+    refine_grouping,
+    relabel,
+    spherical_kmeans,
+    unit_gradients,
+)
 
 SHAPES = [(32, 20, 4), (24, 30, 3), (12, 9, 3)]  # (N, D, K)
 
@@ -169,7 +184,7 @@ def angle(a, b):
 def test_residual_plus_bank_is_the_weight(shape, svd, dtype):
     """Section 2: residual + s B A = W0 whatever the accuracy of the SVD."""
     weight = randn(1, *shape).to(dtype)
-    bad = badit.decompose(weight, 4, 3, 2.5, svd=svd)
+    bad = decompose(weight, 4, 3, 2.5, svd=svd)
     assert bad.lora_A.shape == (12, shape[1]) and bad.lora_B.shape == (shape[0], 12)
     assert bad.residual.shape == shape and bad.singular_values.shape == (12,)
     assert bad.residual.dtype == bad.lora_A.dtype == bad.lora_B.dtype == dtype
@@ -183,7 +198,7 @@ def test_residual_plus_bank_is_the_weight(shape, svd, dtype):
 def test_components_are_the_leading_singular_triples(scaling):
     """Eq. 5, 6: s b_i a_i = sigma_i u_i v_i^T, shared equally by a_i and b_i, sigma falling."""
     weight = randn(2, 15, 22)
-    bad = badit.decompose(weight, 3, 4, scaling)
+    bad = decompose(weight, 3, 4, scaling)
     U, S, Vh = torch.linalg.svd(weight, full_matrices=False)
     assert_close(bad.singular_values, S[:12], rtol=1e-10, atol=1e-12)
     for i in range(12):
@@ -195,7 +210,7 @@ def test_components_are_the_leading_singular_triples(scaling):
 
 def test_decompose_a_matrix_known_by_hand():
     """Eq. 5, 6: diag(9, 4, 1) with s = 1 has a_i = b_i = sqrt(sigma_i) e_i and residual e_3."""
-    bad = badit.decompose(torch.diag(torch.tensor([4.0, 1.0, 9.0]).double()), 2, 1, 1.0)
+    bad = decompose(torch.diag(torch.tensor([4.0, 1.0, 9.0]).double()), 2, 1, 1.0)
     expected = torch.tensor([[0.0, 0.0, 3.0], [2.0, 0.0, 0.0]]).double()
     assert_close(bad.lora_A, expected)
     assert_close(bad.lora_B, expected.T)
@@ -206,7 +221,7 @@ def test_decompose_a_matrix_known_by_hand():
 def test_experts_are_orthogonal_at_init(svd):
     """Theorem A.1, Prop. A.2: Frobenius products of experts vanish; squared norms add up."""
     K, r, s = 4, 3, 2.0
-    bad = badit.decompose(randn(3, 26, 21), K, r, s, svd=svd)
+    bad = decompose(randn(3, 26, 21), K, r, s, svd=svd)
     experts = [s * bad.lora_B[:, k * r:(k + 1) * r] @ bad.lora_A[k * r:(k + 1) * r]
                for k in range(K)]
     for k, j in itertools.product(range(K), range(K)):
@@ -220,7 +235,7 @@ def test_fast_svd_finds_a_decaying_spectrum():
     """Section 2: the fast decomposition agrees with the exact one where the spectrum decays."""
     U, V = (torch.linalg.qr(randn(seed, 60, 60)).Q for seed in (4, 5))
     S = 0.8 ** torch.arange(60, dtype=torch.float64)
-    bad = badit.decompose(U @ torch.diag(S) @ V.T, 4, 2, 8.0, svd="fast")
+    bad = decompose(U @ torch.diag(S) @ V.T, 4, 2, 8.0, svd="fast")
     assert_close(bad.singular_values, S[:8], rtol=0, atol=1e-2)
     total, best = 8.0 * bad.lora_B @ bad.lora_A, U[:, :8] @ torch.diag(S[:8]) @ V[:, :8].T
     assert (total - best).norm() <= 0.05 * best.norm()
@@ -228,7 +243,7 @@ def test_fast_svd_finds_a_decaying_spectrum():
 
 def captured(W, N):
     """Share of the energy of the exact N leading triplets that "fast" ones capture."""
-    U, S, Vh = badit.top_singular_triplets(W, N, "fast")
+    U, S, Vh = top_singular_triplets(W, N, "fast")
     assert (U.T @ U - torch.eye(N)).abs().max() < 1e-4
     assert (Vh @ Vh.T - torch.eye(N)).abs().max() < 1e-4
     exact = torch.linalg.svdvals(W.double())[:N]
@@ -256,7 +271,7 @@ def test_decomposition_leaves_the_global_generator_alone(svd):
     for seed in (1, 2):
         torch.manual_seed(seed)
         before = torch.get_rng_state()
-        banks.append(badit.decompose(weight, 2, 3, 8.0, svd=svd))
+        banks.append(decompose(weight, 2, 3, 8.0, svd=svd))
         assert torch.equal(before, torch.get_rng_state())
     assert torch.equal(banks[0].lora_A, banks[1].lora_A)
     assert torch.equal(banks[0].lora_B, banks[1].lora_B)
@@ -267,8 +282,8 @@ def test_decomposition_leaves_the_global_generator_alone(svd):
 def test_decompose_refuses_more_components_than_dimensions(shape, svd):
     """Section 2: N > min(m, n) is an error that names the values; N = min(m, n) is not."""
     with pytest.raises(ValueError, match="11"):
-        badit.decompose(randn(7, *shape), 3, 4, 8.0, svd=svd)
-    full = badit.decompose(randn(7, *shape), 11, 1, 8.0)
+        decompose(randn(7, *shape), 3, 4, 8.0, svd=svd)
+    full = decompose(randn(7, *shape), 11, 1, 8.0)
     assert full.residual.abs().max() <= 1e-12
 
 
@@ -280,7 +295,7 @@ def test_orient_makes_the_largest_entry_positive():
     U = torch.tensor([[1.0, 2.0, 3.0, 4.0], [5.0, 6.0, 7.0, 8.0]]).double()
     Vh = torch.tensor([[1, -3, 2], [3, 1, -2], [-2, 2, 1], [2, -2, 1]]).double()
     signs = torch.tensor([-1.0, 1.0, -1.0, 1.0]).double()
-    U_new, Vh_new = badit.orient_singular_pairs(U.clone(), Vh.clone())
+    U_new, Vh_new = orient_singular_pairs(U.clone(), Vh.clone())
     assert torch.equal(U_new, U * signs)
     assert torch.equal(Vh_new, Vh * signs[:, None])
 
@@ -290,8 +305,8 @@ def test_orient_is_blind_to_flips(seed):
     """Section 2, sign: flipped pairs come back equal, and their product never changes."""
     U, Vh = randn(seed, 9, 6), randn(seed + 50, 6, 7)
     flip = randn(seed + 100, 6).sign()
-    one = badit.orient_singular_pairs(U.clone(), Vh.clone())
-    two = badit.orient_singular_pairs(U * flip, flip[:, None] * Vh)
+    one = orient_singular_pairs(U.clone(), Vh.clone())
+    two = orient_singular_pairs(U * flip, flip[:, None] * Vh)
     assert torch.equal(one[0], two[0]) and torch.equal(one[1], two[1])
     assert_close(one[0] @ one[1], U @ Vh)
 
@@ -301,7 +316,7 @@ def test_orient_is_blind_to_flips(seed):
 def test_every_decomposition_is_oriented(svd, dtype):
     """Section 2, sign: every routine gives rows of lora_A with a positive largest entry."""
     for seed in range(3):
-        A = badit.decompose(randn(seed, 20, 16).to(dtype), 3, 4, 2.0, svd=svd).lora_A
+        A = decompose(randn(seed, 20, 16).to(dtype), 3, 4, 2.0, svd=svd).lora_A
         assert all(float(row[row.abs().argmax()]) > 0 for row in A)
 
 
@@ -311,9 +326,9 @@ def test_flipped_svd_gives_equal_banks_and_groupings(seed, monkeypatch):
     weight, gradient, true_svd = randn(seed, 30, 26), randn(seed + 10, 30, 26), torch.linalg.svd
 
     def bank_and_groups():
-        bad = badit.decompose(weight, 4, 4, 2.0)
+        bad = decompose(weight, 4, 4, 2.0)
         g = [torch.cat([bad.lora_B[:, i] @ gradient, gradient @ bad.lora_A[i]]) for i in range(16)]
-        return bad, badit.group_components(torch.stack(g), 4), torch.stack(g)
+        return bad, group_components(torch.stack(g), 4), torch.stack(g)
 
     def flipped_svd(*args, **kwargs):
         U, S, Vh = true_svd(*args, **kwargs)
@@ -331,7 +346,7 @@ def test_flipped_svd_gives_equal_banks_and_groupings(seed, monkeypatch):
     assert torch.equal(bad.lora_B, flipped_bad.lora_B)
     assert torch.equal(groups, flipped_groups)
     turned = g * randn(seed + 20, 16).sign()[:, None]  # the convention is needed: see section 2
-    assert not torch.equal(groups, badit.group_components(turned, 4))
+    assert not torch.equal(groups, group_components(turned, 4))
 
 
 # Eq. 7: routing
@@ -341,7 +356,7 @@ def test_flipped_svd_gives_equal_banks_and_groupings(seed, monkeypatch):
 def test_routing_weights_are_k_times_softmax(shape):
     """Eq. 7, section 3: alpha = K softmax(z)."""
     z, K = 3 * randn(8, *shape), shape[-1]
-    alpha = badit.routing_weights(z)
+    alpha = routing_weights(z)
     for index in itertools.product(*map(range, shape[:-1])):
         row = z[index].exp()
         assert_close(alpha[index], torch.stack([K * e / row.sum() for e in row]))
@@ -349,9 +364,9 @@ def test_routing_weights_are_k_times_softmax(shape):
 
 def test_routing_weights_by_hand():
     """Section 3: equal logits of any size give 1; logits log(1), log(3) give 0.5 and 1.5."""
-    assert_close(badit.routing_weights(torch.full((2, 6), 700.0)), torch.ones(2, 6))
+    assert_close(routing_weights(torch.full((2, 6), 700.0)), torch.ones(2, 6))
     z = torch.tensor([1.0, 3.0]).double().log()
-    assert_close(badit.routing_weights(z), torch.tensor([0.5, 1.5]).double())
+    assert_close(routing_weights(z), torch.tensor([0.5, 1.5]).double())
 
 
 @pytest.mark.parametrize("top_k", [1, 3, 4, 7, 8])
@@ -360,7 +375,7 @@ def test_select_experts(top_k, ties):
     """Section 3: the top_k largest logits, the lowest index on ties, exactly top_k of them."""
     z = randn(9, 5, 40, 8)
     z = z.round() if ties else z
-    mask = badit.select_experts(z, top_k)
+    mask = select_experts(z, top_k)
     assert mask.dtype == torch.bool and mask.shape == z.shape
     for row, chosen in zip(z.reshape(-1, 8).tolist(), mask.reshape(-1, 8).tolist(), strict=True):
         ranked = sorted(range(8), key=row.__getitem__, reverse=True)  # stable: lowest index first
@@ -369,7 +384,7 @@ def test_select_experts(top_k, ties):
 
 def test_select_experts_with_all_logits_equal():
     """Section 3: at init the first top_k experts are taken."""
-    mask = badit.select_experts(torch.full((3, 8), 0.25), 4)
+    mask = select_experts(torch.full((3, 8), 0.25), 4)
     assert mask.tolist() == [[True] * 4 + [False] * 4] * 3
 
 
@@ -379,7 +394,7 @@ def test_select_experts_with_all_logits_equal():
 def test_component_gradients():
     """Eq. 8: g_i = [dL/da_i ; dL/db_i]."""
     grad_A, grad_B = randn(10, 6, 5), randn(11, 7, 6)
-    g = badit.component_gradients(grad_A, grad_B)
+    g = component_gradients(grad_A, grad_B)
     assert g.shape == (6, 12)
     for i in range(6):
         assert g[i].tolist() == grad_A[i].tolist() + [float(grad_B[j, i]) for j in range(7)]
@@ -390,10 +405,10 @@ def test_unit_gradients(batch):
     """Eq. 9: each row over its norm; a zero row stays zero."""
     g = randn(12, *batch, 6, 9)
     g[..., 2, :] = 0
-    unit = badit.unit_gradients(g)
+    unit = unit_gradients(g)
     for got, row in zip(unit.reshape(-1, 9), g.reshape(-1, 9), strict=True):
         assert_close(got, row / row.norm() if row.any() else row)
-    by_hand = badit.unit_gradients(torch.tensor([[3.0, -4.0], [0.0, 0.0]]).double())
+    by_hand = unit_gradients(torch.tensor([[3.0, -4.0], [0.0, 0.0]]).double())
     assert_close(by_hand, torch.tensor([[0.6, -0.8], [0.0, 0.0]]).double())
 
 
@@ -402,7 +417,7 @@ def test_unit_gradients_in_float32_at_any_scale(exponent):
     """Eq. 9: no under- or overflow for norms from 1e-30 to 1e30."""
     row = randn(13, 4, 50)
     row = row / row.norm(dim=1, keepdim=True)
-    unit = badit.unit_gradients((row * 10.0**exponent).float())
+    unit = unit_gradients((row * 10.0**exponent).float())
     assert_close(unit.double(), row, rtol=1e-5, atol=1e-6)
 
 
@@ -415,8 +430,8 @@ def test_objective_and_centroids(N, D, K, seed):
     """Eq. 10 and 12: squared norms and inner products of the centroids."""
     unit, labels = units(seed, N, D), random_labels(seed, N, K)
     C = centroid_matrix(unit, labels, K)
-    assert_close(badit.centroid_gram(unit @ unit.T, labels, K), C.T @ C)
-    value = badit.grouping_objective(unit @ unit.T, labels, K)
+    assert_close(centroid_gram(unit @ unit.T, labels, K), C.T @ C)
+    value = grouping_objective(unit @ unit.T, labels, K)
     assert value.dim() == 0
     assert float(value) == pytest.approx(objective(unit, labels, K), rel=1e-10)
 
@@ -425,7 +440,7 @@ def test_objective_by_hand():
     """Eq. 10: two pairs of equal vectors score 4 + 4 together and 2 + 2 apart."""
     unit = torch.eye(2, dtype=torch.float64)[[0, 0, 1, 1]]
     for labels, value in [([0, 0, 1, 1], 8.0), ([0, 1, 0, 1], 4.0), ([1, 0, 0, 1], 4.0)]:
-        assert float(badit.grouping_objective(unit @ unit.T, torch.tensor(labels), 2)) == value
+        assert float(grouping_objective(unit @ unit.T, torch.tensor(labels), 2)) == value
 
 
 @pytest.mark.parametrize(("N", "D", "K"), SHAPES)
@@ -433,7 +448,7 @@ def test_objective_by_hand():
 def test_spherical_kmeans(N, D, K, seed):
     """Eq. 11: equal labels to the looped k-means, names included."""
     unit = units(10 * seed + 1, N, D)
-    assert torch.equal(badit.spherical_kmeans(unit @ unit.T, K), naive_kmeans(unit, K))
+    assert torch.equal(spherical_kmeans(unit @ unit.T, K), naive_kmeans(unit, K))
 
 
 @pytest.mark.parametrize("seed", range(10))
@@ -442,8 +457,8 @@ def test_spherical_kmeans_finds_groups_of_unequal_size(seed):
     sizes = torch.tensor([1, 2, 5, 8])
     order = torch.randperm(16, generator=torch.Generator().manual_seed(seed))
     g, truth = planted(seed, 4, 4, truth=torch.arange(4).repeat_interleave(sizes)[order])
-    unit = badit.unit_gradients(g)
-    found = badit.spherical_kmeans(unit @ unit.T, 4)
+    unit = unit_gradients(g)
+    found = spherical_kmeans(unit @ unit.T, 4)
     assert torch.equal(partition(found), partition(truth))
 
 
@@ -452,7 +467,7 @@ def test_spherical_kmeans_finds_groups_of_unequal_size(seed):
 def test_orthogonalized_similarity(N, D, K, seed):
     """Eq. 13: the inverse square root in Gram space is the polar factor of C from its SVD."""
     unit, labels = units(seed + 30, N, D), random_labels(seed, N, K)
-    got = badit.orthogonalized_similarity(unit @ unit.T, labels, K)
+    got = orthogonalized_similarity(unit @ unit.T, labels, K)
     assert_close(got, similarity(unit, labels, K), rtol=1e-7, atol=1e-9)
 
 
@@ -466,7 +481,7 @@ def test_orthogonalized_similarity_with_a_singular_centroid_matrix(distance, low
     labels = torch.arange(12) // 4  # group 3 is empty
     ratio = torch.linalg.svdvals(centroid_matrix(unit, labels, 3)) ** 2
     assert low <= float(ratio[-1] / ratio[0]) <= high, "choose another distance for this test"
-    got = badit.orthogonalized_similarity(unit @ unit.T, labels, 4)
+    got = orthogonalized_similarity(unit @ unit.T, labels, 4)
     assert_close(got, similarity(unit, labels, 4), rtol=1e-6, atol=1e-7)
     assert got[:, 3].abs().max() <= 1e-7
 
@@ -474,7 +489,7 @@ def test_orthogonalized_similarity_with_a_singular_centroid_matrix(distance, low
 def test_orthogonalized_similarity_by_hand():
     """Eq. 13: orthogonal centroids 2 e_1 and 2 e_2 have q_1 = e_1 and q_2 = e_2."""
     unit = torch.eye(3, dtype=torch.float64)[[0, 0, 1, 1]]
-    got = badit.orthogonalized_similarity(unit @ unit.T, torch.tensor([0, 0, 1, 1]), 2)
+    got = orthogonalized_similarity(unit @ unit.T, torch.tensor([0, 0, 1, 1]), 2)
     assert_close(got, torch.tensor([[1.0, 0], [1, 0], [0, 1], [0, 1]]).double())
 
 
@@ -484,7 +499,7 @@ def test_balanced_assignment_is_optimal(N, K, seed):
     """Eq. 14: the best of all balanced groupings, by brute force."""
     sim = randn(seed, N, K)
     sim[:, 0] += 2  # everybody wants the first group
-    got = badit.balanced_assignment(sim)
+    got = balanced_assignment(sim)
     sums = {c: sum(float(sim[i, k]) for i, k in enumerate(c)) for c in balanced_labelings(N, K)}
     assert got.dtype == torch.int64 and is_balanced(got, K)
     assert tuple(got.tolist()) == max(sums, key=sums.get)
@@ -497,8 +512,8 @@ def test_rounds_never_lower_the_nuclear_norm(seed):
     unit, labels, rose = units(seed + 60, N, D), random_labels(seed, N, K), 0
     norms = [float(torch.linalg.svdvals(centroid_matrix(unit, labels, K)).sum())]
     for _ in range(8):
-        labels = badit.balanced_assignment(
-            badit.orthogonalized_similarity(unit @ unit.T, labels, K))
+        labels = balanced_assignment(
+            orthogonalized_similarity(unit @ unit.T, labels, K))
         assert is_balanced(labels, K)
         norms.append(float(torch.linalg.svdvals(centroid_matrix(unit, labels, K)).sum()))
         rose += norms[-1] > norms[-2] + 1e-9
@@ -511,7 +526,7 @@ def test_rounds_never_lower_the_nuclear_norm(seed):
 def test_refine_grouping(N, K, seed):
     """Section 4, refine: the same swaps as the loop, up to a grouping no swap improves."""
     unit, start = units(seed + 70, N, 6), random_labels(seed, N, K)
-    got = badit.refine_grouping(unit @ unit.T, start.clone(), K)
+    got = refine_grouping(unit @ unit.T, start.clone(), K)
     assert is_balanced(got, K)
     assert torch.equal(got, naive_refine(unit, start, K))
     assert objective(unit, got, K) >= objective(unit, start, K)
@@ -523,7 +538,7 @@ def test_refine_reaches_nearly_the_best_grouping():
     for seed in range(12):
         unit, start = units(seed + 80, 6, 4), random_labels(seed, 6, 2)
         best = max(objective(unit, labels, 2) for labels in labelings)
-        value = objective(unit, badit.refine_grouping(unit @ unit.T, start, 2), 2)
+        value = objective(unit, refine_grouping(unit @ unit.T, start, 2), 2)
         assert objective(unit, start, 2) - 1e-9 <= value <= best + 1e-9
         ratios.append(value / best)
     assert np.mean(ratios) >= 0.95
@@ -538,7 +553,7 @@ def test_gradient_angles(N, D, K):
     inter = np.mean([angle(C[:, k], C[:, j]) for k, j in pairs])
     intra = np.mean([angle(unit[i], unit[j]) for k in range(K)
                      for i, j in itertools.combinations(members(labels, k), 2)])
-    got = badit.gradient_angles(unit @ unit.T, labels, K)
+    got = gradient_angles(unit @ unit.T, labels, K)
     assert got[0].dim() == 0 and got[1].dim() == 0
     assert (float(got[0]), float(got[1])) == pytest.approx((inter, intra), abs=1e-6)
 
@@ -547,14 +562,14 @@ def test_gradient_angles_by_hand():
     """Section 4, log: equal vectors are at 0 and not nan, opposite centroids at 180 degrees."""
     e = torch.eye(2, dtype=torch.float64)
     unit = torch.stack([e[0], e[0], -e[0], -e[0]])
-    inter, intra = badit.gradient_angles(unit @ unit.T, torch.tensor([0, 0, 1, 1]), 2)
+    inter, intra = gradient_angles(unit @ unit.T, torch.tensor([0, 0, 1, 1]), 2)
     assert (float(inter), float(intra)) == pytest.approx((180, 0), abs=1e-4)
     for row in units(91, 30, 7):  # rounding takes some of these cosines above 1
         unit = row.expand(6, 7)
-        angles = badit.gradient_angles(unit @ unit.T, torch.arange(6) // 3, 2)
+        angles = gradient_angles(unit @ unit.T, torch.arange(6) // 3, 2)
         assert [float(a) for a in angles] == pytest.approx([0, 0], abs=1e-4)
     unit = torch.stack([e[0], e[1], -e[0], e[1]])
-    inter, intra = badit.gradient_angles(unit @ unit.T, torch.tensor([0, 0, 1, 1]), 2)
+    inter, intra = gradient_angles(unit @ unit.T, torch.tensor([0, 0, 1, 1]), 2)
     assert (float(inter), float(intra)) == pytest.approx((90, 90), abs=1e-6)
 
 
@@ -564,13 +579,13 @@ def test_batched_equals_single():
     labels = torch.stack([random_labels(seed, 12, K) for seed in range(4)])
     gram, sim = unit @ unit.mT, randn(99, 4, 12, K)
     cases = [
-        (badit.grouping_objective, (gram, labels), (K,)),
-        (badit.spherical_kmeans, (gram,), (K,)),
-        (badit.centroid_gram, (gram, labels), (K,)),
-        (badit.orthogonalized_similarity, (gram, labels), (K,)),
-        (badit.balanced_assignment, (sim,), ()),
-        (badit.refine_grouping, (gram, labels), (K,)),
-        (lambda *a: torch.stack(badit.gradient_angles(*a), -1), (gram, labels), (K,)),
+        (grouping_objective, (gram, labels), (K,)),
+        (spherical_kmeans, (gram,), (K,)),
+        (centroid_gram, (gram, labels), (K,)),
+        (orthogonalized_similarity, (gram, labels), (K,)),
+        (balanced_assignment, (sim,), ()),
+        (refine_grouping, (gram, labels), (K,)),
+        (lambda *a: torch.stack(gradient_angles(*a), -1), (gram, labels), (K,)),
     ]
     for function, tensors, rest in cases:
         alone = [function(*(t[layer] for t in tensors), *rest) for layer in range(4)]
@@ -585,7 +600,7 @@ def test_batched_equals_single():
 def test_relabel_keeps_the_partition_and_most_names(K, seed):
     """Section 4, names: the largest overlap of all K! namings, the partition untouched."""
     labels, current = random_labels(seed, 4 * K, K), random_labels(seed + 1, 4 * K, K)
-    got = badit.relabel(labels, current, K)
+    got = relabel(labels, current, K)
     best = max(sum(names[a] == b for a, b in zip(labels.tolist(), current.tolist(), strict=True))
                for names in itertools.permutations(range(K)))
     assert got.dtype == torch.int64 and set(got.tolist()) == set(range(K))
@@ -596,8 +611,8 @@ def test_relabel_keeps_the_partition_and_most_names(K, seed):
 def test_relabel_by_hand():
     """Section 4, names: a pure renaming is undone; without names, order of first member."""
     current = torch.tensor([0, 0, 1, 1, 2, 2])
-    assert torch.equal(badit.relabel(torch.tensor([2, 2, 0, 0, 1, 1]), current, 3), current)
-    got = badit.relabel(torch.tensor([2, 0, 2, 1, 0, 1]), None, 3)
+    assert torch.equal(relabel(torch.tensor([2, 2, 0, 0, 1, 1]), current, 3), current)
+    got = relabel(torch.tensor([2, 0, 2, 1, 0, 1]), None, 3)
     assert got.tolist() == [0, 1, 0, 2, 1, 2]
 
 
@@ -606,7 +621,7 @@ def test_relabel_by_hand():
 def test_group_components_is_the_looped_pipeline(N, D, K, seed):
     """Eq. 9 to 14: equal to the full-space pipeline of any gradient lengths."""
     g = units(10 * seed + 1, N, D) * randn(seed, N, 1).exp()
-    got = badit.group_components(g, K)
+    got = group_components(g, K)
     assert got.dtype == torch.int64 and is_balanced(got, K)
     assert torch.equal(got, naive_groups(g, K))
 
@@ -618,7 +633,7 @@ def test_planted_groups_are_found(K, r, refine, dtype):
     """Section 4: orthogonal group directions plus noise are recovered in any order."""
     for seed in range(12):
         g, truth = planted(seed, K, r)
-        got = badit.group_components(g.to(dtype), K, refine=refine)
+        got = group_components(g.to(dtype), K, refine=refine)
         assert torch.equal(got, first_member_order(truth))
 
 
@@ -626,8 +641,8 @@ def test_planted_groups_are_found(K, r, refine, dtype):
 def test_refine_never_lowers_the_objective_of_the_rounds(seed):
     """Section 4, refine: never below the grouping it follows, and no swap is left to gain."""
     unit, K = units(seed + 110, 16, 8), 4
-    plain = badit.group_components(unit, K)
-    refined = badit.group_components(unit, K, refine=True)
+    plain = group_components(unit, K)
+    refined = group_components(unit, K, refine=True)
     assert is_balanced(refined, K)
     assert objective(unit, refined, K) >= objective(unit, plain, K) - 1e-9
     expected = naive_refine(unit, plain, K)
@@ -639,8 +654,8 @@ def test_grouping_keeps_names_of_the_current_one(refine):
     """Section 4, names: the partition does not depend on `current`, its names follow it."""
     for seed in range(5):
         g, current = units(seed + 120, 16, 12), random_labels(seed, 16, 4)
-        free = badit.group_components(g, 4, refine=refine)
-        got = badit.group_components(g, 4, current=current, refine=refine)
+        free = group_components(g, 4, refine=refine)
+        got = group_components(g, 4, current=current, refine=refine)
         assert torch.equal(partition(got), partition(free))
         overlaps = [sum(names[a] == b for a, b in zip(free.tolist(), current.tolist(), strict=True))
                     for names in itertools.permutations(range(4))]
@@ -653,8 +668,8 @@ def test_grouping_is_blind_to_positive_scales(refine):
     for seed in range(4):
         g = units(seed + 130, 24, 20)
         scales = 10 ** (3 * randn(seed, 24, 1))
-        assert torch.equal(badit.group_components(g, 4, refine=refine),
-                           badit.group_components(g * scales, 4, refine=refine))
+        assert torch.equal(group_components(g, 4, refine=refine),
+                           group_components(g * scales, 4, refine=refine))
 
 
 def test_grouping_is_deterministic():
@@ -665,7 +680,7 @@ def test_grouping_is_deterministic():
         torch.manual_seed(seed)
         np.random.seed(seed)
         before = torch.get_rng_state()
-        results.append(badit.group_components(g, 8, current=current, refine=True))
+        results.append(group_components(g, 8, current=current, refine=True))
         assert torch.equal(before, torch.get_rng_state())
     assert torch.equal(results[0], results[1])
     assert torch.equal(inputs[0], g) and torch.equal(inputs[1], current)
@@ -676,22 +691,22 @@ def test_layers_are_grouped_as_if_alone(refine):
     """Section 4: (L, N, D) gives what each layer gives alone, with and without `current`."""
     g = torch.stack([units(seed + 150, 16, 12) * 10.0**seed for seed in range(4)])
     current = torch.stack([random_labels(seed, 16, 4) for seed in range(4)])
-    free = badit.group_components(g, 4, refine=refine)
-    named = badit.group_components(g, 4, current=current, refine=refine)
+    free = group_components(g, 4, refine=refine)
+    named = group_components(g, 4, current=current, refine=refine)
     assert free.shape == named.shape == (4, 16)
     for layer in range(4):
-        alone = badit.group_components(g[layer], 4, refine=refine)
+        alone = group_components(g[layer], 4, refine=refine)
         assert torch.equal(free[layer], alone)
-        alone = badit.group_components(g[layer], 4, current=current[layer], refine=refine)
+        alone = group_components(g[layer], 4, current=current[layer], refine=refine)
         assert torch.equal(named[layer], alone)
 
 
 def test_duplicated_gradients_still_give_a_balanced_grouping():
     """Eq. 11, 13: fewer directions than experts leave clusters empty and C singular."""
     g = torch.eye(5, dtype=torch.float64)[[0, 0, 0, 1, 1, 1, 0, 1, 0, 1, 1, 0]]
-    assert is_balanced(badit.group_components(g, 4), 4)
+    assert is_balanced(group_components(g, 4), 4)
     current = random_labels(4, 12, 4)
-    assert is_balanced(badit.group_components(g, 4, current=current), 4)
+    assert is_balanced(group_components(g, 4, current=current), 4)
 
 
 # Eq. 9: zero and non-finite gradients
@@ -706,7 +721,7 @@ def test_zero_gradients_stay_where_they_are_if_there_is_room(zeros, seed):
     g[zeros] = 0
     current = names[truth]
     current[zeros] = current[zeros].roll(1)  # not their planted groups: their free places
-    assert torch.equal(badit.group_components(g, 4, current=current), current)
+    assert torch.equal(group_components(g, 4, current=current), current)
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -719,7 +734,7 @@ def test_zero_gradients_keep_as_many_names_as_they_can(seed):
     current = truth.clone()
     moved = others[seed]  # exchanges groups with a zero component, and wants its place back
     current[zeros[0]], current[moved] = truth[moved], truth[zeros[0]]
-    got = badit.group_components(g, 4, current=current)
+    got = group_components(g, 4, current=current)
     assert is_balanced(got, 4)
     assert torch.equal(got[others], truth[others])
     best = max(sum(int(current[z]) == k for z, k in zip(zeros, places, strict=True))
@@ -735,7 +750,7 @@ def test_zero_gradients_without_names_to_keep(refine):
         zeros = members(truth, 1)[:2] + members(truth, 3)[:1]
         others = [i for i in range(16) if i not in zeros]
         g[zeros] = 0
-        got = badit.group_components(g, 4, refine=refine)
+        got = group_components(g, 4, refine=refine)
         assert is_balanced(got, 4)
         assert torch.equal(partition(got[others]), partition(truth[others]))
 
@@ -744,7 +759,7 @@ def test_a_layer_without_any_gradient_keeps_its_grouping():
     """Eq. 9: beside a layer that regroups, one with only zero gradients stays as it is."""
     g, truth = planted(5, 4, 4)
     current = torch.stack([random_labels(6, 16, 4), random_labels(7, 16, 4)])
-    got = badit.group_components(torch.stack([g, torch.zeros_like(g)]), 4, current=current)
+    got = group_components(torch.stack([g, torch.zeros_like(g)]), 4, current=current)
     assert torch.equal(partition(got[0]), partition(truth))
     assert torch.equal(got[1], current[1])
 
@@ -756,17 +771,17 @@ def test_non_finite_gradients_skip_that_layer_only(bad):
     g = torch.stack(g)
     g[1, 6, 3] = bad
     current = torch.stack([random_labels(seed, 16, 4) for seed in (1, 2, 3)])
-    got = badit.group_components(g, 4, current=current)
+    got = group_components(g, 4, current=current)
     assert torch.equal(got[1], current[1])
     assert torch.equal(partition(got[0]), partition(truth[0]))
     assert torch.equal(partition(got[2]), partition(truth[2]))
-    assert torch.equal(badit.group_components(g[1], 4, current=current[1]), current[1])
+    assert torch.equal(group_components(g[1], 4, current=current[1]), current[1])
     for gradients in (g, g[1]):
         with pytest.raises(ValueError):
-            badit.group_components(gradients, 4)
+            group_components(gradients, 4)
 
 
 def test_components_that_do_not_divide_are_refused():
     """Eq. 14: N must be a multiple of K; the message names both."""
     with pytest.raises(ValueError, match="(?s)(14.*4|4.*14)"):
-        badit.group_components(units(1, 14, 6), 4)
+        group_components(units(1, 14, 6), 4)

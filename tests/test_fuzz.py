@@ -24,10 +24,10 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from test_resume import Killed, assert_equal_runs, content_of, stop_at
 
-import arguments
-import checkpoint
 import models
 import train
+from harness import arguments, checkpoint
+from inputs import formats
 
 CASES = {"arguments": 90, "names": 34, "folders": 12, "contradictions": 40, "paths": 15,
          "task data": 70, "task text": 12, "task names": 25, "adapter settings": 40,
@@ -169,7 +169,7 @@ def no_weights(monkeypatch):
         raise Loaded
 
     monkeypatch.setattr(models, "load", load)
-    monkeypatch.setattr(models, "embedded_model", load)
+    monkeypatch.setattr(models, "embedded_folder", load)
 
 
 @contextlib.contextmanager
@@ -243,7 +243,7 @@ def check_refusal(err):
 
 def check_results(folder):
     """A run that ended well left whole results."""
-    results = arguments.read_results(folder / "results.json")
+    results, _ = formats.read(folder / "results.json", formats.Results)
     predictions = list((folder / "predictions").iterdir())
     assert results["metrics"] and predictions
     for path in predictions:
@@ -256,13 +256,14 @@ def check_results(folder):
 
 FLAGS = sorted(f"--{name}" for name in vars(arguments.build_parser().parse_args([])))
 WORDS = st.one_of(TEXT, st.integers().map(str), st.floats().map(str), st.sampled_from(
-    ("badit", "base", "lora", "../badit", "sequential", "superni", "gate_proj", "../x", "out")))
+    ("badit", "zero_shot", "lora", "../badit", "sequential", "superni", "gate_proj", "../x",
+     "out")))
 KNOWN = st.sampled_from(FLAGS)
 PART = st.one_of(st.tuples(KNOWN, WORDS), st.tuples(KNOWN, WORDS), st.tuples(KNOWN, WORDS, WORDS),
                  st.tuples(st.builds("{}={}".format, KNOWN, WORDS)), st.tuples(KNOWN),
                  st.tuples(TEXT.map("--{}".format), WORDS), st.tuples(WORDS))
 SENSIBLE = [part for flag, words in {
-    "--method": ("base", "lora", "pissa", "olora", "loramoe", "gainlora", "badit"),
+    "--method": ("zero_shot", "lora", "pissa", "olora", "loramoe", "gainlora", "badit"),
     "--setting": ("mixed", "sequential", "single"), "--epochs": ("1",), "--rank": ("1", "64"),
     "--top_k": ("1", "8", "9"), "--num_experts": ("1", "8", "33"), "--seed": ("0",),
     "--tasks": ("say_both", "which_is"), "--task_order": ("say_both",), "--chunk": ("3", "16"),
@@ -342,7 +343,7 @@ def test_any_names_of_folders(llama, suite, names):
             os.mkdir(parent)
         shutil.copytree(llama, folder / "models" / model)
         shutil.copytree(suite, folder / "suites" / tasks)
-        status = attempt("--method", "base", "--model", folder / "models" / model, "--suite",
+        status = attempt("--method", "zero_shot", "--model", folder / "models" / model, "--suite",
                          folder / "suites" / tasks, *ONE, "--output_dir", folder / "runs" / out)
         if status == 0:
             check_results(folder / "runs" / out)
@@ -708,8 +709,8 @@ def evaluate_model(llama, suite, change, *flags):
     with fresh_folder() as folder:
         shutil.copytree(llama, folder / "model")
         change(folder / "model")
-        if attempt("--method", "base", "--model", "model", "--suite", suite, *ONE, "--output_dir",
-                   "out", *flags, watched=(llama, suite)) == 0:
+        if attempt("--method", "zero_shot", "--model", "model", "--suite", suite, *ONE,
+                   "--output_dir", "out", *flags, watched=(llama, suite)) == 0:
             check_results(folder / "out")
 
 

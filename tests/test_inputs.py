@@ -1,8 +1,8 @@
 """Bad input: exit status 2 and one clear line, before weights are loaded; the disk stays."""
 
-import argparse
 import ast
 import importlib.util
+import inspect
 import json
 import os
 import re
@@ -17,11 +17,11 @@ import torch
 from conftest import SMALL, instances, prompt_of, results_of, run, snapshot, succeed, write_json
 from transformers import AutoTokenizer, BertConfig
 
-import arguments
 import models
-import processes
 import train
-from baselines import METHODS
+from harness import arguments, identity, launch
+from inputs import embedded
+from registry import METHODS, method_class
 
 ROOT = Path(train.__file__).resolve().parent
 BAR = re.compile(r"^Loading weights: .*it/s\]$")  # before the one line, once weights are needed
@@ -120,12 +120,12 @@ def test_help_tells_every_flag(capsys):
 
 
 @pytest.mark.parametrize("flags, named", [
-    (["--method", "base", "--rank", "4"], "--rank"),
-    (["--method", "base", "--epochs", "3"], "--epochs"),
-    (["--method", "base", "--setting", "sequential"], "--setting"),
-    (["--method", "base", "--learning_rate", "1e-3"], "--learning_rate"),
-    (["--method", "base", "--eval_before"], "--eval_before"),
-    (["--method", "base", "--adapter", "somewhere"], "--adapter"),
+    (["--method", "zero_shot", "--rank", "4"], "--rank"),
+    (["--method", "zero_shot", "--epochs", "3"], "--epochs"),
+    (["--method", "zero_shot", "--setting", "sequential"], "--setting"),
+    (["--method", "zero_shot", "--learning_rate", "1e-3"], "--learning_rate"),
+    (["--method", "zero_shot", "--eval_before"], "--eval_before"),
+    (["--method", "zero_shot", "--adapter", "somewhere"], "--adapter"),
     (["--adapter", "somewhere"], "--adapter"),
     (["--eval_only"], "--adapter"),
     (["--task_order", "T1"], "--task_order"),
@@ -166,57 +166,40 @@ def test_evaluation_reads_no_training_flags(no_weights, finished, flags):
 
 def test_the_adapters_method_counts(no_weights, finished):
     """--method beside --adapter must be the adapter's."""
-    refused("--eval_only", "--adapter", finished / "adapter", "--method", "base",
-            named=("base", "badit"))
+    refused("--eval_only", "--adapter", finished / "adapter", "--method", "zero_shot",
+            named=("zero_shot", "badit"))
 
 
-def declared_flags():
-    """Names of all flags."""
-    return {action.dest for action in arguments.build_parser()._actions
-            if not isinstance(action, argparse._HelpAction)}
-
-
-def is_name(node, *names):
-    """Whether a syntax node is one of these variables or attributes."""
-    return (isinstance(node, ast.Name) and node.id in names
-            or isinstance(node, ast.Attribute) and node.attr in names)
+READERS = ("args", "settings", "read")  # variables and attributes that hold flags
 
 
 def names_read(tree):
-    """Flags read as `args.x` or `settings["x"]`, or looked up by name from a tuple of names."""
+    """Flags that a file reads as args.x or settings.x, or by name from a tuple of names."""
     for node in ast.walk(tree):
-        if isinstance(node, ast.Attribute) and is_name(node.value, "args"):
-            if isinstance(node.ctx, ast.Load):
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+            owner = node.value
+            if getattr(owner, "id", getattr(owner, "attr", None)) in READERS:
                 yield node.attr
-        if isinstance(node, ast.Subscript) and is_name(node.value, "settings", "read"):
-            yield from (leaf.value for leaf in ast.walk(node.slice)
-                        if isinstance(leaf, ast.Constant))
-        if isinstance(node, ast.DictComp) and any(
-                isinstance(leaf, ast.Subscript) and is_name(leaf.value, "settings", "read")
-                for leaf in ast.walk(node.value)):
-            yield from (leaf.value for leaf in ast.walk(node.generators[0].iter)
-                        if isinstance(leaf, ast.Constant))
+        if isinstance(node, ast.DictComp) and "getattr(self.settings" in ast.unparse(node.value):
+            yield from ast.literal_eval(node.generators[0].iter)
+
+
+def read_in(*files):
+    """The flags that some files read."""
+    return {name for file in files for name in names_read(ast.parse(file.read_text()))}
 
 
 def test_every_flag_is_read():
-    """Rule 13: no flag is declared, accepted and ignored; no read is of a flag that is not."""
-    files = [*ROOT.glob("*.py"), *ROOT.glob("baselines/*.py")]
-    read = {name for file in files for name in names_read(ast.parse(file.read_text()))}
-    flags = declared_flags()
-    assert flags - read == set()
-    for name, method in METHODS.items():
-        assert set(method.reads) <= flags, name
+    """No flag is declared, accepted and ignored; no read is of a flag that is not."""
+    files = [path for pattern in identity.TRAINS for path in ROOT.glob(pattern)]
+    assert arguments.ALL_FLAGS.keys() <= read_in(*files)
 
 
-def test_every_method_reads_what_it_claims():
-    """`reads` decides what is refused, so it may not name a flag that the method ignores."""
-    shared = {name for file in ("method.py", "train.py")
-              for name in names_read(ast.parse((ROOT / file).read_text()))}
-    for name, method in METHODS.items():
-        own = {item for cls in method.__mro__[:-2]
-               for item in names_read(ast.parse(Path(
-                   importlib.util.find_spec(cls.__module__).origin).read_text()))}
-        assert set(method.reads) <= own | shared, name
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_reads_what_it_claims(name):
+    """Its settings decide what is refused, so none may be one that the method ignores."""
+    own = {Path(inspect.getfile(cls)) for cls in method_class(name).__mro__[:-1]}
+    assert set(METHODS[name].settings.names()) <= read_in(*own)
 
 
 # --- names and files ----------------------------------------------------------------------------
@@ -426,7 +409,7 @@ def test_the_reason_of_a_bad_value(no_weights, llama, suite, tmp_path):
 def test_a_damaged_copy_of_the_embedded_model(no_weights, suite, tmp_path, monkeypatch):
     """The advice is to delete it, not to accept a licence."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    folder = tmp_path / "badit" / f"{models.EMBEDDED}-{models.EMBEDDED_SHA256[:12]}"
+    folder = tmp_path / "badit" / f"{models.EMBEDDED}-{embedded.SHA256[:12]}"
     folder.mkdir(parents=True)
     line = refused("--suite", suite, named=f"delete {folder} and run again")
     assert "licence" not in line
@@ -487,7 +470,7 @@ def test_token_ids_beyond_the_embedding(llama, suite, tmp_path):
     content = json.loads(file.read_text())
     content["model"]["vocab"]["never"] = 305
     write_json(file, content)
-    argv = ("--model", "model", "--suite", suite, "--method", "base", "--max_length", 64,
+    argv = ("--model", "model", "--suite", suite, "--method", "zero_shot", "--max_length", 64,
             "--max_eval_per_task", 1)
     succeed(*argv, "--output_dir", "out")
     change_json(pad_token="never")(tmp_path / "model" / "tokenizer_config.json")
@@ -545,7 +528,7 @@ def test_buffers_of_older_checkpoints(llama, suite, tmp_path):
     shutil.copytree(llama, tmp_path / "model")
     change_weights(lambda state: state.update(
         {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}))(tmp_path / "model")
-    succeed("--method", "base", "--model", "model", "--suite", suite, *SMALL[4:],
+    succeed("--method", "zero_shot", "--model", "model", "--suite", suite, *SMALL[4:],
             "--max_eval_per_task", 1, "--output_dir", "out")
 
 
@@ -604,7 +587,7 @@ def test_overwrite_with_bad_input_loses_nothing(no_weights, finished, llama, sui
             *flags, named=flags[1])
 
 
-@pytest.mark.parametrize("tracker", arguments.TRACKERS)
+@pytest.mark.parametrize("tracker", ("tensorboard", "wandb", "trackio", "mlflow"))
 def test_a_tracker_that_is_not_installed(no_weights, llama, suite, monkeypatch, tracker):
     """Named with what to install, before data or weights are read."""
     found = importlib.util.find_spec
@@ -620,13 +603,13 @@ def test_unsupported_precision(no_weights, llama, suite, monkeypatch):
     refused("--model", llama, "--suite", suite, *SMALL, named=("fp16", "bf16"))
 
 
-@pytest.mark.parametrize("variable, name", processes.SHARDED.items())
+@pytest.mark.parametrize("variable, name", launch.SHARDED.items())
 def test_sharded_gradients_are_refused(no_weights, llama, suite, monkeypatch, variable, name):
     """By name and with the reason, whether its library is installed or not."""
     monkeypatch.setenv(variable, "true")
     refused("--model", llama, "--suite", suite, *SMALL, named=(name, "only DDP", "Eq. 8"))
     monkeypatch.setenv(variable, "false")
-    processes.refuse_sharding()
+    launch.refuse_sharding()
 
 
 @pytest.mark.parametrize("content, named", [
@@ -692,7 +675,7 @@ def test_an_environment_of_another_kind(no_weights, llama, suite, variables):
 def test_names_that_a_terminal_cannot_show(llama, suite, tmp_path):
     """Escaped, in ASCII and in one line; the run is none the worse."""
     shutil.copytree(suite, tmp_path / "suit\u00e9")
-    argv = ["--model", str(llama), "--suite", "suit\u00e9", "--method", "base",
+    argv = ["--model", str(llama), "--suite", "suit\u00e9", "--method", "zero_shot",
             "--max_length", "64", "--output_dir", "o\u00fct\x1b[31m"]
     answer = subprocess.run([sys.executable, ROOT / "train.py", *argv], capture_output=True,
                             env=os.environ | {"PYTHONIOENCODING": "ascii"})

@@ -8,7 +8,12 @@ from torch import nn
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
-import badit
+import data
+from badit import BaditLinear
+from decomposition import decompose
+from grouping import component_gradients, group_components
+from method import Stage
+from regrouping import Regrouper
 
 IN, OUT, K, R = 20, 24, 4, 3
 TOKEN_CASES = [(top_k, inactive) for top_k in (1, 2, 3, 4) for inactive in ("keep", "drop")]
@@ -36,7 +41,7 @@ def linear(seed=0, n=IN, m=OUT, bias=True, dtype=torch.float64):
 
 def fresh(base, num_experts=K, rank=R, alpha=6, dropout=0.0, top_k=2, **options):
     """A layer at init; s = alpha / rank = 2 by default."""
-    return badit.BaditLinear(base, num_experts, rank, alpha, dropout, top_k, **options)
+    return BaditLinear(base, num_experts, rank, alpha, dropout, top_k, **options)
 
 
 @torch.no_grad()
@@ -127,6 +132,30 @@ def crossing_gradients(layer, seed=0):
     return (noisy * randn(seed + 2, N, 1).exp()).to(layer.lora_A.dtype), truth
 
 
+class Lookup(nn.Module):
+    """The smallest model whose layers can be measured: one layer on a table of tokens."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.table = randn(7, 5, layer.lora_A.shape[1]).to(layer.residual.dtype)
+        self.layer = layer
+
+    def forward(self, input_ids, attention_mask, position_ids, logits_to_keep, use_cache):
+        return self.layer(self.table[input_ids])
+
+
+def regroup(layer, gradients):
+    """DOG on one layer, from gradients (N, in + out) -> its line of regroup.jsonl."""
+    regrouper = Regrouper({"layer": layer}, 1, "dog", False, 1)
+    regrouper.start(Stage("task", ("task",), 1, 2))
+    columns = layer.lora_A.shape[1]
+    regrouper.sums = {"layer": (gradients[:, :columns], gradients[:, columns:].T)}
+    regrouper.count = 1
+    model = Lookup(layer).train(layer.training)
+    (line,) = regrouper.regroup(model, data.pad_left([[1, 2, 3], [4]], 0), "dog")
+    return line
+
+
 def snapshot(layer):
     return {name: tensor.clone() for name, tensor in layer.state_dict().items()}
 
@@ -162,7 +191,7 @@ def test_the_initial_bank_is_a_frozen_copy():
     base = linear(1)
     weight = base.weight.detach().clone()
     layer = fresh(base)
-    bad = badit.decompose(weight, K, R, 2.0)
+    bad = decompose(weight, K, R, 2.0)
     with torch.no_grad():
         layer.lora_A.mul_(3)
         layer.lora_B.add_(1)
@@ -208,7 +237,7 @@ def test_dropping_the_inactive_experts_is_not_the_base_layer():
     """Section 3: the literal reading changes the model at init; that is why keep is the default."""
     base, x = linear(4), randn(5, 6, IN)
     assert (fresh(base, inactive="drop").eval()(x) - base(x)).abs().max() > 0.1
-    default = badit.BaditLinear(base, num_experts=4, rank=3, top_k=2)
+    default = BaditLinear(base, num_experts=4, rank=3, top_k=2)
     assert_close(default.eval()(x), base(x))
 
 
@@ -503,14 +532,14 @@ def test_regroup_under_token_routing_moves_only_the_index(seed):
     before, current = snapshot(layer), layer.expert_of.clone()
     objects = [layer.lora_A, layer.lora_B, layer.router]
     total = layer.lora_B.detach() @ layer.lora_A.detach()
-    report = layer.regroup(g)
+    report = regroup(layer, g)
     assert not report["skipped"] and changed(layer, before) == {"expert_of"}
     assert all(a is b for a, b in zip(objects, (layer.lora_A, layer.lora_B, layer.router),
                                       strict=True))
     assert layer.expert_of.dtype == torch.int64
     assert sorted(layer.expert_of.tolist()) == [i // 4 for i in range(16)]
     assert torch.equal(layer.expert_of[:, None] == layer.expert_of, truth[:, None] == truth)
-    assert torch.equal(layer.expert_of, badit.group_components(g, K, current=current))
+    assert torch.equal(layer.expert_of, group_components(g, K, current=current))
     assert torch.equal(layer.lora_B.detach() @ layer.lora_A.detach(), total)
 
 
@@ -520,7 +549,7 @@ def test_regroup_reports_what_it_did(routing):
     layer = trained(linear(68), 69, rank=4, routing=routing)
     g, _ = crossing_gradients(layer)
     unit, old = g / g.norm(dim=1, keepdim=True), layer.expert_of.clone()
-    report = layer.regroup(g)
+    report = regroup(layer, g)
     for when, labels in (("before", old), ("after", layer.expert_of)):
         C = torch.stack([unit[labels == k].sum(0) for k in range(K)])
         assert float(report["objective_" + when]) == pytest.approx(float((C**2).sum()), rel=1e-6)
@@ -536,7 +565,7 @@ def test_regroup_reports_what_it_did(routing):
     assert 0 <= report["rounds"] <= 10 and not report["skipped"]
     assert report["objective_after"] > report["objective_before"]
     assert report["intra_after"] < report["intra_before"]
-    again = layer.regroup(g)
+    again = regroup(layer, g)
     assert again["moved"] == 0
     assert float(again["objective_before"]) == pytest.approx(float(report["objective_after"]))
 
@@ -547,8 +576,8 @@ def test_regroup_with_the_layers_own_gradients(routing):
     base, x = linear(70), randn(71, 32, IN)
     layer = fresh(base, rank=4, routing=routing, top_k=4)
     gradients_of(layer.train(), x, randn(72, 32, OUT))
-    g = badit.component_gradients(layer.lora_A.grad, layer.lora_B.grad)
-    report = layer.regroup(g)
+    g = component_gradients(layer.lora_A.grad, layer.lora_B.grad)
+    report = regroup(layer, g)
     assert sorted(layer.expert_of.tolist()) == [i // 4 for i in range(16)]
     assert report["moved"] > 0
     assert_close(layer.eval()(x), base(x))
@@ -564,7 +593,7 @@ def test_static_regroup_keeps_the_output(signs, dtype):
     g, truth = crossing_gradients(layer)
     x = randn(75, 40, IN).to(dtype)
     before, objects, y = snapshot(layer), (layer.lora_A, layer.lora_B, layer.alpha), layer(x)
-    report = layer.regroup(g)
+    report = regroup(layer, g)
     assert not report["skipped"] and report["moved"] == 12
     assert changed(layer, before) == {"expert_of", "lora_A", "lora_B"}
     assert all(a is b for a, b in zip(objects, (layer.lora_A, layer.lora_B, layer.alpha),
@@ -587,7 +616,7 @@ def test_static_regroup_is_skipped_at_extreme_ratios(alpha):
     with torch.no_grad():
         layer.alpha.copy_(torch.tensor(alpha))
     before = snapshot(layer)
-    report = layer.regroup(crossing_gradients(layer)[0])
+    report = regroup(layer, crossing_gradients(layer)[0])
     assert report["skipped"] and changed(layer, before) == set()
 
 
@@ -598,7 +627,7 @@ def test_static_regroup_is_not_skipped_within_the_range(alpha):
     with torch.no_grad():
         layer.alpha.copy_(torch.tensor(alpha))
     y = layer(x)
-    report = layer.regroup(crossing_gradients(layer)[0])
+    report = regroup(layer, crossing_gradients(layer)[0])
     assert not report["skipped"] and report["moved"] == 12
     assert (layer(x) - y).abs().max() <= 1e-5 * y.abs().max()
 
@@ -611,7 +640,7 @@ def test_regroup_is_skipped_on_a_non_finite_gradient(routing, bad):
     g, _ = crossing_gradients(layer)
     g[5, 7] = bad
     before = snapshot(layer)
-    assert layer.regroup(g)["skipped"] and changed(layer, before) == set()
+    assert regroup(layer, g)["skipped"] and changed(layer, before) == set()
 
 
 def test_training_moves_only_what_trains():
@@ -623,5 +652,5 @@ def test_training_moves_only_what_trains():
     for step in range(4):
         gradients_of(layer, x, randn(86 + step, 32, OUT).float())
         optimizer.step()
-        layer.regroup(badit.component_gradients(layer.lora_A.grad, layer.lora_B.grad))
+        regroup(layer, component_gradients(layer.lora_A.grad, layer.lora_B.grad))
     assert changed(layer, before) == {"lora_A", "lora_B", "router", "expert_of"}

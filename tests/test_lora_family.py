@@ -17,11 +17,11 @@ from torch import nn
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
+import adapter
 import data
 import models
 import train
-from badit import residual_weight
-from baselines import METHODS
+from baselines.gainlora import DATA_KEYS
 from baselines.lora import LoraLinear, low_rank_update
 from baselines.loramoe import (
     LoraMoeLinear,
@@ -31,15 +31,17 @@ from baselines.loramoe import (
     type_of,
 )
 from baselines.pissa import PissaLinear
-from errors import InputError
-from method import Stage, load_adapter, method_of, save_adapter
+from decomposition import residual_weight
+from inputs.errors import InputError
+from method import Stage, method_of
+from registry import method_class
 
 IN, OUT, R, S = 12, 20, 3, 2.0  # of the bare layers; alpha = S * R
 PROMPTS = [[1, 40, 17, 5, 9, 33], [1, 8], [1, *range(30, 55)], [1, 21, 22, 21]]
 KINDS = {"lora": {}, "pissa": {}, "loramoe": {}, "loramoe_dense": {"top_k": 8}}
 ROWS = [{"input_ids": list(range(3 + i, 12 + 4 * i)), "num_targets": 1 + i % 3, "task": task}
         for i, task in enumerate(["qa", "other", "other", "qa", "other"])]
-BALANCED = dict(balance_weight=0.7, balance_delta=0.3, balance_types=["qa=0", "other=1"])
+BALANCED = dict(balance_weight=0.7, balance_delta=0.3, balance_types=("qa=0", "other=1"))
 
 
 @pytest.fixture(params=ARCHITECTURES)
@@ -97,25 +99,25 @@ def logits_of(model, prompts=PROMPTS):
 
 
 def batch_of(rows=ROWS):
-    """A training batch, and the task of each row, as the loop has them."""
+    """A training batch, as the loop has them."""
     targets = sum(row["num_targets"] for row in rows if row)
-    return data.collate(rows, 2, targets), [row and row["task"] for row in rows]
+    return data.collate_micro_batch([data.MicroBatch(rows, targets, 99)], 2)
 
 
 def backward(model, rows=ROWS, seed=3):
     """One micro-batch through the hooks -> (loss, penalty); gradients are added up."""
     method = method_of(model)
-    batch, method.row_tasks = batch_of(rows)
+    batch = batch_of(rows)
     torch.manual_seed(seed)
     method.before_forward(batch)
-    loss = model(**batch, use_cache=False).loss
-    penalty = method.penalty()
+    loss = model(**data.model_inputs(batch), use_cache=False).loss
+    penalty = method.penalty(batch)
     (loss + penalty).backward()
     return float(loss.detach()), float(torch.as_tensor(penalty).detach())
 
 
 def start(model, steps=3):
-    method_of(model).start_task(Stage("mixed", ("qa", "other"), 1, steps), None)
+    method_of(model).start_stage(Stage("mixed", ("qa", "other"), 1, steps), None)
     return model.train()
 
 
@@ -128,7 +130,7 @@ def train_steps(model, steps=3, learning_rate=1e-2):
         method.after_backward()
         optimizer.step()
         optimizer.zero_grad()
-        method.after_step()
+        method.after_step(batch_of())
     model.eval()
 
 
@@ -223,7 +225,7 @@ def test_an_impossible_rank_is_refused_before_weights_load(kind):
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(CONFIGS["llama"]())
     with pytest.raises(InputError, match="rank 33 .*32"):
-        METHODS[kind](**settings_of(kind, rank=33)).check_model(model)
+        method_class(kind)(settings_of(kind, rank=33)).check_model(model)
 
 
 # --- PiSSA, section 2 ---------------------------------------------------------------------------
@@ -426,7 +428,7 @@ def gates_of(model, batch):
         handles.append(layer.register_forward_hook(
             lambda layer, inputs, _: seen.append(layer.route(inputs[0]).weight.detach())))
     with torch.no_grad():
-        model(**batch, use_cache=False)
+        model(**{key: batch[key] for key in DATA_KEYS}, use_cache=False)
     for handle in handles:
         handle.remove()
     return seen
@@ -436,7 +438,7 @@ def gates_of(model, batch):
 def test_the_penalty_is_beta_times_the_sum_over_layers(architecture, kind):
     """4.4: on a padded batch; rows without tokens are left out."""
     model = start(shifted(architecture, kind, dropout=0.0, **BALANCED))
-    batch, _ = batch_of()
+    batch = batch_of()
     expected = 0.7 * sum(naive_balancing(g, batch["attention_mask"], [0, 1, 1, 0, 1], 0.3)
                          for g in gates_of(model, batch))
     assert backward(model)[1] == pytest.approx(expected, rel=1e-5)
@@ -448,10 +450,10 @@ def test_the_penalty_reaches_routers_and_what_lies_below(architecture):
     """Its gradient alone, without the loss: every router gets one, A and B of the last do not."""
     model = start(shifted(architecture, "loramoe", **BALANCED))
     method = method_of(model)
-    batch, method.row_tasks = batch_of()
+    batch = batch_of()
     method.before_forward(batch)
-    model(**batch, use_cache=False)
-    method.penalty().backward()
+    model(**data.model_inputs(batch), use_cache=False)
+    method.penalty(batch).backward()
     layers = list(method.layers.values())
     assert all(layer.router.grad.norm() > 0 for layer in layers)
     assert layers[0].lora_A.grad.norm() > 0 and layers[-1].lora_A.grad is None
@@ -500,10 +502,10 @@ def test_the_penalty_balances():
     routers = [layer.router for layer in method.layers.values()]
     optimizer, values = torch.optim.Adam(routers, lr=1e-2), []
     for _ in range(30):
-        batch, method.row_tasks = batch_of()
+        batch = batch_of()
         method.before_forward(batch)
-        model(**batch, use_cache=False)
-        values.append(method.penalty())
+        model(**data.model_inputs(batch), use_cache=False)
+        values.append(method.penalty(batch))
         values[-1].backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -518,7 +520,7 @@ def test_types_are_named_by_task_or_number():
     for name, wrong in (("task5910_x", pairs), ("task002_x", pairs), (task, [*pairs, f"{task}=1"])):
         with pytest.raises(InputError, match=f"--balance_types .*{name}"):
             type_of(name, wrong)
-    model = adapted("llama", "loramoe", balance_weight=0.1, balance_types=["qa=0"])
+    model = adapted("llama", "loramoe", balance_weight=0.1, balance_types=("qa=0",))
     with pytest.raises(InputError, match="--balance_types .*other"):
         start(model)
 
@@ -582,8 +584,8 @@ def test_five_steps_are_those_of_peft(architecture, kind):
         optimizer = torch.optim.AdamW(weights, lr=1e-2, weight_decay=0.0)
         model.train()
         for first in range(5):
-            batch, _ = batch_of([rows[(first + i) % 5] for i in range(3)])
-            model(**batch, use_cache=False).loss.backward()
+            batch = batch_of([rows[(first + i) % 5] for i in range(3)])
+            model(**data.model_inputs(batch), use_cache=False).loss.backward()
             optimizer.step()
             optimizer.zero_grad()
     for name, layer in method_of(ours).layers.items():
@@ -627,7 +629,7 @@ def test_a_bf16_base_has_a_float32_adapter(kind):
     assert {p.dtype for p in trainable(model).values()} == {torch.float32}
     assert {layer.residual.dtype for layer in method_of(model).layers.values()} == {torch.bfloat16}
     if "loramoe" in kind:
-        assert {g.dtype for g in gates_of(model, batch_of()[0])} == {torch.float32}
+        assert {g.dtype for g in gates_of(model, batch_of())} == {torch.float32}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -652,8 +654,8 @@ def test_a_loaded_adapter_is_the_saved_one(architecture, kind, tmp_path):
     """Logits bitwise equal; saved: what trains, and what the frozen parts are rebuilt from."""
     model = adapted(architecture, kind, **BALANCED if kind == "loramoe" else {})
     train_steps(model, steps=2)
-    save_adapter(model, tmp_path)
-    loaded = load_adapter(tiny(architecture), tmp_path).eval()
+    adapter.save(model, tmp_path)
+    loaded = adapter.load(tiny(architecture), tmp_path).eval()
     assert torch.equal(logits_of(loaded), logits_of(model))
     assert method_of(loaded).settings == method_of(model).settings
     assert set(trainable(loaded)) == set(trainable(model))
@@ -666,11 +668,10 @@ def test_a_loaded_adapter_is_the_saved_one(architecture, kind, tmp_path):
 LOAD = """
 import sys
 import torch
-import data, models
-from method import load_adapter
+import adapter, data, models
 base, *folders = sys.argv[1:]
 for folder in folders:
-    model = load_adapter(models.load(base)[0], folder).eval()
+    model = adapter.load(models.load(base)[0], folder).eval()
     batch = data.pad_left([[1, 40, 17, 5, 9, 33], [1, 8]], 2)
     with torch.no_grad():
         logits = model(**batch, use_cache=False).logits
@@ -684,7 +685,7 @@ def test_adapters_load_in_a_fresh_process(llama, tmp_path):
     for kind in KINDS:
         model = wrapped(models.load(llama)[0], kind.removesuffix("_dense"), **KINDS[kind])
         train_steps(model, steps=2)
-        save_adapter(model, tmp_path / kind)
+        adapter.save(model, tmp_path / kind)
         expected[kind] = logits_of(model, PROMPTS[:2])
     subprocess.run([sys.executable, "-c", LOAD, llama, *(tmp_path / kind for kind in KINDS)],
                    cwd=Path(train.__file__).parent, check=True, capture_output=True)

@@ -10,17 +10,20 @@ import torch
 from conftest import ARCHITECTURES, run, save_checkpoint, snapshot, wrapped
 from torch.testing import assert_close
 
+import adapter
 import data
 import evaluation
 import models
-from errors import InputError
-from method import Stage, load_adapter, method_of, save_adapter
+from inputs import embedded
+from inputs.errors import InputError
+from method import Stage, method_of
+from registry import EMBEDDED
 
 PRECISIONS = {"fp32": (torch.float32, 1e-4), "bf16": (torch.bfloat16, 2e-2)}
 ROUTINGS = {"top_1": {"top_k": 1}, "top_4": {"top_k": 4}, "top_8": {"top_k": 8},
             "static": {"routing": "static"}}
 KINDS = ROUTINGS | {"drop": {"inactive": "drop"}, "no_bad": {"no_bad": True},
-                    "two_targets": {"target_modules": ["gate_proj", "down_proj"]}}
+                    "two_targets": {"target_modules": ("gate_proj", "down_proj")}}
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PROMPTS = [[1, 40, 17, 5, 9, 33], [1, 8], [1, *range(30, 55)], [1, 21, 22, 21]]
 
@@ -64,7 +67,7 @@ def training_rows(seed, count=6, vocabulary=300):
 def train_steps(model, steps=4, learning_rate=3e-2, clear=True):
     """Some steps through the hooks, as the loop makes them -> the records of regroupings."""
     method = method_of(model)
-    method.start_task(Stage("mixed", ("a", "b"), 1, steps), None)
+    method.start_stage(Stage("mixed", ("a", "b"), 1, steps), None)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad],
                                   lr=learning_rate)
     model.train()
@@ -79,7 +82,7 @@ def train_steps(model, steps=4, learning_rate=3e-2, clear=True):
         optimizer.step()
         if clear:
             optimizer.zero_grad()
-        records += method.after_step()
+        records += method.after_step(batch)
     model.eval()
     return records
 
@@ -198,13 +201,13 @@ def test_a_regrouping_after_a_batch_of_fillers(checkpoint):
     """The last micro-batch of a process may hold no token: gradients come from the earlier ones."""
     model = wrapped(models.load(checkpoint)[0], regroup_every=1).train()
     method = method_of(model)
-    method.start_task(Stage("mixed", ("a",), 1, 2), None)
+    method.start_stage(Stage("mixed", ("a",), 1, 2), None)
     for rows in (training_rows(0), [None, None]):
         batch = data.collate(rows, 2, 13)
         method.before_forward(batch)
         model(**batch, use_cache=False).loss.backward()
     method.after_backward()
-    records = method.after_step()
+    records = method.after_step(batch)
     assert len(records) == len(method.layers) and sum(r["moved"] for r in records) > 0
     json.dumps(records, allow_nan=False)
 
@@ -218,7 +221,7 @@ def test_a_layer_that_cannot_be_regrouped_is_skipped(checkpoint, kind, spoil):
     """Section 4: it stays as it was and is reported; the other layers are regrouped."""
     model = wrapped(models.load(checkpoint)[0], regroup_every=1, **KINDS[kind]).train()
     method = method_of(model)
-    method.start_task(Stage("mixed", ("a",), 1, 2), None)
+    method.start_stage(Stage("mixed", ("a",), 1, 2), None)
     batch = data.collate(training_rows(0), 2, 13)
     method.before_forward(batch)
     model(**batch, use_cache=False).loss.backward()
@@ -226,7 +229,7 @@ def test_a_layer_that_cannot_be_regrouped_is_skipped(checkpoint, kind, spoil):
     spoil(first)
     before = {name: tensor.clone() for name, tensor in first.state_dict().items()}
     method.after_backward()
-    record, *rest = method.after_step()
+    record, *rest = method.after_step(batch)
     assert record["skipped"] and record["moved"] == 0 and record["regroup_drift"] == 0
     assert all(torch.equal(before[name], tensor) for name, tensor in first.state_dict().items())
     assert all(r["skipped"] is None and r["moved"] > 0 for r in rest)
@@ -341,13 +344,13 @@ def test_a_loaded_adapter_is_the_saved_one(checkpoints, tmp_path, kind, architec
     checkpoint, dtype = checkpoints[architecture], PRECISIONS[precision][0]
     model = wrapped(models.load(checkpoint, dtype)[0], regroup_every=1, **KINDS[kind])
     for moment in ("init", "trained"):
-        save_adapter(model, tmp_path / moment)
-        loaded = load_adapter(models.load(checkpoint, dtype)[0], tmp_path / moment).eval()
+        adapter.save(model, tmp_path / moment)
+        loaded = adapter.load(models.load(checkpoint, dtype)[0], tmp_path / moment).eval()
         assert torch.equal(logits_of(loaded), logits_of(model))
         state, restored = method_of(model).state_dict(), method_of(loaded).state_dict()
         assert state.keys() == restored.keys()
         assert all(torch.equal(state[key], restored[key]) for key in state)
-        save_adapter(loaded, tmp_path / "again")
+        adapter.save(loaded, tmp_path / "again")
         for file in (WEIGHTS, CONFIG):
             assert (tmp_path / "again" / file).read_bytes() == (tmp_path / moment / file
                                                                 ).read_bytes()
@@ -362,8 +365,8 @@ def test_a_loaded_adapter_is_the_saved_one(checkpoints, tmp_path, kind, architec
 def test_a_loaded_adapter_goes_on_training_alike(checkpoint, tmp_path):
     """The restored model has the same trainable parameters, and learns the same from a batch."""
     first = trained(checkpoint)
-    save_adapter(first, tmp_path)
-    second = load_adapter(models.load(checkpoint)[0], tmp_path)
+    adapter.save(first, tmp_path)
+    second = adapter.load(models.load(checkpoint)[0], tmp_path)
     for model in (first, second):
         train_steps(model, steps=2)
     names = [[name for name, p in model.named_parameters() if p.requires_grad]
@@ -376,7 +379,7 @@ def test_a_loaded_adapter_goes_on_training_alike(checkpoint, tmp_path):
 def test_equal_adapters_have_equal_bytes(llama, tmp_path, kind):
     """No times, paths or random orders in the files."""
     for name in ("a", "b"):
-        save_adapter(trained(llama, **KINDS[kind]), tmp_path / name)
+        adapter.save(trained(llama, **KINDS[kind]), tmp_path / name)
     assert sorted(path.name for path in (tmp_path / "a").iterdir()) == [CONFIG, WEIGHTS]
     for file in (WEIGHTS, CONFIG):
         content = (tmp_path / "a" / file).read_bytes()
@@ -388,7 +391,7 @@ def test_equal_adapters_have_equal_bytes(llama, tmp_path, kind):
 def test_saved_keys(checkpoint, tmp_path, kind):
     """What trains, the grouping, and for BADIT the initial bank: nothing is missing or left."""
     model = wrapped(models.load(checkpoint)[0], **KINDS[kind])
-    save_adapter(model, tmp_path)
+    adapter.save(model, tmp_path)
     layers = [f"model.layers.{i}.mlp.gate_proj" for i in range(model.config.num_hidden_layers)]
     gate = "alpha" if kind == "static" else "router"
     expected = {f"{layer}.{part}" for layer in layers for part in ("lora_A", "lora_B", gate)}
@@ -412,13 +415,13 @@ def one_line(caught):
                                   "model.embed_tokens.weight"])
 def test_another_base_is_refused(llama, tmp_path, name):
     """Section 2: one changed number in any weight, and the model is left as it was."""
-    save_adapter(wrapped(models.load(llama)[0]), tmp_path)
+    adapter.save(wrapped(models.load(llama)[0]), tmp_path)
     other = models.load(llama)[0]
     with torch.no_grad():
         other.get_parameter(name).view(-1)[5] += 1e-3
     before = logits_of(other)
     with pytest.raises(InputError) as caught:
-        load_adapter(other, tmp_path)
+        adapter.load(other, tmp_path)
     assert "base" in one_line(caught)
     assert torch.equal(logits_of(other), before)
 
@@ -428,8 +431,8 @@ def test_another_base_is_refused(llama, tmp_path, name):
 def test_one_checkpoint_in_two_precisions(bf16_checkpoint, tmp_path, made, used):
     """An adapter made on a bf16 load fits an fp32 load of the same checkpoint, and reversed."""
     model = trained(bf16_checkpoint, PRECISIONS[made][0])
-    save_adapter(model, tmp_path)
-    loaded = load_adapter(models.load(bf16_checkpoint, PRECISIONS[used][0])[0], tmp_path).eval()
+    adapter.save(model, tmp_path)
+    loaded = adapter.load(models.load(bf16_checkpoint, PRECISIONS[used][0])[0], tmp_path).eval()
     if made == used:
         assert torch.equal(logits_of(loaded), logits_of(model))
     else:
@@ -520,12 +523,12 @@ DAMAGES = {
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_adapter_is_refused_in_one_line(llama, tmp_path, damage):
     """Never a traceback, a half-loaded model, or a pickle that runs."""
-    save_adapter(wrapped(models.load(llama)[0]), tmp_path)
+    adapter.save(wrapped(models.load(llama)[0]), tmp_path)
     change, named = DAMAGES[damage]
     change(tmp_path)
     before = snapshot(tmp_path)
     with pytest.raises(InputError) as caught:
-        load_adapter(models.load(llama)[0], tmp_path)
+        adapter.load(models.load(llama)[0], tmp_path)
     assert named in one_line(caught)
     assert snapshot(tmp_path) == before
 
@@ -533,7 +536,7 @@ def test_a_damaged_adapter_is_refused_in_one_line(llama, tmp_path, damage):
 def test_a_bare_model_has_no_adapter_to_save(llama, tmp_path):
     """Saving what was never wrapped is refused, and leaves no file."""
     with pytest.raises(InputError):
-        save_adapter(models.load(llama)[0], tmp_path / "adapter")
+        adapter.save(models.load(llama)[0], tmp_path / "adapter")
     assert not (tmp_path / "adapter").exists()
 
 
@@ -544,19 +547,19 @@ def test_a_bare_model_has_no_adapter_to_save(llama, tmp_path):
 def test_an_incomplete_conversion_leaves_no_folder(tmp_path, monkeypatch, failure):
     """The converted folder is whole or absent; the next call starts again."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(models, "sha256_file", lambda path: models.EMBEDDED_SHA256)
+    monkeypatch.setattr(embedded, "sha256_file", lambda path: embedded.SHA256)
 
     def stop(source, folder):
         (folder / "config.json").write_text("{}")
         raise failure
 
-    monkeypatch.setattr(models, "_convert_gguf", stop)
+    monkeypatch.setattr(embedded, "_convert_gguf", stop)
     with pytest.raises(type(failure)):
-        models.embedded_model()
+        embedded.embedded_folder(EMBEDDED)
     assert [path for path in tmp_path.rglob("*") if path.name != "badit"] == []
-    monkeypatch.setattr(models, "_convert_gguf",
+    monkeypatch.setattr(embedded, "_convert_gguf",
                         lambda source, folder: (folder / "config.json").write_text("[]"))
-    folder = models.embedded_model()
+    folder = embedded.embedded_folder(EMBEDDED)
     assert [str(path) for path in (tmp_path / "badit").iterdir()] == [folder]
     assert [path.read_text() for path in (tmp_path / "badit").rglob("*.json")] == ["[]"]
 
@@ -564,7 +567,7 @@ def test_an_incomplete_conversion_leaves_no_folder(tmp_path, monkeypatch, failur
 def test_another_gguf_is_not_converted(tmp_path, monkeypatch):
     """The source is checked by its SHA-256 before anything is written."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(models, "sha256_file", lambda path: "0" * 64)
+    monkeypatch.setattr(embedded, "sha256_file", lambda path: "0" * 64)
     outcome = run("--output_dir", tmp_path / "out")
     assert outcome.status == 2 and len(outcome.err) == 1 and "SHA-256" in outcome.err[0]
     assert not any("smollm2" in path.name for path in tmp_path.rglob("*"))
@@ -599,7 +602,7 @@ def smollm2_adapter(smollm2, tmp_path_factory):
         for layer in method_of(model).layers.values():
             layer.top_k = top_k
         assert_close_to_base(logits_of(model, prompts), base, 1e-4)
-    save_adapter(model, folder)
+    adapter.save(model, folder)
     return folder, prompts, base
 
 
@@ -616,7 +619,7 @@ def test_smollm2_starts_as_it_was(smollm2, smollm2_adapter):
     (folder / "static").mkdir()
     safetensors.torch.save_file(state, folder / "static" / WEIGHTS, metadata={"format": "pt"})
     (folder / "static" / CONFIG).write_text(json.dumps(config))
-    model = load_adapter(models.load(smollm2)[0], folder / "static").eval()
+    model = adapter.load(models.load(smollm2)[0], folder / "static").eval()
     assert_close_to_base(logits_of(model, prompts), base, 1e-4)
 
 
@@ -629,5 +632,5 @@ def test_smollm2_starts_as_it_was_in_bf16(smollm2, smollm2_adapter):
     folder, prompts, exact = smollm2_adapter
     model = models.load(smollm2, torch.bfloat16)[0].eval()
     plain = (logits_of(model, prompts) - exact).abs().mean()
-    adapted = (logits_of(load_adapter(model, folder).eval(), prompts) - exact).abs().mean()
+    adapted = (logits_of(adapter.load(model, folder).eval(), prompts) - exact).abs().mean()
     assert 0 < adapted <= 1.25 * plain

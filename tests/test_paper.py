@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 
 import data
-from baselines import METHODS
 from metrics import mean
-from models import MODELS
+from registry import METHODS, MODELS
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = ROOT.parent / "shared" / "paper" / "paper.txt"

@@ -12,7 +12,7 @@ import torch
 from conftest import QUIET, SMALL, lines_of, results_of, succeed
 
 import models
-from baselines import METHODS
+from registry import METHODS
 
 TRAINED = [name for name, method in METHODS.items() if method.trains]
 # Two tasks of twelve rows: the second of two steps is short in both epochs.
@@ -20,11 +20,6 @@ FLAGS = (*SMALL, "--setting", "sequential", "--tasks", "colour_name", "say_both"
          "--learning_rate", "1e-2", "--max_new_tokens", 3, "--eval_batch_size", 2,
          "--dropout", "0")
 NO_NOISE = {"badit": QUIET}
-DOUBLE = """
-import torch, models
-real = models.load
-models.load = lambda name, dtype=None: real(name, torch.float64)
-"""
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +56,7 @@ def test_two_processes_are_one(method, flags, forks, tmp_path, monkeypatch):
     monkeypatch.setattr(models, "load", lambda name, dtype=None: real(name, torch.float64))
     succeed(*argv, "--output_dir", tmp_path / "one")
     answer = forks(*argv, "--output_dir", tmp_path / "two", out=tmp_path / "out", processes=2,
-                   prelude=DOUBLE)
+                   sabotage="double_precision")
     assert answer["statuses"] == [0, 0], answer["lines"][-20:]
     assert results_of(tmp_path / "two")["processes"] == 2
     assert_close(tmp_path / "one", tmp_path / "two", 1e-5)
@@ -87,28 +82,11 @@ def test_two_processes_resume(flags, forks, tmp_path):
     assert results_of(tmp_path / "two")["metrics"] == results_of(tmp_path / "whole")["metrics"]
 
 
-LEAVING = """
-import time
-import checkpoint, train
-write, end_together = checkpoint.write, train.Run.end_together
-def slow(*arguments):
-    time.sleep(1)
-    write(*arguments)
-    time.sleep(0.1)  # the system's times are not as fine as all that
-def leave(run):
-    try:
-        end_together(run)
-    finally:
-        open(run.args.output_dir.with_name(f"left-{rank}"), "w").close()
-checkpoint.write, train.Run.end_together = slow, leave
-"""
-
-
 def test_no_process_ends_before_the_checkpoint_is_written(flags, forks, tmp_path):
     """The launcher would kill the one that writes it."""
     argv = (*flags, "--epochs", 100, "--output_dir", tmp_path / "out")
     answer = forks(*argv, out=tmp_path / "a", processes=2, signal=signal.SIGTERM, to=1,
-                   seen=f"{tmp_path}/out/log.jsonl", prelude=LEAVING)
+                   seen=f"{tmp_path}/out/log.jsonl", sabotage="slow_writing")
     assert answer["statuses"] == [128 + signal.SIGTERM] * 2, answer["lines"][-5:]
     sealed = (tmp_path / "out/checkpoints/000001/SHA256SUMS").stat().st_mtime_ns
     assert sealed < (tmp_path / "left-1").stat().st_mtime_ns
@@ -126,7 +104,7 @@ def test_another_number_of_processes_is_refused(flags, forks, tmp_path):
 
 CHILD = """
 import signal, sys, time
-import processes
+from harness import processes
 signal.signal(signal.SIGTERM, lambda *_: sys.exit("asked to stop"))
 processes.end_with_launcher()
 print("ready", flush=True)
@@ -151,53 +129,20 @@ def test_a_run_does_not_outlive_its_launcher():
 
 # Each breaks the second process alone.
 BREAKS = {
-    "a NaN in its loss": (2, "training diverged", """
-import torch, train
-real = train.micro_batches
-train.micro_batches = lambda run: real(run) * (float("nan") if rank else 1)
-"""),
-    "another adapter": (2, "the processes hold different adapters", """
-import badit
-real = badit.Dog.after_step
-def after_step(self, model, batch):
-    records = real(self, model, batch)
-    if rank and records:
-        next(iter(self.layers.values())).lora_A.data[0, 0] += 1e-7
-    return records
-badit.Dog.after_step = after_step
-"""),
-    "other data": (2, "data or libraries: data of say_both, train rows of say_both", """
-import data
-real = data.load_task
-def load_task(folder):
-    task = real(folder)
-    if rank and task.name == "say_both":
-        task.train[3]["outputs"][0] += " too"
-    return task
-data.load_task = load_task
-"""),
-    "bad input": (2, "mine alone", """
-import checkpoint, errors
-def save(*_):
-    if rank:
-        raise errors.InputError("mine alone")
-    return real(*_)
-real, checkpoint.save = checkpoint.save, save
-"""),
-    "a bug": (1, "ZeroDivisionError", """
-import badit
-real = badit.Dog.accumulate
-badit.Dog.accumulate = lambda self: 1 / (1 - rank) and real(self)
-"""),
+    "nan_in_the_loss": (2, "training diverged"),
+    "another_adapter": (2, "the processes hold different adapters"),
+    "other_data": (2, "data or libraries: data of say_both, train rows of say_both"),
+    "bad_input": (2, "mine alone"),
+    "bug": (1, "ZeroDivisionError"),
 }
 
 
-@pytest.mark.parametrize("status, message, prelude", BREAKS.values(), ids=BREAKS)
-def test_a_failure_of_one_process_ends_all_with_one_message(status, message, prelude, flags,
-                                                            forks, tmp_path):
+@pytest.mark.parametrize("sabotage", BREAKS)
+def test_a_failure_of_one_process_ends_all_with_one_message(sabotage, flags, forks, tmp_path):
     """Nothing hangs, and the reason stands there once."""
+    status, message = BREAKS[sabotage]
     answer = forks(*flags, "--regroup_every", 1, "--output_dir", tmp_path / "out",
-                   out=tmp_path / "a", processes=2, prelude=prelude)
+                   out=tmp_path / "a", processes=2, sabotage=sabotage)
     assert answer["statuses"][1] == status and answer["statuses"][0] != 0, answer["lines"][-60:]
     reasons = [line for line in answer["lines"] if line.startswith(("error: ", "Zero", "Runtime"))]
     assert len(reasons) == 1 and message in reasons[0], answer["lines"][-30:]

@@ -17,16 +17,13 @@ import safetensors.torch
 import torch
 from conftest import SMALL, lines_of, results_of, run, snapshot, succeed
 
-import arguments
-import checkpoint
+import adapter
+import data
 import evaluation
-import method as adapters
 import models
-import output_dir
-import results
 import train
-import utils
-from baselines import METHODS
+from harness import arguments, checkpoint, identity, output_folder, recorder, results_file, signals
+from registry import METHODS
 
 TRAINED = [name for name, method in METHODS.items() if method.trains]
 # Two tasks; three micro-batches of two rows in a step, regrouping in the middle of an epoch.
@@ -94,16 +91,16 @@ def stop_at(monkeypatch, owner, name, count, error=Killed):
 
 # Twelve steps in two stages of six; two evaluations of five batches.
 MOMENTS = {
-    "before the first checkpoint": (train.Recorder, "add_step", 1),
-    "in an accumulation": (train, "micro_batches", 2 * 3 + 2),
-    "between update and checkpoint": (train.Recorder, "add_regrouping", 2),
+    "before the first checkpoint": (recorder.Recorder, "add_step", 1),
+    "in an accumulation": (data, "model_inputs", 3 + 2),
+    "between update and checkpoint": (recorder.Recorder, "add_regrouping", 2),
     "while a checkpoint is written": (checkpoint.os, "rename", 1),
-    "at the end of a stage": (train, "save_adapter", 1),
+    "at the end of a stage": (adapter, "save", 1),
     "in an evaluation": (evaluation, "generate", 3),
     "between stages": (train, "make_stages", 1),
-    "in the second stage": (train.Recorder, "add_step", 3),
+    "in the second stage": (recorder.Recorder, "add_step", 3),
     "in its evaluation": (evaluation, "generate", 4),
-    "before the results": (results, "write_results", 1),
+    "before the results": (results_file, "write_results", 1),
 }
 
 
@@ -130,7 +127,7 @@ def test_variants_resume(more, flags, tmp_path, monkeypatch):
     """The settings and BADIT's ablations, killed in the eighth step."""
     succeed(*flags, *DOG, *more, "--output_dir", tmp_path / "whole")
     with monkeypatch.context() as patch:
-        stop_at(patch, train.Recorder, "add_step", 8)
+        stop_at(patch, recorder.Recorder, "add_step", 8)
         with pytest.raises(Killed):
             run(*flags, *DOG, *more, "--output_dir", tmp_path / "out")
     succeed(*flags, *DOG, *more, "--output_dir", tmp_path / "out", "--resume")
@@ -142,7 +139,7 @@ def test_bf16_resumes(flags, tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     succeed(*flags, *DOG, "--output_dir", tmp_path / "whole")
     with monkeypatch.context() as patch:
-        stop_at(patch, train.Recorder, "add_step", 8)
+        stop_at(patch, recorder.Recorder, "add_step", 8)
         with pytest.raises(Killed):
             run(*flags, *DOG, "--output_dir", tmp_path / "out")
     with monkeypatch.context() as patch:
@@ -161,7 +158,7 @@ def test_compiled_runs_resume(method, flags, whole, tmp_path, monkeypatch):
     uncompiled = whole(method)
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "eager")
     with monkeypatch.context() as patch:
-        stop_at(patch, train.Recorder, "add_step", 9)
+        stop_at(patch, recorder.Recorder, "add_step", 9)
         with pytest.raises(Killed):
             run(*argv)
     torch.compiler.reset()
@@ -177,7 +174,7 @@ def test_gainlora_with_olora_branches_resumes(flags, tmp_path, monkeypatch):
     more = ("--method", "gainlora", "--branches", "olora")
     succeed(*flags, *more, "--output_dir", tmp_path / "whole")
     with monkeypatch.context() as patch:
-        stop_at(patch, train.Recorder, "add_step", 9)
+        stop_at(patch, recorder.Recorder, "add_step", 9)
         with pytest.raises(Killed):
             run(*flags, *more, "--output_dir", tmp_path / "out")
     succeed(*flags, *more, "--output_dir", tmp_path / "out", "--resume")
@@ -245,20 +242,10 @@ def test_a_signal_between_checkpoints_saves_one(flags, forks, tmp_path):
     assert 0 < state["position"][1] == len(lines_of(tmp_path / "out/log.jsonl")) < 400
 
 
-SLOW = """
-import time, train
-real = train.Recorder.add_step
-def add_step(self, record):
-    time.sleep(0.05)
-    real(self, record)
-train.Recorder.add_step = add_step
-"""
-
-
 def test_a_signal_that_a_launcher_passes_on_counts_once(flags, forks, tmp_path):
     """The process group's SIGTERM, and the launcher's own a moment later."""
     argv = (*flags[:-2], *DOG, "--epochs", 200, "--output_dir", tmp_path / "out")
-    answer = forks(*argv, out=tmp_path / "a", signal=signal.SIGTERM, times=2, prelude=SLOW,
+    answer = forks(*argv, out=tmp_path / "a", signal=signal.SIGTERM, times=2, sabotage="slow_steps",
                    seen=f"{tmp_path}/out/log.jsonl")
     assert answer["statuses"] == [128 + signal.SIGTERM]
     assert ", saved; go on with" in answer["lines"][-1], answer["lines"][-5:]
@@ -268,11 +255,11 @@ def test_a_signal_that_a_launcher_passes_on_counts_once(flags, forks, tmp_path):
 def test_a_second_signal_stops_at_once(monkeypatch):
     """If it comes later than an echo does."""
     clock = [100.0]
-    monkeypatch.setattr(utils.time, "monotonic", lambda: clock[0])
-    with utils.StopSignals() as stop:
+    monkeypatch.setattr(signals.time, "monotonic", lambda: clock[0])
+    with signals.StopSignals() as stop:
         stop.deferred = True
         stop.note(signal.SIGTERM)  # of another process of the run
-        clock[0] += utils.ECHO - 1
+        clock[0] += signals.ECHO - 1
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop.received == signal.SIGTERM
         clock[0] += 1
@@ -284,7 +271,7 @@ def test_nohup_is_respected():
     """A signal that is ignored when the program starts stays ignored: SIGHUP alone."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with utils.StopSignals() as stop:
+        with signals.StopSignals() as stop:
             stop.deferred = True
             os.kill(os.getpid(), signal.SIGHUP)
             assert stop.received is None
@@ -296,20 +283,19 @@ def test_a_run_that_has_not_begun_is_started_again(flags, forks, tmp_path):
     """--overwrite stays in the command until the folder was cleared; nothing was touched."""
     (tmp_path / "out").mkdir()
     (tmp_path / "out/log.jsonl").write_text("an older run\n")
-    prelude = "import os, signal, models\nmodels.load = lambda *_: os.kill(os.getpid(), 15)"
     answer = forks(*flags, "--output_dir", tmp_path / "out", "--overwrite", out=tmp_path / "a",
-                   prelude=prelude)
+                   sabotage="stop_while_loading")
     assert answer["statuses"] == [128 + signal.SIGTERM]
     last = answer["lines"][-1]
     assert "nothing more was saved" in last and last.endswith("--overwrite")
     assert (tmp_path / "out/log.jsonl").read_text() == "an older run\n"
 
 
-@pytest.mark.parametrize("more", [("--method", "base"), ("--eval_before",)])
+@pytest.mark.parametrize("more", [("--method", "zero_shot"), ("--eval_before",)])
 def test_an_evaluation_says_that_nothing_is_saved(more, flags, forks, tmp_path):
     """Of the base model, as a run of its own or before the training."""
     argv = (*flags[:4], *more, "--max_length", 64, "--eval_batch_size", 1)
-    argv += () if "base" in more else SMALL[:4]
+    argv += () if "zero_shot" in more else SMALL[:4]
     answer = forks(*argv, "--output_dir", tmp_path / "out", out=tmp_path / "a",
                    signal=signal.SIGTERM, seen=f"{tmp_path}/out/predictions/*.partial")
     assert answer["statuses"] == [128 + signal.SIGTERM]
@@ -324,7 +310,7 @@ def stopped(flags, tmp_path, monkeypatch):
     """Flags and folder of a BADIT run that was killed after its ninth step."""
     argv = (*flags, *DOG, "--output_dir", tmp_path / "out")
     with monkeypatch.context() as patch:
-        stop_at(patch, train.Recorder, "add_step", 9)
+        stop_at(patch, recorder.Recorder, "add_step", 9)
         with pytest.raises(Killed):
             run(*argv)
     return argv, tmp_path / "out"
@@ -455,10 +441,10 @@ def test_what_may_be_another(what, stopped, whole, monkeypatch):
     """Refused by default, gone on with where the flag says so."""
     argv, folder = stopped
     undisturbed = whole("badit")  # before anything is replaced
-    replace = {"code": (results, "code_sha256", lambda: "0" * 64),
-               "versions": (results, "versions", lambda: {"torch": "1.0"}),
+    replace = {"code": (identity, "code_sha256", lambda: "0" * 64),
+               "versions": (identity, "versions", lambda: {"torch": "1.0"}),
                "threads": (torch, "get_num_threads", lambda: 7),
-               "device": (results, "device_name", lambda run: "abacus")}
+               "device": (identity, "device_name", lambda run: "abacus")}
     monkeypatch.setattr(*replace[what])
     outcome = run(*argv, "--resume")
     assert outcome.status == 2 and f" {what} (then" in outcome.err[0]
@@ -477,7 +463,7 @@ def test_what_was_another_is_remembered(stopped, monkeypatch, tmp_path):
     argv, folder = stopped
     monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
     with monkeypatch.context() as patch:
-        stop_at(patch, train.Recorder, "add_step", 2)
+        stop_at(patch, recorder.Recorder, "add_step", 2)
         with pytest.raises(Killed):
             run(*argv, "--resume", "--allow_other", "threads")
     succeed(*argv, "--resume")
@@ -509,8 +495,8 @@ def test_model_and_suite_may_have_moved(stopped, flags, whole, llama, suite, tmp
 
 def test_code_that_changes_during_a_run(flags, tmp_path, monkeypatch):
     """The record names what the run began with."""
-    real, calls = results.code_sha256, []
-    monkeypatch.setattr(results, "code_sha256",
+    real, calls = identity.code_sha256, []
+    monkeypatch.setattr(identity, "code_sha256",
                         lambda: calls.append(None) or (real() if len(calls) == 1 else "changed"))
     succeed(*flags, "--output_dir", tmp_path / "out")
     assert results_of(tmp_path / "out")["code_sha256"] == real()
@@ -554,7 +540,7 @@ def test_a_lost_adapter_is_refused(change, flags, tmp_path, monkeypatch):
     """Of a task that is trained: nothing would write it again."""
     argv = (*flags, "--setting", "single", "--output_dir", tmp_path / "out")
     with monkeypatch.context() as patch:
-        stop_at(patch, train.Recorder, "add_step", 9)
+        stop_at(patch, recorder.Recorder, "add_step", 9)
         with pytest.raises(Killed):
             run(*argv)
     (file,) = (tmp_path / "out" / "adapter").glob("*/adapter_model.safetensors")
@@ -646,7 +632,7 @@ def test_overwriting_forgets_the_results_first(flags, whole, tmp_path, monkeypat
     shutil.copytree(whole("badit"), tmp_path / "out")
     argv = (*flags, *DOG, "--output_dir", tmp_path / "out")
     with monkeypatch.context() as patch:
-        stop_at(patch, output_dir.Path, "unlink", 2)
+        stop_at(patch, output_folder.Path, "unlink", 2)
         with pytest.raises(Killed):
             run(*argv, "--overwrite")
     assert not (tmp_path / "out/results.json").exists()
@@ -673,7 +659,7 @@ def test_numbers_of_seven_digits(stopped, whole, monkeypatch):
     (checkpoints / "000008").rename(checkpoints / "999999")
     (checkpoints / "000009").rename(checkpoints / "1000000")
     with monkeypatch.context() as patch:
-        stop_at(patch, train.Recorder, "add_step", 1)
+        stop_at(patch, recorder.Recorder, "add_step", 1)
         with pytest.raises(Killed):
             run(*argv, "--resume")
     outcome = succeed(*argv, "--resume")
@@ -751,8 +737,8 @@ def test_a_full_disk_costs_no_checkpoint(file, flags, whole, tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("owner, name, count", [
-    (train.Recorder, "add_step", 3), (adapters, "write_tensors", 1), (results, "write_json", 1),
-    (evaluation, "scored", 3)])
+    (recorder.Recorder, "add_step", 3), (adapter, "write_tensors", 1),
+    (results_file, "write_json", 1), (evaluation, "scored", 3)])
 def test_a_full_disk_while_records_are_written(owner, name, count, flags, whole, tmp_path,
                                                monkeypatch):
     """A step's line, an adapter, results, a prediction: one line each, and nothing is lost."""
@@ -770,8 +756,7 @@ def test_a_full_disk_while_records_are_written(owner, name, count, flags, whole,
 def test_a_limit_of_the_system_costs_nothing(stopped, whole, forks, tmp_path):
     """A write that really fails, by a limit on the size of files that no checkpoint fits."""
     argv, folder = stopped
-    limit = "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))"
-    answer = forks(*argv, "--resume", out=tmp_path / "a", prelude=limit)
+    answer = forks(*argv, "--resume", out=tmp_path / "a", sabotage="small_files")
     assert answer["statuses"] == [2], answer["lines"][-3:]
     assert not any("Traceback" in line for line in answer["lines"])
     assert "--resume" in answer["lines"][-1] and names_in(folder) == ["000008", "000009"]
@@ -835,7 +820,7 @@ def test_repeating_and_resuming_compare_the_model(flags, whole, llama, tmp_path,
     try:
         change_weights(file)
         with monkeypatch.context() as patch:
-            stop_at(patch, train.Recorder, "add_step", 9)
+            stop_at(patch, recorder.Recorder, "add_step", 9)
             with pytest.raises(Killed):
                 run(*argv)
         outcomes = [run(*again)]
@@ -849,7 +834,7 @@ def test_repeating_and_resuming_compare_the_model(flags, whole, llama, tmp_path,
 
 def test_a_closed_stream_is_no_other_file(tmp_path):
     """What would be printed there does not end up in a log."""
-    code = ("import os, sys, utils; utils.print_anything(); "
+    code = ("import os; from harness import early; early.print_anything(); "
             "open('number', 'w').write(str(os.open('log', os.O_CREAT)))")
     closed = f'{shlex.quote(sys.executable)} -c "$1" <&- >&- 2>&-'
     path = {"PYTHONPATH": os.path.dirname(train.__file__)}
@@ -861,9 +846,10 @@ def test_a_closed_stream_is_no_other_file(tmp_path):
 def test_as_argv_is_the_inverse_of_parsing():
     """Every flag of every kind comes back."""
     argv = ["--epochs=3", "--tasks", "a", "b", "--no_dog", "--learning_rate=0.003"]
-    args = vars(arguments.build_parser().parse_args(argv))
-    assert sorted(arguments.as_argv(args)) == sorted(argv)
-    assert vars(arguments.build_parser().parse_args(arguments.as_argv(args))) == args
+    kept = arguments.recorded_args(arguments.parse_flags(argv)[0])
+    words = arguments.as_argv(kept)
+    assert sorted(words) == sorted(argv)
+    assert arguments.recorded_args(arguments.parse_flags(words)[0]) == kept
 
 
 def test_deterministic_is_asked_for(flags, tmp_path, monkeypatch):

@@ -31,12 +31,12 @@ from conftest import (
 from rouge_score.rouge_scorer import RougeScorer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import arguments
+import adapter
 import badit
 import data
 import train
-from baselines import METHODS
-from method import load_adapter
+from harness import arguments
+from registry import METHODS, method_class
 
 ROOT = Path(train.__file__).resolve().parent
 EPOCHS, ROWS, K, N = 2, 36, 8, 16
@@ -132,7 +132,7 @@ PAPER = {
 
 def test_defaults_are_the_papers():
     """Section 6, and what the issue says of the other flags."""
-    defaults = vars(arguments.build_parser().parse_args([]))
+    defaults = vars(arguments.parse_flags([])[0])
     assert {name: defaults[name] for name in PAPER} == PAPER
 
 
@@ -166,7 +166,7 @@ def test_tokens_in_the_log(trained, llama):
 def test_results_json(trained, base_flags, llama, suite):
     """Every field that the issue promises; what differs between equal runs stands under `run`."""
     results = results_of(trained(*MIXED))
-    defaults = vars(arguments.build_parser().parse_args([]))
+    defaults = vars(arguments.parse_flags([])[0])
     given = {"model": str(llama), "suite": str(suite), "rank": 2, "alpha": 16.0, "max_length": 64,
              "max_new_tokens": 5, "epochs": 2, "learning_rate": 0.01, "eval_before": True}
     recorded = results["args"] | {key: results["run"][key] for key in arguments.RUN_FLAGS}
@@ -180,7 +180,7 @@ def test_results_json(trained, base_flags, llama, suite):
     assert results["git_commit"] == (commit or None)
     assert results["versions"]["torch"] == torch.__version__
     assert results["versions"]["python"] == sys.version.split()[0]
-    assert {"transformers", "accelerate", "datasets"} <= results["versions"].keys()
+    assert {"transformers", "accelerate"} <= results["versions"].keys()
     model = AutoModelForCausalLM.from_pretrained(llama)
     bank, router = N * 32 + 64 * N, K * 32
     expected = {"total": sum(p.numel() for p in model.parameters()),
@@ -396,16 +396,16 @@ def test_forward_takes_single_runs_of_the_same_global_batch(trained, base_flags,
     assert results_of(tmp_path / "out")["metrics"]["forward"] is not None
 
 
-def test_base_method(trained, llama, suite, tmp_path):
+def test_zero_shot(trained, llama, suite, tmp_path):
     """The untrained model: the scores of row 0, no adapter, no log, no command that it refuses."""
     folder = tmp_path / "out"
-    succeed("--method", "base", "--model", llama, "--suite", suite, "--max_length", 64,
+    succeed("--method", "zero_shot", "--model", llama, "--suite", suite, "--max_length", 64,
             "--max_new_tokens", 5, "--output_dir", folder)
-    assert files_of(folder) == {"results.json", "predictions/01_base.jsonl"}
+    assert files_of(folder) == {"results.json", "predictions/01_zero_shot.jsonl"}
     results = results_of(folder)
     assert results["score_matrix"] == results_of(trained(*MIXED))["score_matrix"][:1]
     assert results["parameters"]["trainable"] == results["parameters"]["stored"] == 0
-    assert lines_of(folder / "predictions/01_base.jsonl") == lines_of(
+    assert lines_of(folder / "predictions/01_zero_shot.jsonl") == lines_of(
         trained(*MIXED) / "predictions/00_before.jsonl")
     if "forward_needs" in results:
         argv = shlex.split(results["forward_needs"])
@@ -501,7 +501,7 @@ def naive_training(llama, stages, rate, top_k, seed=1, warmup=0.03):
     """
     tokenizer = AutoTokenizer.from_pretrained(llama)
     model = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32)
-    method = METHODS["badit"](**settings_of(dropout=0.0, router_noise=0.0, top_k=top_k))
+    method = method_class("badit")(settings_of(dropout=0.0, router_noise=0.0, top_k=top_k))
     method.wrap(model)
     model.train()
     weights = [p for p in model.parameters() if p.requires_grad]
@@ -734,10 +734,10 @@ def test_two_target_modules(trained):
 
 
 @torch.no_grad()
-def observe(method):
+def observe(method, batch):
     """(input, output) at the real tokens of each layer for the last micro-batch, in evaluation
     mode."""
-    batch, seen = method.batch, {}
+    seen = {}
     mask = batch["attention_mask"].bool()
     handles = [layer.register_forward_hook(
         lambda layer, inputs, output, name=name: seen.update({name: (inputs[0][mask],
@@ -763,10 +763,10 @@ def test_what_a_regrouping_logs(base_flags, tmp_path, monkeypatch):
         return after_backward(self)
 
     @torch.no_grad()
-    def catch_records(self):
+    def catch_records(self, batch):
         old = {name: layer.expert_of.clone() for name, layer in self.layers.items()}
-        seen = observe(self)
-        records = after_step(self)
+        seen = observe(self, batch)
+        records = after_step(self, batch)
         for record in records:
             name = record["layer"]
             layer, (x, y) = self.layers[name], seen[name]
@@ -853,7 +853,7 @@ def test_predictions_are_greedy_and_new(trained, llama):
     assert asked["do_sample"] is True and asked["temperature"] == 5.0
     tokenizer = AutoTokenizer.from_pretrained(llama)
     model = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32)
-    load_adapter(model, trained(*MIXED) / "adapter").eval()
+    adapter.load(model, trained(*MIXED) / "adapter").eval()
     ended = 0
     for row in lines_of(trained(*MIXED) / "predictions" / "01_mixed.jsonl"):
         ids = tokenizer(row["prompt"]).input_ids

@@ -1,0 +1,114 @@
+"""What a test does to the program in a forked process before its train.main: see forked.py.
+
+Each function takes the rank of its process. Some break the second process alone.
+"""
+
+import functools
+import os
+import resource
+import signal
+import time
+
+import torch
+from transformers import LlamaForCausalLM
+
+import data
+import models
+from harness import checkpoint
+from harness.recorder import Recorder
+from harness.run import Run
+from inputs.errors import InputError
+from regrouping import Regrouper
+
+
+def replace(owner, name):
+    """Put the decorated function in the place of owner.name, which it gets before its arguments."""
+    def decorate(function):
+        real = getattr(owner, name)
+        setattr(owner, name, functools.wraps(real)(
+            lambda *args, **more: function(real, *args, **more)))
+    return decorate
+
+
+def slow_steps(rank):
+    """Time for a second signal before the run answers the first."""
+    @replace(Recorder, "add_step")
+    def add_step(real, recorder, line):
+        time.sleep(0.05)
+        real(recorder, line)
+
+
+def stop_while_loading(rank):
+    """A signal before the run has touched its folder."""
+    @replace(models, "load")
+    def load(real, *_):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def small_files(rank):
+    """A limit on the size of files that no checkpoint fits."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+
+
+def double_precision(rank):
+    """The base model in float64, where sums in another order are nearly equal."""
+    @replace(models, "load")
+    def load(real, name, dtype=None):
+        return real(name, torch.float64)
+
+
+def slow_writing(rank):
+    """A checkpoint takes a second; each process leaves a file when it leaves the run."""
+    @replace(checkpoint, "write")
+    def write(real, *args):
+        time.sleep(1)
+        real(*args)
+        time.sleep(0.1)  # the system's times are not as fine as all that
+
+    @replace(Run, "end_together")
+    def end_together(real, run):
+        try:
+            real(run)
+        finally:
+            run.args.output_dir.with_name(f"left-{rank}").touch()
+
+
+def nan_in_the_loss(rank):
+    @replace(LlamaForCausalLM, "forward")
+    def forward(real, *args, **more):
+        output = real(*args, **more)
+        if rank:
+            output.loss = output.loss * torch.nan
+        return output
+
+
+def another_adapter(rank):
+    @replace(Regrouper, "after_step")
+    def after_step(real, regrouper, *args):
+        lines = real(regrouper, *args)
+        if rank and lines:
+            next(iter(regrouper.layers.values())).lora_A.data[0, 0] += 1e-7
+        return lines
+
+
+def other_data(rank):
+    @replace(data, "read_task")
+    def read_task(real, folder):
+        task = real(folder)
+        if rank and task.name == "say_both":
+            task.train[3]["outputs"][0] += " too"
+        return task
+
+
+def bad_input(rank):
+    @replace(checkpoint, "save")
+    def save(real, *args):
+        if rank:
+            raise InputError("mine alone")
+        real(*args)
+
+
+def bug(rank):
+    @replace(Regrouper, "accumulate")
+    def accumulate(real, regrouper):
+        return 1 / (1 - rank) and real(regrouper)
