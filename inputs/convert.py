@@ -8,17 +8,17 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
-import msgspec
+from msgspec import Struct
 from tqdm import tqdm
 
-from inputs import table_files
+from inputs import formats, table_files
 from inputs.errors import InputError
 from inputs.files import write_json
 from inputs.numbers import PositiveInt, Seed, from_text, stable_seed
 from inputs.task_files import METRICS, SPLITS, listed, read_task, resolve_names
 
 KINDS = {
-    "official": "the natural-instructions repository, one file a task",
+    "official": "natural-instructions, one file a task",
     "benchmark": "a benchmark of task folders, with Instances or with sentence and label",
     "trace": "task folders as TRACE has them, with prompt and answer",
     "table": "rows with named columns",
@@ -28,7 +28,7 @@ PAIRS = {  # columns of input and output; the first that a file has are read
     "benchmark": [("input", "output"), ("sentence", "label")],
     "trace": [("prompt", "answer")],
     "table": [("input", "output"), ("prompt", "completion"), ("question", "answer"),
-              ("instruction", "output")],
+              ("prompt", "answer"), ("sentence", "label"), ("instruction", "output")],
 }
 COLUMNS = ("input", "output", "definition", "task", "id")
 TEST_ITEMS, SEED = 100, 1  # of a split made here
@@ -41,9 +41,10 @@ class Files(NamedTuple):
     test: Path | None = None
     category: str | None = None
     metric: str | None = None
+    ignored: frozenset[str] = frozenset()  # names of other files there
 
 
-class Head(msgspec.Struct):
+class Head(Struct):
     """What a task file may say beside its Instances, as far as it is kept."""
 
     Definition: str | list[str] = ""
@@ -71,6 +72,7 @@ class Notes:
 
 
 def add_flags(parser):
+    """Declare the flags of `convert`."""
     parser.add_argument("source", type=Path, metavar="SOURCE", help="a folder or file")
     parser.add_argument("--to", type=Path, required=True, metavar="FOLDER", help="the new suite")
     parser.add_argument("--kind", choices=KINDS, help="how to read SOURCE (default: by what is "
@@ -105,17 +107,17 @@ def convert(args):
             raise InputError(f"--{name}_column is not read with --kind {kind}, only with table")
     files = find_tasks(kind, args.source)
     yield f"{args.source}: {KINDS[kind]} (--kind {kind})"
-    notes, rows = Notes(), []
-    args.to.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=args.to.parent, prefix=f".{args.to.name}.") as temporary:
-        suite = Path(temporary) / args.to.name
+    notes, rows, to = Notes(), [], args.to.absolute()
+    to.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=to.parent, prefix=f".{to.name}.") as temporary:
+        suite = Path(temporary) / to.name
         suite.mkdir()
-        for name, content in read_tasks(kind, files, args, notes):
-            rows.append(write_task(suite, name, content, args.to, notes))
+        for source, name, content in read_tasks(kind, files, args, notes):
+            rows.append(write_task(suite / name, content, source, notes))
         for name in ("test_items", "seed"):
             if getattr(args, name) is not None and not notes.drawn:
                 raise InputError(f"--{name} is not read where every task has a test file")
-        os.replace(suite, args.to)
+        os.replace(suite, to)
     yield from aligned([("task", *SPLITS, "metric", "category", "input mean / max",
                          "output mean / max"), *rows])
     yield from notes.lines()
@@ -131,13 +133,12 @@ def find_kind(source):
     """The kind of what stands at `source`. Raises InputError for none."""
     if not source.exists():
         raise InputError(f"{source} is not there")
-    folders = task_folders(source)
-    if source.is_file() or folders:
-        file = source if source.is_file() else split_file(folders[0], "train")
-        head, rows = table_files.read(file)
-        if head:
-            return "official" if source.is_file() else "benchmark"
-        if {"sentence", "label"} <= rows[0].keys():
+    if source.is_file():
+        head, _ = table_files.read(source)
+        return "official" if head else "table"
+    for folder in task_folders(source)[:1]:
+        head, rows = table_files.read(split_file(folder, "train"))
+        if head or {"sentence", "label"} <= rows[0].keys():
             return "benchmark"
         return "trace" if {"prompt", "answer"} <= rows[0].keys() else "table"
     if official_files(source):
@@ -156,19 +157,28 @@ def find_tasks(kind, source):
     else:
         found = {}
         for folder in task_folders(source):
-            if folder.name in found:
-                raise InputError(f"{source} holds two tasks {folder.name}: "
-                                 f"{found[folder.name].train.parent} and {folder}")
-            group = folder.parent.name if folder.parent.parent == source else None
-            found[folder.name] = Files(split_file(folder, "train"), split_file(folder, "test"),
-                                       group, "accuracy" if (folder / "labels.json").is_file()
-                                       else None)
+            name = folder.absolute().name
+            if name in found:
+                raise InputError(f"{source} holds two tasks {name}: {found[name].train.parent} "
+                                 f"and {folder}")
+            found[name] = files_in(folder, source)
     if not found:
         raise InputError(f"{source} holds nothing of --kind {kind}: {KINDS[kind]}")
     return found
 
 
+def files_in(folder, source):
+    """The Files of a task folder; a folder between it and `source` is its category."""
+    train, test = (split_file(folder, split) for split in SPLITS)
+    labels = folder / "labels.json"
+    there = {path for path in folder.iterdir() if path.is_file() and path.name[0] != "."}
+    group = folder.parent.name if folder not in (source, source / folder.name) else None
+    return Files(train, test, group, "accuracy" if labels in there else None,
+                 frozenset(path.name for path in there - {train, test, labels}))
+
+
 def official_files(source):
+    """The task files of the repository, of its folder tasks, or a single one."""
     if source.is_file():
         return [source]
     return sorted(source.glob("tasks/task*.json")) or sorted(source.glob("task*.json"))
@@ -196,7 +206,7 @@ def split_file(folder, split):
 
 
 def read_tasks(kind, files, args, notes):
-    """Yield every task -> (name, {"train", "test": the content of its file})."""
+    """Yield every task -> (its source, its name, {"train", "test": the content of its file})."""
     by_column = bool(args.task_column)
     chosen = resolve_names(args.tasks, list(files)) if args.tasks and not by_column else files
     done = set()
@@ -208,7 +218,8 @@ def read_tasks(kind, files, args, notes):
             if name in done:
                 raise InputError(f"two tasks would be named {name}")
             done.add(name)
-            yield name, finish(name, files[place], head, groups[found], args, notes)
+            content = finish(name, files[place], head, groups[found], args, notes)
+            yield files[place].train, name, content
 
 
 def read_files(kind, files, args, notes):
@@ -217,16 +228,12 @@ def read_files(kind, files, args, notes):
     for path in filter(None, (files.train, files.test)):
         said, read[path] = table_files.read(path)
         notes.left_out |= said.keys() - set(Head.__struct_fields__)
-        try:
-            said = msgspec.convert(said, Head)
-        except msgspec.ValidationError as error:
-            raise InputError(f"{path}: {error}") from None
+        said = formats.convert(said, Head, path, verdict="")
         if head is not None and said != head:
             raise InputError(f"{path} says another Definition, Category or Metric than "
                              f"{files.train}")
         head = said
-    notes.left_out |= {path.name for path in files.train.parent.iterdir()
-                       if files.test and path.stem in ("dev", "eval", "valid", "validation")}
+    notes.left_out |= files.ignored
     there = dict.fromkeys(column for rows in read.values() for row in rows for column in row)
     columns = choose_columns(kind, list(there), args, files.train)
     notes.left_out |= there.keys() - set(columns.values())
@@ -237,8 +244,7 @@ def read_files(kind, files, args, notes):
             groups.setdefault(task, {}).setdefault(split, []).append(instance)
     for task, splits in groups.items():
         if splits.keys() != set(SPLITS[:len(read)]):
-            raise InputError(f"task {task!r} has no rows in {files.test or files.train} or in "
-                             f"{files.train}")
+            raise InputError(f"task {task!r} stands in only one of {files.train} and {files.test}")
     return head, groups
 
 
@@ -327,8 +333,8 @@ def finish(name, files, head, splits, args, notes):
         splits = draw_test(name, splits["train"], args.test_items or TEST_ITEMS, seed)
     category = head.Category or ", ".join(head.Categories) or files.category
     metric = args.metric or head.Metric or files.metric
-    about = {"Definition": definition, "Category": category, "Metric": metric}
-    about = {key: value for key, value in about.items() if value is not None}
+    about = {"Definition": definition} | ({"Category": category} if category else {}) | (
+        {"Metric": metric} if metric else {})
     return {split: about | {"Instances": [{key: instance[key] for key in ("id", "input", "output")}
                                           for instance in rows]}
             for split, rows in splits.items()}
@@ -356,21 +362,19 @@ def draw_test(name, instances, count, seed):
                     if (instance["id"] in drawn) == (split == "test")] for split in SPLITS}
 
 
-def write_task(suite, name, content, destination, notes):
+def write_task(folder, content, source, notes):
     """Write a task's files, read them as a run would -> what the table says of the task."""
     for split in SPLITS:
-        try:
-            write_json(suite / name / f"{split}.json", content[split])
-        except UnicodeEncodeError:
-            raise InputError(f"{name}: a text holds half of a surrogate pair") from None
+        write_json(folder / f"{split}.json", content[split])
     try:
-        task = read_task(suite / name)
+        task = read_task(folder)
     except InputError as error:
-        raise InputError(str(error).replace(str(suite), str(destination))) from None
+        reason = str(error).replace(f"{folder}{os.sep}", "")
+        raise InputError(f"{source} makes no task: {reason}") from None
     if content["train"].get("Metric", task.metric) != task.metric:
-        notes.add(name, f"metric {task.metric} by the name, as in superni")
+        notes.add(task.name, f"metric {task.metric} by the name, as in superni")
     rows = task.train + task.test
-    return (name, len(task.train), len(task.test), task.metric, task.category,
+    return (task.name, len(task.train), len(task.test), task.metric, task.category,
             lengths([row["input"] for row in rows]),
             lengths([output for row in rows for output in row["outputs"]]))
 
