@@ -17,7 +17,7 @@ from inputs.errors import InputError, library_errors, one_line
 from inputs.numbers import stable_seed
 from inputs.settings import Parser
 from inputs.suites import NAMED, ORDERS, SUPERNI, suite_folder
-from inputs.task_files import SPLITS, Task, read_task, resolve_names, task_folders
+from inputs.task_files import SPLITS, Task, listed, read_task, resolve_names, task_folders
 
 FRAME = "Now complete the following example -\nInput: {input}\nOutput: "
 PROMPT = "{definition}\n\n" + FRAME
@@ -77,7 +77,7 @@ def task_order(names, seed, explicit=None):
         other = [name for name in names if name not in order]
         if other:
             raise InputError(f"--task_order {explicit[0]} is for tasks of long_sequence, not for "
-                             f"{', '.join(other)}")
+                             f"{listed(other)}")
         return [name for name in order if name in names]
     if explicit is not None:
         order = resolve_names(explicit, names)
