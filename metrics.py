@@ -54,8 +54,8 @@ def as_evaluate_metric(metric):
 
 @functools.cache
 def _evaluate_class():
-    import datasets
-    import evaluate  # imported here: it is slow, and training does not need it
+    import datasets  # not above: both are slow, and training needs neither
+    import evaluate
 
     class SuperNIMetric(evaluate.Metric):
         """Mean score of predictions against the best and the first of their references."""

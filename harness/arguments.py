@@ -256,13 +256,16 @@ def from_values(values, source):
     if values.keys() != wanted:
         raise InputError(f"{source} is of another version of this program, with other flags: "
                          f"{sorted(wanted ^ values.keys())[:5]}")
+    read = {}
     for name, value in values.items():
         try:
-            check_each(ALL_FLAGS[name], msgspec.convert(value, ALL_FLAGS[name].type))
+            typed = msgspec.convert(value, ALL_FLAGS[name].type)
+            check_each(ALL_FLAGS[name], typed)
         except (msgspec.ValidationError, argparse.ArgumentTypeError) as error:
             raise InputError(f"{source}: {value!r:.60} is no value of --{name} ({error})"
                              ) from None
-    return argparse.Namespace(**values)
+        read[name] = list(typed) if isinstance(typed, tuple) else typed
+    return argparse.Namespace(**read)
 
 
 def recorded_args(args):

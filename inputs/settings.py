@@ -80,9 +80,15 @@ class Parser(argparse.ArgumentParser):
 
 
 def check_each(field, value):
-    """Call the check of a field, if it has one, on the text or texts of its value."""
-    check = field.metadata["check"]
-    for text in value if isinstance(value, tuple) else (value,):
+    """Refuse a value of the right type that the field's flag could not have been given.
+
+    Raises argparse.ArgumentTypeError for no words at all, one that looks like a flag, and what the
+    field's own check refuses.
+    """
+    check, several = field.metadata["check"], isinstance(value, tuple)
+    if several and (not value or any(text.startswith("-") for text in value)):
+        raise argparse.ArgumentTypeError("it takes one word or more, none of which is a flag")
+    for text in value if several else (value,):
         if check is not None and value is not None:
             check(text)
 

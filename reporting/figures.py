@@ -10,9 +10,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 import metrics
-from data import SUPERNI
-from study import SENSITIVITY, VARIANTS
-from tables import cells, label, values_of
+from inputs.files import atomic_path
+from registry import SENSITIVITY, VARIANTS
+from reporting.groups import cells, label, short, values_of
 
 matplotlib.rcParams["text.parse_math"] = False  # a $ in a name is a $
 SMOOTHING = 10  # steps in the running mean of the loss
@@ -31,9 +31,13 @@ def grid(panels, width=5.5, height=3.8, columns=3):
     return figure, axes[:panels]
 
 
-def short(task):
-    """T363 for a SuperNI task, the whole name for any other."""
-    return task.split("_")[0].replace("task", "T") if task in SUPERNI else task
+def save(figure, path, kinds):
+    """Write a figure as `path`.png and the like, and close it; equal figures give equal bytes."""
+    for kind in kinds:
+        with atomic_path(path.with_name(f"{path.name}.{kind}")) as temporary:
+            metadata = {"CreationDate": None} if kind == "pdf" else None
+            figure.savefig(temporary, format=kind, dpi=120, metadata=metadata)
+    plt.close(figure)
 
 
 def running_mean(values, window):
@@ -118,8 +122,13 @@ def layer_heatmap(axes, events, layers, value, title, **limits):
     image = axes.imshow(table, aspect="auto", cmap="viridis", interpolation="nearest",
                         extent=(0.5, len(events) + 0.5, len(layers) - 0.5, -0.5), **limits)
     axes.set(xlabel="regrouping, or measurement", ylabel="layer", title=title)
-    axes.xaxis.set_major_locator(plt.MaxNLocator(integer=True, nbins=10))
-    axes.figure.colorbar(image, ax=axes)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(plt.MaxNLocator(integer=True, nbins=10))
+    axes.figure.colorbar(image, ax=axes).formatter.set_useOffset(False)
+
+
+def largest_share(record):
+    return record["expert_share"] and max(record["expert_share"])
 
 
 def layers_figure(regroupings):
@@ -134,8 +143,7 @@ def layers_figure(regroupings):
         "angle inside experts, after": (lambda r: r["intra_after"], {}),
         "angle between experts, after": (lambda r: r["inter_after"], {}),
         "components moved": (lambda r: r["moved"], {"vmin": 0}),
-        "largest share of tokens of one expert": (lambda r: max(r["expert_share"]),
-                                                  {"vmin": 0, "vmax": 1}),
+        "largest share of tokens of one expert": (largest_share, {"vmin": 0, "vmax": 1}),
         "entropy of alpha": (lambda r: r["alpha_entropy"], {}),
     }
     figure, axes = grid(len(panels), width=4.6, height=3.6)
@@ -147,42 +155,29 @@ def layers_figure(regroupings):
 # --- a study ------------------------------------------------------------------------------------
 
 
-def panels_of(records, wanted):
-    """{(model, setting): {variant: runs}} of the runs for which `wanted(run)` holds."""
-    panels = defaultdict(dict)
+def panelled(records, wanted, each=1):
+    """A figure, and of each panel (axes, title, [(variant, runs, colour)]); None where it is empty.
+
+    A panel is a model in a setting, with `each` axes side by side; only runs for which
+    `wanted(run)` holds are in it. A variant has the same colour in all panels.
+    """
+    panels, variants = defaultdict(list), {}
     for (model, variant, setting), runs in cells(records).items():
         chosen = [run for run in runs if wanted(run)]
         if chosen:
-            panels[model, setting][variant] = chosen
-    return panels
-
-
-def colour_of(panels):
-    """A colour for each variant, the same in all panels."""
-    variants = list(dict.fromkeys(name for variants in panels.values() for name in variants))
-    return {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(variants)}
-
-
-def panelled(records, wanted):
-    """A figure, and of each panel (axes, title, [(variant, runs, colour)]); None where it is empty.
-
-    A panel is a model in a setting; only runs for which `wanted(run)` holds are in it.
-    """
-    panels = panels_of(records, wanted)
+            colour = variants.setdefault(variant, COLOURS[len(variants) % len(COLOURS)])
+            panels[f"{model}, {setting}"].append((variant, chosen, colour))
     if not panels:
         return None, []
-    colours = colour_of(panels)
-    figure, axes = grid(len(panels))
-    return figure, [(place, f"{model}, {setting}",
-                     [(variant, runs, colours[variant]) for variant, runs in variants.items()])
-                    for place, ((model, setting), variants) in zip(axes, panels.items(),
-                                                                   strict=True)]
+    figure, axes = grid(each * len(panels), columns=3 if each == 1 else each)
+    return figure, [(axes[each * i:each * (i + 1)], title, chosen)
+                    for i, (title, chosen) in enumerate(panels.items())]
 
 
 def learning_curves(records):
     """Smoothed loss of every method, mean over seeds; None where nothing was trained."""
     figure, panels = panelled(records, lambda run: bool(run.log))
-    for place, title, variants in panels:
+    for (place,), title, variants in panels:
         for variant, runs, colour in variants:
             losses = [[line["loss"] for line in run.log] for run in runs]
             shortest = min(map(len, losses))
@@ -196,59 +191,59 @@ def learning_curves(records):
     return figure
 
 
+def has_regroupings(run):
+    return bool(run.results["regroupings"])
+
+
 def series(runs, key):
-    """The means over seeds of one number of results.json's regroupings, with their steps."""
+    """The means over seeds of one number of results.json's regroupings, with their numbers."""
     events = [run.results["regroupings"] for run in runs]
     values = [metrics.mean(event[i][key] for event in events)
               for i in range(min(map(len, events)))]
-    return list(range(1, len(values) + 1)), [np.nan if v is None else v for v in values]
+    return np.arange(1, len(values) + 1), np.array(values, dtype=float)  # None becomes NaN
+
+
+def label_regroupings(place, title, ylabel, legend="best"):
+    place.set(title=title, ylabel=f"{ylabel} over layers and seeds",
+              xlabel="regrouping, or measurement where there is none")
+    place.xaxis.get_major_locator().set_params(integer=True)
+    place.legend(fontsize=8, loc=legend)
 
 
 def angles(records):
     """Fig. 4 and 11: angles between and inside experts over training."""
-    figure, panels = panelled(records, lambda run: bool(run.results["regroupings"]))
-    for place, title, variants in panels:
+    figure, panels = panelled(records, has_regroupings)
+    for (place,), title, variants in panels:
         for variant, runs, colour in variants:
-            for angle, style in (("inter", "--"), ("intra", "-")):
-                place.plot(*series(runs, f"{angle}_after"), style, color=colour,
-                           marker="o", markersize=3,
-                           label=f"{label(variant)}, {'between' if angle == 'inter' else 'inside'}")
+            for angle, style, where in (("inter", "--", "between"), ("intra", "-", "inside")):
+                place.plot(*series(runs, f"{angle}_after"), style, color=colour, marker="o",
+                           markersize=3, label=f"{label(variant)}, {where}")
         place.axhline(90, color="grey", linewidth=0.8, linestyle=":")
-        place.set(title=title, ylabel="degrees, mean over layers and seeds",
-                  xlabel="regrouping, or measurement where there is none")
-        place.xaxis.get_major_locator().set_params(integer=True)
-        place.legend(fontsize=8)
+        label_regroupings(place, title, "degrees, mean")
     return figure
 
 
 def router_health(records):
     """Entropy (1: equal weights) and largest value of the routing weights over training."""
-    panels = panels_of(records, lambda run: bool(run.results["regroupings"]))
-    if not panels:
-        return None
-    colours = colour_of(panels)
-    figure, axes = grid(2 * len(panels), columns=2)
-    for index, ((model, setting), variants) in enumerate(panels.items()):
-        for place, key, title in ((axes[2 * index], "alpha_entropy", "entropy of alpha / ln K"),
-                                  (axes[2 * index + 1], "alpha_max", "largest alpha")):
-            for variant, runs in variants.items():
-                moments, values = series(runs, key)
-                if key == "alpha_entropy":
-                    values = np.divide(values, math.log(runs[0].results["args"]["num_experts"]))
-                place.plot(moments, values, color=colours[variant], marker="o", markersize=3,
-                           label=label(variant))
-            place.set(title=f"{model}, {setting}: {title}", ylabel="mean over layers and seeds",
-                      xlabel="regrouping, or measurement where there is none")
+    figure, panels = panelled(records, has_regroupings, each=2)
+    for (left, right), title, variants in panels:
+        for variant, runs, colour in variants:
+            style = dict(color=colour, marker="o", markersize=3, label=label(variant))
+            moments, entropy = series(runs, "alpha_entropy")
+            left.plot(moments, entropy / math.log(runs[0].settings.num_experts), **style)
+            right.plot(*series(runs, "alpha_max"), **style)
+        for place, shown in ((left, "entropy of alpha / ln K"), (right, "largest alpha")):
+            place.update_datalim([(1, 0)], updatex=False)  # else nearly equal values are at the rim
+            place.autoscale_view()
             place.set_ylim(bottom=0)
-            place.xaxis.get_major_locator().set_params(integer=True)
-            place.legend(fontsize=8)
+            label_regroupings(place, f"{title}: {shown}", "mean", legend="lower right")
     return figure
 
 
 def parameters_and_scores(records):
     """Trained weights against the score after all training, mean over seeds."""
     figure, panels = panelled(records, lambda run: run.setting != "eval")
-    for place, title, variants in panels:
+    for (place,), title, variants in panels:
         for variant, runs, colour in variants:
             scores = values_of(runs, "rouge", records)
             spread = np.std(scores, ddof=1) if len(scores) > 1 else 0
@@ -266,27 +261,27 @@ def parameters_and_scores(records):
 
 def sensitivity(records):
     """Fig. 12: BADIT's score against K (r = 4) and against r (K = 8)."""
-    groups = cells(records)
+    wanted = [VARIANTS[name] for name in SENSITIVITY]
     points = defaultdict(list)
-    for (model, variant, setting), runs in groups.items():
-        args = runs[0].results["args"]
-        if variant not in [VARIANTS[name] for name in SENSITIVITY]:
+    for (model, variant, setting), runs in cells(records).items():
+        if variant not in wanted:
             continue
         score = metrics.mean(values_of(runs, "rouge", records))
-        for name, other, fixed in (("num_experts", "rank", 4), ("rank", "num_experts", 8)):
-            if args[other] == fixed:
-                points[model, name].append((setting, args[name], score))
+        experts, rank = runs[0].settings.num_experts, runs[0].settings.rank
+        if rank == 4:
+            points[model, "experts K (r = 4)"].append((setting, experts, score))
+        if experts == 8:
+            points[model, "rank r (K = 8)"].append((setting, rank, score))
     points = {key: some for key, some in points.items()
               if len({value for _, value, _ in some}) > 1}
     if not points:
         return None
     figure, axes = grid(len(points), columns=2)
-    for place, ((model, name), some) in zip(axes, sorted(points.items()), strict=True):
+    for place, ((model, xlabel), some) in zip(axes, sorted(points.items()), strict=True):
         for setting in dict.fromkeys(setting for setting, _, _ in some):
             place.plot(*zip(*sorted((x, y) for each, x, y in some if each == setting),
                             strict=True), marker="o", label=setting)
-        place.set(title=model, ylabel="score, mean over seeds", xscale="log",
-                  xlabel="experts K (r = 4)" if name == "num_experts" else "rank r (K = 8)")
+        place.set(title=model, ylabel="score, mean over seeds", xscale="log", xlabel=xlabel)
         ticks = sorted({x for _, x, _ in some})
         place.set_xticks(ticks, ticks)
         place.minorticks_off()
@@ -304,5 +299,12 @@ def matrices(records):
                 f"{label(variant)}, {model}, seed {run.seed}: scores by stage")
 
 
-FIGURES = {"learning_curves": learning_curves, "angles": angles, "router_health": router_health,
-           "parameters": parameters_and_scores, "sensitivity": sensitivity}
+def of_study(records):
+    """(name, figure) of every figure for which there is a run, one after the other."""
+    for name, draw in (("learning_curves", learning_curves), ("angles", angles),
+                       ("router_health", router_health), ("parameters", parameters_and_scores),
+                       ("sensitivity", sensitivity)):
+        figure = draw(records)
+        if figure is not None:
+            yield name, figure
+    yield from matrices(records)

@@ -1,104 +1,95 @@
 """One run as one HTML file that needs nothing else: figures are inside it, no network."""
 
 import base64
-import html
 import io
+from pathlib import Path
 
+import jinja2
 import matplotlib.pyplot as plt
 
-import figures
 import metrics
-from records import read_lines
+from reporting import figures
 
-STYLE = """body { font: 15px/1.5 sans-serif; max-width: 70em; margin: 2em auto; padding: 0 1em; }
-table { border-collapse: collapse; } td, th { border: 1px solid #ccc; padding: .2em .6em; }
-td { text-align: right; } td:first-child, td.text { text-align: left; }
-img { max-width: 100%; } pre { white-space: pre-wrap; background: #f6f6f6; padding: .5em; }
-.right { border-left: 4px solid #2a2; } .wrong { border-left: 4px solid #c22; }"""
+PROMPT_END = 600  # characters of a prompt that are shown
+
+
+def render(record, answers, regroupings):
+    """The whole page.
+
+    `answers` are the predictions after all training, `regroupings` the lines of regroup.jsonl;
+    [] where there are none.
+    """
+    results = record.results
+    pictures = {}
+    if len(results["rows"]) > 1:
+        pictures["matrix"] = image(figures.matrix_figure(
+            results["scores"]["best"], record.order, results["rows"], "Score by stage"))
+    if record.log:
+        pictures["training"] = image(figures.run_figure(results, record.log))
+    if regroupings:
+        pictures["layers"] = image(figures.layers_figure(regroupings))
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True)
+    environment.filters["shown"] = shown
+    return environment.get_template("page.html.jinja").render(
+        title=f"{record.variant}, {record.setting}, {record.model}, seed {record.seed}",
+        scores=scores(record), over_tasks=[
+            (name, "not measured" if value is None else value)
+            for name, value in results["metrics"].items()],
+        examples=list(examples(record, answers)), flags=[
+            (name, None if value is None else str(value))  # all digits of a learning rate
+            for name, value in sorted(results["args"].items())],
+        made_with=made_with(results), **pictures)
+
+
+def shown(value):
+    """What stands in a table for a value."""
+    if value is None:
+        return ""
+    return f"{value:.2f}" if isinstance(value, float) else str(value)
 
 
 def image(figure):
-    """An <img> with the figure in it, which is closed."""
+    """The figure as base64 of a PNG; it is closed."""
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=110)
     plt.close(figure)
-    return f'<img alt="" src="data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}">'
-
-
-def table(header, rows):
-    """An HTML table; every cell is escaped, None is an empty one."""
-    def line(cells, kind):
-        return "<tr>" + "".join(f"<{kind}>{text(value)}</{kind}>" for value in cells) + "</tr>"
-    return f"<table>{line(header, 'th')}{''.join(line(row, 'td') for row in rows)}</table>"
-
-
-def text(value):
-    if value is None:
-        return ""
-    return html.escape(f"{value:.2f}" if isinstance(value, float) else str(value))
+    return base64.b64encode(file.getvalue()).decode()
 
 
 def scores(record):
-    """Scores per task against both references, and the metrics over tasks."""
+    """Scores per task against both references, and their means."""
     results, final = record.results, {key: record.final(key) for key in ("best", "first")}
     before = results["scores"]["best"][0] if results["args"]["eval_before"] else None
-    rows = [[task, results["tasks"][task]["category"], results["tasks"][task]["metric"],
-             before and before[i], final["best"][task], final["first"][task]]
-            for i, task in enumerate(record.order)]
-    rows.append(["mean", "", "", before and metrics.mean(before),
-                 *(metrics.mean(final[key].values()) for key in ("best", "first"))])
-    header = ["task", "category", "metric", "before", "best reference", "first reference"]
-    over = [[name, "not measured" if value is None else value]
-            for name, value in results["metrics"].items()]
-    return table(header, rows) + "<h3>Over tasks</h3>" + table(["metric", "value"], over)
+    for i, task in enumerate(record.order):
+        about = results["tasks"][task]
+        yield (task, about["category"], about["metric"], before and before[i],
+               final["best"][task], final["first"][task])
+    yield ("mean", "", "", before and metrics.mean(before),
+           *(metrics.mean(final[key].values()) for key in ("best", "first")))
 
 
-def examples(record):
+def examples(record, answers):
     """For every task its best and its worst answer, the first where several are equal."""
-    lines = {}
-    for path in sorted((record.folder / "predictions").glob("[0-9]*.jsonl"))[-1:]:
-        for answer in read_lines(path):
-            lines.setdefault(answer["task"], []).append(answer)
-    parts = []
-    for task, answers in lines.items():
+    for task in record.order:
         metric = record.results["tasks"][task]["metric"]
-
-        def score(answer, metric=metric):
-            return answer["scores"][metric]["best"]
-
-        best, worst = max(answers, key=score), min(answers, key=score)
-        found = [("right", best)] if score(best) > 0 else []  # else all are wrong
-        found += [("wrong", worst)] if score(worst) < 100 else []
-        for kind, chosen in found:
-            parts.append(f'<div class="{kind}"><pre>{html.escape(chosen["prompt"][-600:])}'
-                         f'<b>{html.escape(chosen["prediction"])}</b></pre><p>{html.escape(task)}: '
-                         f'{metric} {score(chosen):.1f}; reference: '
-                         f'{html.escape(" | ".join(chosen["references"]))}</p></div>')
-    return "".join(parts) or "<p>No predictions are kept here.</p>"
+        mine = [answer | {"metric": metric, "score": answer["scores"][metric]["best"],
+                          "prompt": answer["prompt"][-PROMPT_END:]}
+                for answer in answers if answer["task"] == task]
+        best = max(mine, key=lambda answer: answer["score"], default={"score": 0})
+        worst = min(mine, key=lambda answer: answer["score"], default={"score": 100})
+        if best["score"] > 0:  # else all are wrong
+            yield best | {"verdict": "right"}
+        if worst["score"] < 100:
+            yield worst | {"verdict": "wrong"}
 
 
-def render(record, regroupings):
-    """The whole page. `regroupings` are the lines of regroup.jsonl, [] where there are none."""
-    results = record.results
-    title = f"{record.variant}, {record.setting}, {record.model}, seed {record.seed}"
-    parts = [f"<h1>{html.escape(title)}</h1>", "<h2>Scores</h2>", scores(record)]
-    if len(results["rows"]) > 1:
-        parts.append(image(figures.matrix_figure(
-            results["scores"]["best"], record.order, results["rows"], "Score by stage")))
-    if record.log:
-        parts += ["<h2>Training</h2>", image(figures.run_figure(results, record.log))]
-    if regroupings:
-        parts += ["<h2>Layers</h2>", image(figures.layers_figure(regroupings))]
-    parts += ["<h2>Best and worst answers</h2>", examples(record), "<h2>Settings</h2>",
-              table(["flag", "value"], sorted(results["args"].items())), "<h2>Made with</h2>",
-              table(["what", "value"], [
-                  *sorted(results["versions"].items()),
-                  *((key, results[key]) for key in ("precision", "processes", "global_batch_size",
-                                                    "base_sha256", "code_sha256")),
-                  *((f"parameters, {key}", f"{value:,}")
-                    for key, value in results["parameters"].items()),
-                  *((f"seconds, {key}", value)
-                    for key, value in results["run"]["seconds"].items())])]
-    return (f"<!doctype html><html lang='en'><head><meta charset='utf-8'><title>"
-            f"{html.escape(title)}</title><style>{STYLE}</style></head><body>"
-            f"{''.join(parts)}</body></html>\n")
+def made_with(results):
+    """Versions, checksums, numbers of weights and seconds."""
+    yield from sorted(results["versions"].items())
+    for key in ("precision", "processes", "global_batch_size", "base_sha256", "code_sha256"):
+        yield key, results[key]
+    for key, value in results["parameters"].items():
+        yield f"parameters, {key}", f"{value:,}"
+    for key, value in results["run"]["seconds"].items():
+        yield f"seconds, {key}", value

@@ -1,22 +1,23 @@
 """The tables of a report, as data, and their Markdown, LaTeX and CSV forms."""
 
-import csv
-import io
 import json
 import statistics
 from pathlib import Path
 from typing import NamedTuple
 
-import metrics
-from data import SUPERNI
-from records import cell, scores_of
-from study import VARIANTS
+import pandas as pd
 
-PAPER = Path(__file__).resolve().parent / "results" / "paper.json"
+import metrics
+from inputs.suites import SUPERNI
+from reporting.groups import cells, label, short, values_of
+
+PAPER = Path(__file__).resolve().parents[1] / "results" / "paper.json"
 PARTS = ("load", "decompose", "train", "regroup", "evaluate")
 METRICS = {"rouge": "Rouge", "forget_rate": "Forget", "forward": "Forward", "backward": "Backward"}
 ABLATIONS = ("badit", "badit --no_bad", "badit --no_dog", "badit --no_bad --no_dog",
              "badit --grouping random")
+# What pandas leaves as it is, and LaTeX would not show, or as something else.
+SYMBOLS = {"±": r"$\pm$", "Δ": r"$\Delta$", "--": "-{}-"}
 
 
 class Cell(NamedTuple):
@@ -47,11 +48,12 @@ class Cell(NamedTuple):
             text += f" [{self.paper:.{self.digits}f}, {difference:+.{self.digits}f}]"
         return text
 
-    def columns(self):
-        """mean, std, seeds, the paper's mean, difference."""
+    def numbers(self):
+        """All of it by name; None where there is none."""
         mean = self.mean
         paper = self.paper if self.values else None
-        return [mean, self.std, len(self.values), paper, None if paper is None else mean - paper]
+        return {"mean": mean, "std": self.std, "n": len(self.values), "paper": paper,
+                "difference": None if paper is None else mean - paper}
 
 
 class Table(NamedTuple):
@@ -70,79 +72,22 @@ class Table(NamedTuple):
     def markdown(self):
         lines = [self.header, ["---"] * len(self.header), *self.texts()]
         body = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-        return f"## {self.title}\n\n{self.note}\n\n{body}\n"
+        return f"## {self.title}\n\n{self.note}\n\n{body}"
 
     def latex(self):
-        rows = [" & ".join(map(escape, row)) + r" \\" for row in self.texts()]
-        columns = "".join("r" if any(isinstance(row[i], Cell) for row in self.rows) else "l"
-                          for i in range(len(self.header)))
-        head = " & ".join(map(escape, self.header)) + r" \\"
-        return "\n".join([f"% {self.title}. {self.note}", rf"\begin{{tabular}}{{{columns}}}",
-                          r"\toprule", head, r"\midrule", *rows, r"\bottomrule", r"\end{tabular}",
-                          ""])
+        columns = "".join("r" if isinstance(part, Cell) else "l" for part in self.rows[0])
+        body = pd.DataFrame(self.texts(), columns=self.header).to_latex(
+            index=False, escape=True, column_format=columns)
+        for symbol, command in SYMBOLS.items():
+            body = body.replace(symbol, command)
+        return f"% {self.title}. {self.note}\n{body}"
 
     def csv(self):
         """Numbers in columns of their own, with all digits; empty where there is none."""
-        wide = [any(isinstance(row[i], Cell) for row in self.rows) for i in range(len(self.header))]
-        file = io.StringIO()
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow([name for i, title in enumerate(self.header) for name in (
-            [f"{title} {part}" for part in ("mean", "std", "n", "paper", "difference")]
-            if wide[i] else [title])])
-        for row in self.rows:
-            writer.writerow([value for part in row for value in (
-                part.columns() if isinstance(part, Cell) else [part])])
-        return file.getvalue()
-
-
-def escape(text):
-    """`text` for LaTeX."""
-    for old, new in (("\\", r"\textbackslash{}"), ("&", r"\&"), ("%", r"\%"), ("_", r"\_"),
-                     ("#", r"\#"), ("$", r"\$"), ("^", r"\^{}"), ("~", r"\~{}"),
-                     ("±", r"$\pm$"), ("--", "-{}-"), ("Δ", r"$\Delta$")):
-        text = text.replace(old, new)
-    return text
-
-
-# --- grouping -----------------------------------------------------------------------------------
-
-
-def cells(records):
-    """{(model, variant, setting): records by seed} without single-task runs, in a fixed order."""
-    known = list(VARIANTS.values())
-    found = {}
-    ordered = sorted(records, key=lambda record: (
-        record.model, known.index(record.variant) if record.variant in known else len(known),
-        record.variant, record.setting, record.seed))
-    for record in ordered:
-        if record.setting != "single":
-            found.setdefault(cell(record), []).append(record)
-    return found
-
-
-def label(variant):
-    """The short name that `study.py --methods` takes, where there is one."""
-    names = {words: name for name, words in VARIANTS.items()} | {"base": "zero-shot"}
-    return names.get(variant, variant)
-
-
-def lines_of(groups):
-    """(model, variant) of all groups, each once."""
-    return list(dict.fromkeys((model, variant) for model, variant, _ in groups))
-
-
-def values_of(runs, metric, records, reference="first"):
-    """One metric of each run, without those for which it is missing."""
-    values = [scores_of(run, records, reference)[metric] for run in runs]
-    return tuple(value for value in values if value is not None)
-
-
-def paper_figure(paper, table, model, variant, column, runs):
-    """The paper's mean, where the runs are on all of its tasks; else None."""
-    if not runs or set(runs[0].order) != set(SUPERNI):
-        return None
-    entry = paper[table]["rows"].get(model, {}).get(variant, {}).get(column)
-    return entry and entry.get("mean", entry.get("value"))
+        columns = [pd.DataFrame([cell.numbers() for cell in parts]).add_prefix(f"{title} ")
+                   if isinstance(parts[0], Cell) else pd.Series(parts, name=title)
+                   for title, parts in zip(self.header, zip(*self.rows, strict=True), strict=True)]
+        return pd.concat(columns, axis=1).to_csv(index=False)
 
 
 # --- tables -------------------------------------------------------------------------------------
@@ -156,29 +101,50 @@ def all_tables(records):
     return [table for table in made if table.rows]
 
 
+def paper_figure(paper, table, model, variant, column, runs):
+    """The paper's mean, where the runs are on all of its tasks; else None."""
+    if not runs or set(runs[0].order) != set(SUPERNI):
+        return None
+    entry = paper[table]["rows"].get(model, {}).get(variant, {}).get(column)
+    return entry and entry.get("mean", entry.get("value"))
+
+
+def beside_paper(records, paper, table, model, variant, columns):
+    """A Cell for each of the columns, such as "mixed/rouge"."""
+    groups, made = cells(records), []
+    for column in columns:
+        setting, _, metric = column.partition("/")
+        runs = groups.get((model, variant, setting), ())
+        made.append(Cell(values_of(runs, metric, records),
+                         paper_figure(paper, table, model, variant, column, runs)))
+    return made
+
+
+def variants(records):
+    """{(model, variant): {setting: runs}}, in a fixed order."""
+    found = {}
+    for (model, variant, setting), runs in cells(records).items():
+        found.setdefault((model, variant), {})[setting] = runs
+    return found
+
+
 def table1(records, paper):
-    groups = cells(records)
-    wanted = [("mixed", name) for name in ("rouge", "forward")]
-    wanted += [("sequential", name) for name in METRICS]
+    columns = ["mixed/rouge", "mixed/forward", *(f"sequential/{name}" for name in METRICS)]
     rows = []
-    for model, variant in lines_of(groups):
-        runs = {setting: groups.get((model, variant, setting), ())
-                for setting in ("mixed", "sequential", "eval")}
-        if variant == "base":
-            numbers = [Cell(values_of(runs["eval"], "rouge", records)),
-                       *[Cell(())] * (len(wanted) - 1)]
+    for (model, variant), runs in variants(records).items():
+        numbers = beside_paper(records, paper, "table1", model, variant, columns)
+        if variant == "zero_shot":
+            numbers[0] = Cell(values_of(runs["eval"], "rouge", records))
             n, counts = len(runs["eval"]), "-"
         else:
-            numbers = [Cell(values_of(runs[setting], name, records), paper_figure(
-                paper, "table1", model, variant, f"{setting}/{name}", runs[setting]))
-                for setting, name in wanted]
-            n = f"{len(runs['mixed'])} + {len(runs['sequential'])}"
-            first = next(run for some in runs.values() for run in some)
+            n = f"{len(runs.get('mixed', ()))} + {len(runs.get('sequential', ()))}"
+            first = (runs.get("mixed") or runs.get("sequential") or runs["eval"])[0]
             counts = " / ".join(f"{first.results['parameters'][kind] / 1e6:.2f} M"
                                 for kind in ("trainable", "stored"))
         rows.append([model, label(variant), counts, n, *numbers])
     header = ["model", "method", "trained / stored", "seeds"]
-    header += [f"{setting} {METRICS[name]}" for setting, name in wanted]
+    header += [f"{setting} {METRICS[name]}" for setting, name in
+               (column.split("/") for column in columns)]
     return Table("table1", "Table 1: all methods", "Against the first reference, 0 to 100: mean ± "
                  "standard deviation over seeds (mixed + sequential); weights that are trained and "
                  "that an adapter stores; in brackets the paper's mean "
@@ -186,34 +152,24 @@ def table1(records, paper):
 
 
 def table2(records, paper):
-    groups = cells(records)
     columns = {"sequential/rouge": 1, "sequential/forget_rate": -1, "mixed/rouge": 1}
-    rows = []
-    for model in dict.fromkeys(model for model, _, _ in groups):
-        def numbers(variant, model=model):
-            found = {}
-            for column in columns:
-                setting, name = column.split("/")
-                runs = groups.get((model, variant, setting), ())
-                found[column] = Cell(values_of(runs, name, records), paper_figure(
-                    paper, "table2", model, variant, column, runs))
-            return found
-
-        whole = numbers("badit")
-        present = [variant for variant in ABLATIONS
-                   if any(number.values for number in numbers(variant).values())]
+    there, rows = variants(records), []
+    for model in dict.fromkeys(model for model, _ in there):
+        numbers = {variant: beside_paper(records, paper, "table2", model, variant, columns)
+                   for variant in ABLATIONS}
+        present = {variant: mine for variant, mine in numbers.items()
+                   if any(cell.values for cell in mine)}
         if len(present) < 2:
             continue
-        for variant in present:
-            mine = numbers(variant)
-            lost = [sign * (whole[column].mean - mine[column].mean)
-                    for column, sign in columns.items()
-                    if whole[column].values and mine[column].values]
+        for variant, mine in present.items():
+            lost = [sign * (whole.mean - cell.mean) for sign, whole, cell in
+                    zip(columns.values(), numbers["badit"], mine, strict=True)
+                    if whole.values and cell.values]
             complete = len(lost) == len(columns) and variant != "badit"
-            runs = groups.get((model, variant, "sequential"), ())
-            lost = Cell((sum(lost),) if complete else (), paper_figure(
-                paper, "table2", model, variant, "degradation", runs))
-            rows.append([model, label(variant), *mine.values(), lost])
+            runs = there[model, variant].get("sequential", ())
+            rows.append([model, label(variant), *mine, Cell(
+                (sum(lost),) if complete else (),
+                paper_figure(paper, "table2", model, variant, "degradation", runs))])
     header = ["model", "variant", "sequential Rouge", "sequential Forget", "mixed Rouge", "Δ"]
     return Table("table2", "Table 2: ablations", "Without BAD, DOG or both, and the control that "
                  "regroups at random. Δ: what the three scores lose together against BADIT, empty "
@@ -221,12 +177,11 @@ def table2(records, paper):
 
 
 def table3(records, paper):
-    groups, rows = cells(records), []
-    for model, variant in lines_of(groups):
-        runs = groups.get((model, variant, "mixed"), ())
-        base = {run.seed: run for run in groups.get((model, "loramoe", "mixed"), ())
+    there, rows = variants(records), []
+    for (model, variant), runs in there.items():
+        base = {run.seed: run for run in there.get((model, "loramoe"), {}).get("mixed", ())
                 if training_seconds(run) > 1e-6}  # to divide by
-        alike = [run for run in runs
+        alike = [run for run in runs.get("mixed", ())
                  if run.seed in base and machine(run) == machine(base[run.seed])]
         if not alike:
             continue
@@ -252,55 +207,54 @@ def training_seconds(run):
     return sum(seconds.get(part, 0.0) for part in ("decompose", "train", "regroup"))
 
 
-def categories(records):
-    groups, names = cells(records), []
-    for runs in groups.values():
-        for about in runs[0].results["tasks"].values():
-            if about["category"] and about["category"] not in names:
-                names.append(about["category"])
+# --- tables with a row for each setting ---------------------------------------------------------
+
+
+def by_setting(records, columns):
+    """(header, rows) of a column for each number, {title: its function of a run, or None}."""
     rows = []
-    for (model, variant, setting), runs in groups.items():
-        of = [{task: about["category"] for task, about in run.results["tasks"].items()}
-              for run in runs]
-        rows.append([model, label(variant), setting, *[
-            Cell(tuple(metrics.mean(score for task, score in run.final("first").items()
-                                    if category[task] == name)
-                       for run, category in zip(runs, of, strict=True)))
-            for name in sorted(names)]])
+    for (model, variant, setting), runs in cells(records).items():
+        values = ([number(run) for run in runs] for number in columns.values())
+        rows.append([model, label(variant), setting, *(
+            Cell(tuple(value for value in each if value is not None)) for each in values)])
+    return ["model", "method", "setting", *columns], rows
+
+
+def categories(records):
+    def score_of(category):
+        return lambda run: metrics.mean(
+            score for task, score in run.final("first").items()
+            if run.results["tasks"][task]["category"] == category)
+
+    names = {about["category"] for runs in cells(records).values()
+             for about in runs[0].results["tasks"].values()} - {""}
+    header, rows = by_setting(records, {name: score_of(name) for name in sorted(names)})
     return Table("categories", "Scores by category", "Mean over the tasks of a category after all "
-                 "training, first reference.", ["model", "method", "setting", *sorted(names)],
-                 rows if names else [])
+                 "training, first reference.", header, rows if names else [])
 
 
 def references(records):
-    rows = []
-    for (model, variant, setting), runs in cells(records).items():
-        numbers = [Cell(tuple(metrics.mean(run.final(reference).values()) for run in runs))
-                   for reference in ("first", "best")]
-        for metric in ("rouge_l", "accuracy"):
-            numbers.append(Cell(tuple(item_mean(run, metric) for run in runs if run.items)))
-        rows.append([model, label(variant), setting, *numbers])
+    def score_against(reference):
+        return lambda run: metrics.mean(run.final(reference).values())
+
+    def score_by(metric):
+        return lambda run: metrics.mean(
+            metrics.mean(item[metric]["first"] for item in items.values())
+            for items in run.items.values())
+
+    header, rows = by_setting(records, {
+        "first reference": score_against("first"), "best reference": score_against("best"),
+        "Rouge-L": score_by("rouge_l"), "exact match": score_by("accuracy")})
     return Table("references", "References and metrics", "After all training. Each task by its own "
                  "metric, against the first and the best reference; then all tasks by Rouge-L and "
-                 "by exact match, first reference.",
-                 ["model", "method", "setting", "first reference", "best reference", "Rouge-L",
-                  "exact match"], rows)
-
-
-def item_mean(run, metric):
-    """Mean over tasks of the mean over items, by one metric for all tasks."""
-    return metrics.mean(metrics.mean(item[metric]["first"] for item in items.values())
-                        for items in run.items.values())
+                 "by exact match, first reference.", header, rows)
 
 
 def tasks(records):
-    groups = cells(records)
-    names = sorted({task for runs in groups.values() for task in runs[0].order})
-    rows = []
-    for (model, variant, setting), runs in groups.items():
-        rows.append([model, label(variant), setting, *[
-            Cell(tuple(run.final("first")[task] for run in runs if task in run.order))
-            for task in names]])
-    short = [name.split("_")[0].replace("task", "T") if name in SUPERNI else name for name in names]
+    def score_on(task):
+        return lambda run: run.final("first").get(task)
+
+    names = sorted({task for runs in cells(records).values() for task in runs[0].order})
+    header, rows = by_setting(records, {short(task): score_on(task) for task in names})
     return Table("tasks", "Scores by task", "After all training, by the task's metric, first "
-                 "reference.", ["model", "method", "setting", *short], rows)
+                 "reference.", header, rows)

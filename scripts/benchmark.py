@@ -118,7 +118,7 @@ def adapted(model, method, **changed):
 
 def with_peft(model, rank):
     """`model` with PEFT's LoRA on the same layers."""
-    from peft import LoraConfig, get_peft_model
+    from peft import LoraConfig, get_peft_model  # not above: it need not be installed
     return get_peft_model(model, LoraConfig(r=rank, lora_alpha=32, lora_dropout=0.05,
                                             target_modules=["gate_proj"]))
 

@@ -1,26 +1,19 @@
-"""LoRA, PiSSA and LoRAMoE: their equations, PEFT's numbers, and what every adapter must keep."""
+"""LoRA, PiSSA and LoRAMoE: their equations, PEFT's numbers, and the balancing constraint."""
 
 import copy
 import math
 import statistics
-import subprocess
-import sys
-from pathlib import Path
 
 import peft
 import pytest
-import safetensors.torch
 import torch
 import torch.nn.functional as F
-from conftest import ARCHITECTURES, CONFIGS, SMALL, lines_of, settings_of, succeed, wrapped
+from conftest import ARCHITECTURES, SMALL, lines_of, succeed, wrapped
+from tiny import PROMPTS, backward, base_model, batch_of, logits_of, randn, trainable
 from torch import nn
 from torch.testing import assert_close
-from transformers import AutoModelForCausalLM
 
-import adapter
 import data
-import models
-import train
 from baselines.gainlora import DATA_KEYS
 from baselines.lora import LoraLinear, low_rank_update
 from baselines.loramoe import (
@@ -34,11 +27,8 @@ from baselines.pissa import PissaLinear
 from decomposition import residual_weight
 from inputs.errors import InputError
 from method import Stage, method_of
-from registry import method_class
 
 IN, OUT, R, S = 12, 20, 3, 2.0  # of the bare layers; alpha = S * R
-PROMPTS = [[1, 40, 17, 5, 9, 33], [1, 8], [1, *range(30, 55)], [1, 21, 22, 21]]
-KINDS = {"lora": {}, "pissa": {}, "loramoe": {}, "loramoe_dense": {"top_k": 8}}
 ROWS = [{"input_ids": list(range(3 + i, 12 + 4 * i)), "num_targets": 1 + i % 3, "task": task}
         for i, task in enumerate(["qa", "other", "other", "qa", "other"])]
 BALANCED = dict(balance_weight=0.7, balance_delta=0.3, balance_types=("qa=0", "other=1"))
@@ -46,13 +36,7 @@ BALANCED = dict(balance_weight=0.7, balance_delta=0.3, balance_types=("qa=0", "o
 
 @pytest.fixture(params=ARCHITECTURES)
 def architecture(request):
-    """The name of each tiny architecture."""
     return request.param
-
-
-def randn(seed, *shape):
-    """Fixed float64 normal numbers."""
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def linear(seed=0, bias=True, dtype=torch.float64):
@@ -74,83 +58,26 @@ def lora(base, seed=1, dropout=0.0):
     return moved(LoraLinear(base, R, S * R, dropout), seed)
 
 
-def tiny(architecture, dtype=torch.float32):
-    """A random tiny language model, the same at every call."""
-    torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(CONFIGS[architecture](), dtype=dtype).eval()
+def balanced(architecture="llama", **changed):
+    """A tiny LoRAMoE, balanced, that does something in every part and is about to train."""
+    settings = dict(dropout=0.0) | BALANCED | changed
+    method = method_of(moved(wrapped(base_model(architecture), "loramoe", **settings), scale=0.2))
+    method.start_stage(Stage("mixed", ("qa", "other"), 1, 3), None)
+    method.model.train()
+    return method
 
 
-def adapted(architecture, kind, dtype=torch.float32, **changed):
-    """A tiny model with a fresh adapter, in evaluation mode."""
-    method = kind.removesuffix("_dense")
-    return wrapped(tiny(architecture, dtype), method, **KINDS[kind] | changed)
+def penalty_of(method, rows=ROWS):
+    """The penalty of one micro-batch, whose gradients are added up."""
+    torch.manual_seed(3)
+    return backward(method, batch_of(rows, targets=20))[1]
 
 
-def shifted(architecture, kind, **changed):
-    """A tiny model whose adapter does something in every part."""
-    return moved(adapted(architecture, kind, **changed), scale=0.2)
+def gradients(method):
+    return {name: weight.grad for name, weight in trainable(method.model).items()}
 
 
-@torch.no_grad()
-def logits_of(model, prompts=PROMPTS):
-    """Logits of a left-padded batch, at the real tokens."""
-    batch = data.pad_left(prompts, 2)
-    return model(**batch, use_cache=False).logits[batch["attention_mask"].bool()]
-
-
-def batch_of(rows=ROWS):
-    """A training batch, as the loop has them."""
-    targets = sum(row["num_targets"] for row in rows if row)
-    return data.collate_micro_batch([data.MicroBatch(rows, targets, 99)], 2)
-
-
-def backward(model, rows=ROWS, seed=3):
-    """One micro-batch through the hooks -> (loss, penalty); gradients are added up."""
-    method = method_of(model)
-    batch = batch_of(rows)
-    torch.manual_seed(seed)
-    method.before_forward(batch)
-    loss = model(**data.model_inputs(batch), use_cache=False).loss
-    penalty = method.penalty(batch)
-    (loss + penalty).backward()
-    return float(loss.detach()), float(torch.as_tensor(penalty).detach())
-
-
-def start(model, steps=3):
-    method_of(model).start_stage(Stage("mixed", ("qa", "other"), 1, steps), None)
-    return model.train()
-
-
-def train_steps(model, steps=3, learning_rate=1e-2):
-    """Steps through the hooks in the order of the loop."""
-    method = method_of(start(model, steps))
-    optimizer = torch.optim.AdamW(trainable(model).values(), lr=learning_rate, weight_decay=0.0)
-    for step in range(steps):
-        backward(model, seed=step)
-        method.after_backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        method.after_step(batch_of())
-    model.eval()
-
-
-def trainable(model):
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
-
-
-def gradients(model):
-    return {name: p.grad for name, p in trainable(model).items()}
-
-
-def layer_count(model):
-    return model.config.num_hidden_layers
-
-
-def sizes(model):
-    return model.config.hidden_size, model.config.intermediate_size
-
-
-# --- LoRA, section 1 ----------------------------------------------------------------------------
+# --- LoRA ---------------------------------------------------------------------------------------
 
 
 def test_the_low_rank_update_is_a_sum_over_ranks():
@@ -165,7 +92,7 @@ def test_the_low_rank_update_is_a_sum_over_ranks():
 
 @pytest.mark.parametrize("bias", [False, True])
 def test_lora_starts_as_its_base(bias):
-    """1.9 (a), (f): exactly, since B = 0; with A = 0 also under dropout, which never touches x."""
+    """Exactly, since B = 0; with A = 0 also under dropout, which never touches x."""
     base, x = linear(bias=bias, dtype=torch.float32), randn(1, 2, 5, IN).float()
     layer = LoraLinear(base, R, 6, dropout=0.5)
     bound = 1 / math.sqrt(IN)
@@ -179,7 +106,6 @@ def test_lora_starts_as_its_base(bias):
 
 
 def test_lora_is_one_linear_layer_that_merges_and_unmerges():
-    """1.9 (b), (c)."""
     base, x = linear(dtype=torch.float32), randn(1, 7, IN).float()
     layer = lora(base).eval()
     A, B = layer.lora_A.detach(), layer.lora_B.detach()
@@ -191,7 +117,7 @@ def test_lora_is_one_linear_layer_that_merges_and_unmerges():
 
 
 def test_lora_gradients_at_init():
-    """1.9 (d): the base has none, A's is exactly zero while B = 0, B's is not."""
+    """The base has none, A's is exactly zero while B = 0, B's is not."""
     base = linear()
     layer = LoraLinear(base, R, 6, 0.0)
     layer(randn(1, 4, IN)).square().sum().backward()
@@ -200,7 +126,7 @@ def test_lora_gradients_at_init():
 
 
 def test_dropout_falls_on_the_input_of_a():
-    """1.3: y = base(x) + s B A dropout(x), one mask over tokens and inputs."""
+    """y = base(x) + s B A dropout(x), one mask over tokens and inputs."""
     base, x = linear(), randn(1, 6, IN)
     layer = lora(base, dropout=0.5).train()
     torch.manual_seed(5)
@@ -219,21 +145,12 @@ def test_an_impossible_rank_is_refused(rank):
             layer(linear(), rank)
 
 
-@pytest.mark.parametrize("kind", ["lora", "pissa"])
-def test_an_impossible_rank_is_refused_before_weights_load(kind):
-    """Rule 14: the model may still be on the meta device."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(CONFIGS["llama"]())
-    with pytest.raises(InputError, match="rank 33 .*32"):
-        method_class(kind)(settings_of(kind, rank=33)).check_model(model)
-
-
-# --- PiSSA, section 2 ---------------------------------------------------------------------------
+# --- PiSSA --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("svd", ["exact", "fast"])
 def test_pissa_starts_as_its_base(svd):
-    """2.9 (a), (b), (e): for any accuracy of the SVD and any alpha; the residual is not W0."""
+    """For any accuracy of the SVD and any alpha; the residual is not W0."""
     base, x = linear(dtype=torch.float32), randn(1, 9, IN).float()
     W0, y0 = base.weight.detach().clone(), base(x).detach()
     for alpha in (1, 6, 32):
@@ -246,7 +163,7 @@ def test_pissa_starts_as_its_base(svd):
 
 
 def test_pissa_holds_the_leading_triplets():
-    """2.9 (c), (d): singular values of bank and residual, and the balance of A and B."""
+    """Singular values of bank and residual, and the balance of A and B."""
     base = linear(dtype=torch.float32)
     singular = torch.linalg.svdvals(base.weight.detach())
     layer = PissaLinear(base, R, 6, 0.0)
@@ -257,13 +174,13 @@ def test_pissa_holds_the_leading_triplets():
     assert_close(A @ A.T, wanted, rtol=0, atol=atol)
     assert_close(torch.linalg.matrix_norm(layer.residual, 2), singular[R], rtol=1e-4, atol=0)
     layer(randn(1, 4, IN).float()).square().sum().backward()
-    assert layer.lora_A.grad.norm() > 0.1 and layer.lora_B.grad.norm() > 0.1  # (f)
+    assert layer.lora_A.grad.norm() > 0.1 and layer.lora_B.grad.norm() > 0.1
     assert layer.residual.grad is None and layer.lora_A0.grad is None
 
 
 def test_pissa_has_peft_s_residual_and_product():
-    """2.2: PEFT's own initialisation, up to the sign of each triplet."""
-    model = tiny("qwen3")
+    """PEFT's own initialisation, up to the sign of each triplet."""
+    model = base_model("qwen3")
     config = peft.LoraConfig(r=2, lora_alpha=16, target_modules=["gate_proj"],
                              init_lora_weights="pissa")
     theirs = peft.get_peft_model(copy.deepcopy(model), config)
@@ -289,7 +206,7 @@ def test_a_restored_pissa_layer_is_not_decomposed_again(monkeypatch):
     assert torch.equal(other.residual, layer.residual) and torch.equal(other(x), layer(x))
 
 
-# --- LoRAMoE, section 4 -------------------------------------------------------------------------
+# --- LoRAMoE ------------------------------------------------------------------------------------
 
 
 def experts(K=4, top_k=None, seed=1, dropout=0.0, base=None):
@@ -299,7 +216,7 @@ def experts(K=4, top_k=None, seed=1, dropout=0.0, base=None):
 
 
 def naive_moe(layer, x, base, top_k):
-    """4.3 token by token and expert by expert: softmax over the largest logits alone."""
+    """Token by token and expert by expert: softmax over the largest logits alone."""
     K, rows = layer.num_experts, []
     for token in x:
         z = (layer.router @ token).tolist()
@@ -315,14 +232,14 @@ def naive_moe(layer, x, base, top_k):
 
 @pytest.mark.parametrize("top_k", [1, 2, 3, 4])
 def test_loramoe_is_its_formula(top_k):
-    """4.3, top_k renormalised: against loops, in float64."""
+    """Against loops, in float64: the weights of the top_k are renormalised."""
     base, x = linear(), randn(7, 9, IN)
     layer = experts(top_k=top_k, base=base).eval()
     assert_close(layer(x), naive_moe(layer, x, base, top_k), rtol=1e-10, atol=1e-10)
 
 
 def test_loramoe_starts_as_its_base():
-    """4.9 (a), (b): exactly; and the weights of a token sum to 1."""
+    """Exactly; and the weights of a token sum to 1, in float32 on a bf16 base too."""
     base, x = linear(dtype=torch.float32), randn(1, 2, 5, IN).float()
     for top_k in (2, 4):
         layer = LoraMoeLinear(base, 4, R, 6, 0.5, top_k)
@@ -331,11 +248,13 @@ def test_loramoe_starts_as_its_base():
         assert g.shape == (2, 5, 4) and ((g > 0).sum(-1) == top_k).all()
         assert_close(g.sum(-1), torch.ones(2, 5), rtol=0, atol=1e-6)
     assert layer.router.std() > 0.3 / math.sqrt(IN)
+    layer = LoraMoeLinear(linear(dtype=torch.bfloat16), 4, R, 6, 0.5, 2)
+    assert layer.route(x.bfloat16()).weight.dtype == torch.float32
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 4])
 def test_equal_experts_are_one_lora(top_k):
-    """4.9 (c), (d), also under dropout: one mask for all experts, whatever the router says."""
+    """Also under dropout: one mask for all experts, whatever the router says."""
     base, x = linear(), randn(1, 9, IN)
     single = lora(base, dropout=0.5)
     for K in (1, 4):
@@ -351,7 +270,6 @@ def test_equal_experts_are_one_lora(top_k):
 
 
 def test_without_a_router_the_output_is_the_mean_of_the_experts():
-    """4.9 (e), dense."""
     base, x = linear(), randn(1, 9, IN)
     layer = experts(4, base=base).eval()
     with torch.no_grad():
@@ -364,7 +282,7 @@ def test_without_a_router_the_output_is_the_mean_of_the_experts():
 
 @pytest.mark.parametrize("top_k", [2, 4])
 def test_the_router_learns(top_k):
-    """4.9 (g): one step from a non-zero B moves it; 4.10 (i) has it frozen."""
+    """One step from a non-zero B moves it."""
     layer = experts(top_k=top_k)
     before = layer.router.detach().clone()
     optimizer = torch.optim.AdamW(layer.parameters(), lr=1e-2, weight_decay=0.0)
@@ -377,7 +295,7 @@ def test_the_router_learns(top_k):
 
 
 def naive_balancing(g, mask, types, delta):
-    """4.4 in Python numbers: sample variance over mean of Z."""
+    """In Python numbers: sample variance over mean of Z."""
     K, Z = g.shape[-1], []
     for row, inside, kind in zip(g.tolist(), mask.tolist(), types, strict=True):
         tokens = [token for token, real in zip(row, inside, strict=True) if real]
@@ -394,7 +312,7 @@ def balancing(g, mask, types, delta):
 
 
 def test_the_balancing_loss_by_hand():
-    """4.9 (f): Z = (1.1 * .75, .9 * .25, .9 * .5, 1.1 * .5), rtol 1e-6."""
+    """Z = (1.1 * .75, .9 * .25, .9 * .5, 1.1 * .5), rtol 1e-6."""
     g = torch.tensor([[[0.7, 0.3], [0.8, 0.2]], [[0.5, 0.5], [9.0, 9.0]]], dtype=torch.float64)
     mask = torch.tensor([[1, 1], [1, 0]]).bool()
     Z = [0.825, 0.225, 0.45, 0.55]
@@ -406,105 +324,84 @@ def test_the_balancing_loss_by_hand():
 
 @pytest.mark.parametrize("K", [2, 4, 6])
 def test_the_balancing_loss_is_its_formula(K):
-    """4.4 against loops, with rows of several lengths and both types."""
+    """Against loops, with rows of several lengths and both types."""
     g = randn(1, 3, 5, K).softmax(-1)
     mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1], [0, 0, 0, 0, 1]]).bool()
     value = float(balancing(g, mask, [1, 0, 0], 0.2))
     assert value == pytest.approx(naive_balancing(g, mask, [1, 0, 0], 0.2), rel=1e-6)
-    # (h) what stands at padded positions does not matter.
+    # What stands at padded positions does not matter.
     other = torch.where(mask[..., None], g, torch.tensor(torch.nan).double())
     assert float(balancing(other, mask, [1, 0, 0], 0.2)) == value
-    # (f) without delta types do not matter, and Z constant is perfectly balanced.
+    # Without delta types do not matter, and Z constant is perfectly balanced.
     assert balancing(g, mask, [1, 0, 0], 0.0) == balancing(g, mask, [0, 1, 1], 0.0)
     assert balancing(g, mask, [1, 0, 0], 0.2) != balancing(g, mask, [0, 1, 1], 0.2)
     even = torch.full_like(g, 1 / K)
     assert float(balancing(even, mask, [1, 0, 0], 0.0)) <= 1e-10 < value
 
 
-def gates_of(model, batch):
+def gates_of(method, batch):
     """The router weights of every layer, seen from outside."""
     seen, handles = [], []
-    for layer in method_of(model).layers.values():
+    for layer in method.layers.values():
         handles.append(layer.register_forward_hook(
             lambda layer, inputs, _: seen.append(layer.route(inputs[0]).weight.detach())))
     with torch.no_grad():
-        model(**{key: batch[key] for key in DATA_KEYS}, use_cache=False)
+        method.model(**{key: batch[key] for key in DATA_KEYS}, use_cache=False)
     for handle in handles:
         handle.remove()
     return seen
 
 
-@pytest.mark.parametrize("kind", ["loramoe", "loramoe_dense"])
-def test_the_penalty_is_beta_times_the_sum_over_layers(architecture, kind):
-    """4.4: on a padded batch; rows without tokens are left out."""
-    model = start(shifted(architecture, kind, dropout=0.0, **BALANCED))
-    batch = batch_of()
+@pytest.mark.parametrize("top_k", [4, 8])
+def test_the_penalty_is_beta_times_the_sum_over_layers(architecture, top_k):
+    """On a padded batch; rows without tokens are left out, and recomputation adds nothing."""
+    method, batch = balanced(architecture, top_k=top_k), batch_of(ROWS)
+    method.model.gradient_checkpointing_enable({"use_reentrant": False})
     expected = 0.7 * sum(naive_balancing(g, batch["attention_mask"], [0, 1, 1, 0, 1], 0.3)
-                         for g in gates_of(model, batch))
-    assert backward(model)[1] == pytest.approx(expected, rel=1e-5)
-    assert backward(model, [None, *ROWS, None])[1] == pytest.approx(expected, rel=1e-5)
-    assert backward(model, [None, None])[1] == 0.0
+                         for g in gates_of(method, batch))
+    assert penalty_of(method) == pytest.approx(expected, rel=1e-5)
+    assert len(method.gates) == len(method.layers)
+    assert penalty_of(method, [None, *ROWS, None]) == pytest.approx(expected, rel=1e-5)
+    assert penalty_of(method, [None, None]) == 0.0
 
 
 def test_the_penalty_reaches_routers_and_what_lies_below(architecture):
     """Its gradient alone, without the loss: every router gets one, A and B of the last do not."""
-    model = start(shifted(architecture, "loramoe", **BALANCED))
-    method = method_of(model)
-    batch = batch_of()
+    method, batch = balanced(architecture), batch_of(ROWS)
     method.before_forward(batch)
-    model(**data.model_inputs(batch), use_cache=False)
+    method.model(**data.model_inputs(batch), use_cache=False)
     method.penalty(batch).backward()
-    layers = list(method.layers.values())
-    assert all(layer.router.grad.norm() > 0 for layer in layers)
-    assert layers[0].lora_A.grad.norm() > 0 and layers[-1].lora_A.grad is None
-
-
-def test_checkpointing_adds_no_penalty_twice(architecture):
-    """Recomputation runs every layer again during the backward pass."""
-    seen = []
-    for checkpointing in (False, True):
-        model = start(shifted(architecture, "loramoe", dropout=0.1, **BALANCED))
-        if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-        values = backward(model)
-        assert len(method_of(model).gates) == layer_count(model)
-        seen.append((values, gradients(model)))
-    assert seen[0][0] == seen[1][0] and seen[0][0][1] > 0
-    for name, gradient in seen[0][1].items():
-        assert_close(seen[1][1][name], gradient, rtol=1e-5, atol=1e-7, msg=name)
+    first, *_, last = method.layers.values()
+    assert all(layer.router.grad.norm() > 0 for layer in method.layers.values())
+    assert first.lora_A.grad.norm() > 0 and last.lora_A.grad is None
 
 
 def test_micro_batches_have_a_penalty_each():
     """Accumulation: the second micro-batch neither repeats the first nor keeps its gates."""
-    model = start(shifted("llama", "loramoe", dropout=0.0, **BALANCED))
-    first, second = (backward(model, rows)[1] for rows in (ROWS[:3], ROWS[3:]))
-    both = gradients(model)
-    alone = []
-    for rows in (ROWS[:3], ROWS[3:]):
-        fresh = start(shifted("llama", "loramoe", dropout=0.0, **BALANCED))
-        alone.append((backward(fresh, rows)[1], gradients(fresh)))
-    assert (first, second) == (alone[0][0], alone[1][0]) and first != second
-    for name, gradient in both.items():
-        assert_close(gradient, alone[0][1][name] + alone[1][1][name], rtol=1e-5, atol=1e-6)
+    both, alone = balanced(), [balanced(), balanced()]
+    parts = [ROWS[:3], ROWS[3:]]
+    values = [penalty_of(both, rows) for rows in parts]
+    assert values == [penalty_of(method, rows) for method, rows in zip(alone, parts, strict=True)]
+    assert values[0] != values[1]
+    first, second = map(gradients, alone)
+    for name, gradient in gradients(both).items():
+        assert_close(gradient, first[name] + second[name], rtol=1e-5, atol=1e-6)
 
 
 def test_without_weight_there_is_no_penalty_and_nothing_is_kept():
     """The default: beta = 0."""
-    model = start(adapted("llama", "loramoe"))
-    assert backward(model)[1] == 0.0
-    assert all(layer.gates is None for layer in method_of(model).layers.values())
+    method = balanced(balance_weight=0.0)
+    assert penalty_of(method) == 0.0
+    assert all(layer.gates is None for layer in method.layers.values())
 
 
 def test_the_penalty_balances():
     """Steps on it alone bring it down."""
-    model = start(shifted("llama", "loramoe_dense", dropout=0.0, **BALANCED))
-    method = method_of(model)
-    routers = [layer.router for layer in method.layers.values()]
-    optimizer, values = torch.optim.Adam(routers, lr=1e-2), []
+    method, batch, values = balanced(top_k=8), batch_of(ROWS), []
+    optimizer = torch.optim.Adam([layer.router for layer in method.layers.values()], lr=1e-2)
     for _ in range(30):
-        batch = batch_of()
         method.before_forward(batch)
-        model(**data.model_inputs(batch), use_cache=False)
+        method.model(**data.model_inputs(batch), use_cache=False)
         values.append(method.penalty(batch))
         values[-1].backward()
         optimizer.step()
@@ -520,31 +417,22 @@ def test_types_are_named_by_task_or_number():
     for name, wrong in (("task5910_x", pairs), ("task002_x", pairs), (task, [*pairs, f"{task}=1"])):
         with pytest.raises(InputError, match=f"--balance_types .*{name}"):
             type_of(name, wrong)
-    model = adapted("llama", "loramoe", balance_weight=0.1, balance_types=("qa=0",))
     with pytest.raises(InputError, match="--balance_types .*other"):
-        start(model)
+        balanced(balance_types=("qa=0",))
 
 
-@pytest.mark.parametrize(("flags", "message"), [
-    ("--method lora --top_k 2", "--top_k is not read by --method lora"),
-    ("--method lora --svd fast", "--svd is not read by --method lora"),
-    ("--method pissa --regroup_every 3", "--regroup_every is not read by --method pissa"),
-    ("--method badit --balance_weight 1", "--balance_weight is not read by --method badit"),
-    ("--method loramoe --grouping random", "--grouping is not read by --method loramoe"),
-    ("--method loramoe --top_k 9", "--top_k 9 is above --num_experts 8"),
-    ("--method loramoe --balance_delta 0.2", "--balance_delta is not read with --balance_weight 0"),
-    ("--method loramoe --balance_types qa=0", "--balance_types is not read with"),
-    ("--method loramoe --balance_weight 1", "--balance_weight needs --balance_types"),
-    ("--method loramoe --balance_weight 1 --balance_types qa=2", "'qa=2' is not TASK=0 or TASK=1"),
-    ("--method loramoe --balance_weight 1 --balance_types qa=0 --num_experts 5", "5 must be even"),
-])
-def test_flags_that_do_not_fit_are_refused(flags, message):
-    """Rules 13, 14: by name, before anything is read."""
-    with pytest.raises(InputError, match=message):
-        train.parse_flags(flags.split())
+@pytest.mark.parametrize("top_k", [4, 8])
+def test_the_router_ignores_padding_and_batch_mates(architecture, top_k):
+    """Each token decides alone."""
+    method = balanced(architecture, top_k=top_k)
+    together = gates_of(method, data.pad_left(PROMPTS, 2))
+    assert min(g[3, -4:].std(0).max() for g in together) > 1e-2  # tokens of one row differ
+    for i, prompt in enumerate(PROMPTS):
+        for g, alone in zip(together, gates_of(method, data.pad_left([prompt], 2)), strict=True):
+            assert_close(g[i, -len(prompt):], alone[0], rtol=1e-4, atol=1e-5)
 
 
-# --- every method: parity with PEFT -------------------------------------------------------------
+# --- parity with PEFT -----------------------------------------------------------------------------
 
 
 def peft_twin(model, method):
@@ -566,8 +454,8 @@ def peft_twin(model, method):
 @pytest.mark.parametrize("kind", ["lora", "pissa"])
 def test_logits_are_those_of_peft(architecture, kind):
     """The same weights give the same logits to 1e-5 in fp32."""
-    base = logits_of(tiny(architecture))
-    ours, theirs, _ = peft_twin(tiny(architecture), kind)
+    base = logits_of(base_model(architecture))
+    ours, theirs, _ = peft_twin(base_model(architecture), kind)
     assert (logits_of(ours) - base).abs().max() > 1e-2
     assert_close(logits_of(ours), logits_of(theirs.eval()), rtol=0, atol=1e-5)
 
@@ -575,7 +463,7 @@ def test_logits_are_those_of_peft(architecture, kind):
 @pytest.mark.parametrize("kind", ["lora", "pissa"])
 def test_five_steps_are_those_of_peft(architecture, kind):
     """AdamW on the same data gives the same parameters to 1e-5 in float64."""
-    ours, theirs, pairs = peft_twin(tiny(architecture, torch.float64), kind)
+    ours, theirs, pairs = peft_twin(base_model(architecture, torch.float64), kind)
     before = {name: layer.lora_A.detach().clone() for name, layer in method_of(ours).layers.items()}
     # Rows of one length: Gemma 2 in float64 turns padding into NaN, with or without an adapter.
     rows = [row | {"input_ids": row["input_ids"][:9]} for row in ROWS]
@@ -593,159 +481,6 @@ def test_five_steps_are_those_of_peft(architecture, kind):
         assert (layer.lora_A - before[name]).abs().max() > 1e-2
         assert_close(layer.lora_A, pairs[name][0], rtol=0, atol=1e-5)
         assert_close(layer.lora_B, pairs[name][1], rtol=0, atol=1e-5)
-
-
-# --- every method: the whole model --------------------------------------------------------------
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_model_starts_as_its_base(architecture, kind):
-    """1.9 (a), 4.9 (a) exactly, 2.9 (a) within 1e-4, in training too; 1.9 (e): what it trains."""
-    base = logits_of(tiny(architecture))
-    model = adapted(architecture, kind, dropout=0.0)
-    for mode in (model, model.train()):
-        if kind == "pissa":
-            assert (logits_of(mode) - base).abs().max() <= 1e-4 * base.abs().max()
-        else:
-            assert torch.equal(logits_of(mode), base)
-    (d, m), r = sizes(model), 2
-    per_layer = 8 * (r * (d + m) + d) if "loramoe" in kind else r * (d + m)
-    count = sum(p.numel() for p in trainable(model).values())
-    assert count == layer_count(model) * per_layer
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_bf16_base_has_a_float32_adapter(kind):
-    """The base keeps its type; what trains is float32, and so is the router's softmax."""
-    base = logits_of(tiny("llama", torch.bfloat16))
-    model = adapted("llama", kind, torch.bfloat16, dropout=0.0)
-    logits = logits_of(model)
-    if kind == "pissa":
-        assert (logits - base).abs().max() <= 2e-2 * base.abs().max()
-    else:
-        assert torch.equal(logits, base)
-    train_steps(model, steps=2)
-    assert (logits_of(model) - base).abs().max() > 2e-2 * base.abs().max()
-    assert {p.dtype for p in trainable(model).values()} == {torch.float32}
-    assert {layer.residual.dtype for layer in method_of(model).layers.values()} == {torch.bfloat16}
-    if "loramoe" in kind:
-        assert {g.dtype for g in gates_of(model, batch_of())} == {torch.float32}
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_training_moves_what_trains_and_nothing_else(architecture, kind):
-    """Three steps move each row of every trainable parameter; frozen ones stay byte-equal."""
-    model = adapted(architecture, kind, **BALANCED if kind == "loramoe" else {})
-    trains = set(trainable(model))
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    train_steps(model)
-    for name, tensor in model.state_dict().items():
-        if name in trains:
-            assert ((tensor - before[name]).abs().amax(1) > 1e-4).all(), name
-            assert tensor.dtype == torch.float32
-        else:
-            assert torch.equal(tensor, before[name]), name
-    assert {name.rpartition(".")[2] for name in trains} == {
-        "lora_A", "lora_B"} | ({"router"} if "loramoe" in kind else set())
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_loaded_adapter_is_the_saved_one(architecture, kind, tmp_path):
-    """Logits bitwise equal; saved: what trains, and what the frozen parts are rebuilt from."""
-    model = adapted(architecture, kind, **BALANCED if kind == "loramoe" else {})
-    train_steps(model, steps=2)
-    adapter.save(model, tmp_path)
-    loaded = adapter.load(tiny(architecture), tmp_path).eval()
-    assert torch.equal(logits_of(loaded), logits_of(model))
-    assert method_of(loaded).settings == method_of(model).settings
-    assert set(trainable(loaded)) == set(trainable(model))
-    extra = {"lora": (), "pissa": ("lora_A0", "lora_B0")}.get(kind, ("expert_of",))
-    state = safetensors.torch.load_file(tmp_path / "adapter_model.safetensors")
-    assert state.keys() == set(trainable(model)) | {
-        f"{name}.{part}" for name in method_of(model).layers for part in extra}
-
-
-LOAD = """
-import sys
-import torch
-import adapter, data, models
-base, *folders = sys.argv[1:]
-for folder in folders:
-    model = adapter.load(models.load(base)[0], folder).eval()
-    batch = data.pad_left([[1, 40, 17, 5, 9, 33], [1, 8]], 2)
-    with torch.no_grad():
-        logits = model(**batch, use_cache=False).logits
-    torch.save(logits[batch["attention_mask"].bool()], folder + "/logits.pt")
-"""
-
-
-def test_adapters_load_in_a_fresh_process(llama, tmp_path):
-    """Nothing but the base and the adapter's folder is needed for the same logits."""
-    expected = {}
-    for kind in KINDS:
-        model = wrapped(models.load(llama)[0], kind.removesuffix("_dense"), **KINDS[kind])
-        train_steps(model, steps=2)
-        adapter.save(model, tmp_path / kind)
-        expected[kind] = logits_of(model, PROMPTS[:2])
-    subprocess.run([sys.executable, "-c", LOAD, llama, *(tmp_path / kind for kind in KINDS)],
-                   cwd=Path(train.__file__).parent, check=True, capture_output=True)
-    for kind, logits in expected.items():
-        assert_close(torch.load(tmp_path / kind / "logits.pt"), logits, rtol=0, atol=1e-6)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_gradient_checkpointing_changes_no_gradient(architecture, kind):
-    """Recomputation draws the same dropout."""
-    seen = []
-    for checkpointing in (False, True):
-        model = start(shifted(architecture, kind, dropout=0.2))
-        if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-        seen.append((backward(model), gradients(model)))
-    assert seen[0][0] == seen[1][0]
-    for name, gradient in seen[0][1].items():
-        assert gradient.abs().sum() > 0, name
-        assert_close(seen[1][1][name], gradient, rtol=1e-5, atol=1e-7, msg=name)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_logits_ignore_padding_and_batch_mates(architecture, kind):
-    """Each prompt alone, in a batch, and beside a much longer one."""
-    model = shifted(architecture, kind)
-    alone = torch.cat([logits_of(model, [prompt]) for prompt in PROMPTS])
-    beside = torch.cat([logits_of(model, [prompt, [7] * 40])[:len(prompt)] for prompt in PROMPTS])
-    assert_close(logits_of(model), alone, rtol=1e-4, atol=1e-4)
-    assert_close(beside, alone, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("kind", ["loramoe", "loramoe_dense"])
-def test_the_router_ignores_padding_and_batch_mates(architecture, kind):
-    """4.10 (ii) has it read the mean of a padded sequence: here each token decides alone."""
-    model = shifted(architecture, kind)
-    together = gates_of(model, data.pad_left(PROMPTS, 2))
-    assert min(g[3, -4:].std(0).max() for g in together) > 1e-2  # tokens of one row differ
-    for i, prompt in enumerate(PROMPTS):
-        for g, alone in zip(together, gates_of(model, data.pad_left([prompt], 2)), strict=True):
-            assert_close(g[i, -len(prompt):], alone[0], rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@torch.no_grad()
-def test_logits_with_a_cache_are_those_without(architecture, kind):
-    """A prefill, then token by token with the KV cache, left-padded."""
-    model = shifted(architecture, kind)
-    batch = data.pad_left(PROMPTS, 2)
-    full = model(**batch, use_cache=False).logits  # (batch, seq, vocabulary)
-    cache, steps, length = None, [], batch["input_ids"].shape[1]
-    for begin, end in ((0, length - 6), *((i, i + 1) for i in range(length - 6, length))):
-        output = model(input_ids=batch["input_ids"][:, begin:end],
-                       attention_mask=batch["attention_mask"][:, :end],
-                       position_ids=batch["position_ids"][:, begin:end],
-                       past_key_values=cache, use_cache=True)
-        cache = output.past_key_values
-        steps.append(output.logits)
-    real = batch["attention_mask"].bool()
-    assert_close(torch.cat(steps, 1)[real], full[real], rtol=1e-4, atol=1e-4)
 
 
 # --- the ablation and the baseline --------------------------------------------------------------

@@ -3,9 +3,8 @@
 import os
 import signal
 import subprocess
-import sys
-from pathlib import Path
 
+import programs
 import pytest
 import safetensors.torch
 import torch
@@ -102,26 +101,11 @@ def test_another_number_of_processes_is_refused(flags, forks, tmp_path):
     assert len(reasons) == 1 and "processes (then 1, now 2)" in reasons[0], answer["lines"]
 
 
-CHILD = """
-import signal, sys, time
-from harness import processes
-signal.signal(signal.SIGTERM, lambda *_: sys.exit("asked to stop"))
-processes.end_with_launcher()
-print("ready", flush=True)
-time.sleep(60)
-"""
-LAUNCHER = """
-import subprocess, sys
-subprocess.run([sys.executable, "-c", sys.argv[1]])
-"""
-
-
 def test_a_run_does_not_outlive_its_launcher():
     """A killed launcher passes nothing on: the run gets a SIGTERM of its own."""
     launcher = subprocess.Popen(
-        [sys.executable, "-c", LAUNCHER, CHILD], text=True, stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE, cwd=Path(models.__file__).parent,
-        env=os.environ | {"ACCELERATE_DYNAMO_BACKEND": "no"})
+        programs.words("launch", "end_with_launcher"), text=True, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, env=os.environ | {"ACCELERATE_DYNAMO_BACKEND": "no"})
     assert launcher.stdout.readline() == "ready\n"
     launcher.kill()
     assert launcher.communicate(timeout=30)[1] == "asked to stop\n"

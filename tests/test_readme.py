@@ -6,11 +6,11 @@ import shlex
 from pathlib import Path
 
 import pytest
+import study
 from conftest import succeed
 
-import study
 import train
-from baselines import METHODS
+from registry import METHODS
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -9,14 +9,15 @@ import time
 from pathlib import Path
 
 import accelerate.commands.config.config_args as accelerate_config
+import programs
 import pytest
+import study
 from conftest import SMALL, lines_of, results_of
 
-import arguments
-import records
-import study
+from harness.arguments import parse_flags, settings_of
+from registry import VARIANTS, variant_of
 
-ROOT = Path(study.__file__).resolve().parent
+ROOT = Path(study.__file__).resolve().parents[1]
 SCRIPTS = sorted((ROOT / "scripts").glob("*.sh"))
 TINY = ("--launcher", "python", "--no_single", "--settings", "mixed")
 
@@ -30,7 +31,7 @@ def dry(capsys, *argv):
 
 def train_flags(words):
     """A command's flags, as train.py reads them."""
-    args, _ = arguments.parse_flags(words[words.index("train.py") + 1:])
+    args, _ = parse_flags(words[words.index("train.py") + 1:])
     return args
 
 
@@ -67,8 +68,8 @@ def test_single_task_runs_are_known_by_their_settings(capsys):
 
 def test_an_untrained_model_runs_once(capsys):
     """One line for all seeds and settings, without the flags of training."""
-    commands, _ = dry(capsys, "--methods", "base", "--models", "smollm2-135m", "--", "--epochs",
-                      "1", "--max_eval_per_task", "3", "--max_train_per_task=5")
+    commands, _ = dry(capsys, "--methods", "zero_shot", "--models", "smollm2-135m", "--",
+                      "--epochs", "1", "--max_eval_per_task", "3", "--max_train_per_task=5")
     assert len(commands) == 1 and train_flags(commands[0]).max_eval_per_task == 3
     assert not any("train_per_task" in word for word in commands[0])
 
@@ -83,9 +84,9 @@ def test_flags_of_one_method_stay_with_it(capsys):
 
 
 def test_variants_have_the_names_that_a_report_gives_them():
-    for words in study.VARIANTS.values():
-        args, _ = arguments.parse_flags(["--method", *words.split()])
-        assert records.variant_of(vars(args)) == words
+    for words in VARIANTS.values():
+        args, _ = parse_flags(["--method", *words.split()])
+        assert variant_of(args.method, settings_of(args)) == words
 
 
 @pytest.mark.parametrize("argv, named", [
@@ -125,28 +126,16 @@ def test_a_launcher_that_is_none_is_one_line(launcher, tmp_path, capsys):
 # --- running ------------------------------------------------------------------------------------
 
 
-def planned(folder, code, *flags):
-    """A run whose program is `code`; its flags stand behind, as train.py's would."""
-    words = [sys.executable, "-c", code, "train.py", *flags, "--output_dir", str(folder)]
+def planned(folder, *program, flags=()):
+    """A run of one of programs.py; train.py's flags stand behind."""
+    words = [*programs.words(*program), "train.py", *flags, "--output_dir", str(folder)]
     return study.PlannedRun(folder, words, "smollm2-135m", "mixed", True)
 
 
-SUCCEEDS = """
-import json, sys, pathlib, arguments
-args, _ = arguments.parse_flags(sys.argv[2:])
-folder = pathlib.Path(args.output_dir); folder.mkdir(parents=True)
-kept = {k: v for k, v in vars(args).items() if k not in arguments.RUN_FLAGS}
-results = {"args": kept, "metrics": {}, "run": {}, "base_sha256": "", "scores": {}}
-(folder / "results.json").write_text(json.dumps(results))
-"""
-
-
-def test_a_failed_run_does_not_stop_the_rest(tmp_path, capfd, monkeypatch):
+def test_a_failed_run_does_not_stop_the_rest(tmp_path, capfd):
     """It is reported at the end; what is finished is not run again; other flags are refused."""
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    runs = [planned(tmp_path / "a", "raise SystemExit(3)"), planned(tmp_path / "b", SUCCEEDS),
-            planned(tmp_path / "c", "pass"),  # ends well, without results
-            planned(tmp_path / "d", "import os; os.kill(os.getpid(), 9)")]
+    runs = [planned(tmp_path / "a", "fail"), planned(tmp_path / "b", "finish"),
+            planned(tmp_path / "c", "do_nothing"), planned(tmp_path / "d", "be_killed")]
     assert study.run_all(runs) == 1
     out, err = capfd.readouterr()
     assert "4 runs: 0 were finished before, 1 finished now, 3 failed" in out
@@ -156,42 +145,23 @@ def test_a_failed_run_does_not_stop_the_rest(tmp_path, capfd, monkeypatch):
     assert [line[-1] for line in lines] == ["a", "c", "d"]
     assert study.run_all([runs[1]]) == 0
     assert "1 were finished before" in capfd.readouterr().out
-    other = planned(tmp_path / "b", SUCCEEDS, "--epochs", "1")
+    other = planned(tmp_path / "b", "finish", flags=("--epochs", "1"))
     assert study.run_all([other]) == 1
     assert "another --epochs (10)" in capfd.readouterr().err
 
 
 def test_a_folder_that_cannot_be_read_is_a_failed_run(tmp_path, capfd):
     """Not the end of the study: its name is longer than the file system takes."""
-    assert study.run_all([planned(tmp_path / ("a" * 300), "pass")]) == 1
+    assert study.run_all([planned(tmp_path / ("a" * 300), "do_nothing")]) == 1
     out, err = capfd.readouterr()
     assert "1 failed" in out and "File name too long" in err and "failed: not started: " in err
-
-
-LAUNCHER = """
-import os, signal, subprocess, sys, time
-subprocess.Popen([sys.executable, "-c", sys.argv[1], *sys.argv[2:]])
-time.sleep(60)
-"""
-SAVES = """
-import os, pathlib, signal, sys, time
-def save(*_):
-    signal.signal(signal.SIGTERM, lambda *_: os._exit(9))  # a second one would lose it
-    time.sleep(1)
-    pathlib.Path(sys.argv[-1], "saved").touch()
-    sys.exit(143)
-signal.signal(signal.SIGTERM, save)
-pathlib.Path(sys.argv[-1], "begun").touch()
-time.sleep(60)
-"""
 
 
 def test_a_stop_waits_for_what_a_launcher_has_started(tmp_path, capfd):
     """The launcher ends at once, the program saves first; the next run does not start."""
     (tmp_path / "a").mkdir()
-    words = [sys.executable, "-c", LAUNCHER, SAVES, "train.py", "--output_dir", str(tmp_path / "a")]
-    runs = [study.PlannedRun(tmp_path / "a", words, "smollm2-135m", "mixed", True),
-            planned(tmp_path / "b", SUCCEEDS)]
+    runs = [planned(tmp_path / "a", "launch", "save_when_stopped"),
+            planned(tmp_path / "b", "finish")]
     assert study.run_all(runs, stop_after=5) == 128 + signal.SIGTERM
     assert (tmp_path / "a" / "begun").exists() and (tmp_path / "a" / "saved").exists()
     assert not (tmp_path / "b").exists()
@@ -209,7 +179,7 @@ def test_a_closed_terminal_asks_to_stop(monkeypatch):
 
 def piped(*argv, stdout=None):
     """study.py, without its stdout where none is given -> (status, lines on stderr)."""
-    command = [sys.executable, "study.py", "--models", "smollm2-135m", "--suite", "mini",
+    command = [sys.executable, "scripts/study.py", "--models", "smollm2-135m", "--suite", "mini",
                "--methods", "lora", "--seeds", "1", *TINY, *map(str, argv)]
     if stdout is None:
         read, stdout = os.pipe()
@@ -224,10 +194,10 @@ def test_output_may_be_cut(tmp_path):
     """study.py --dry-run | head: no traceback. Runs that nobody sees are not started."""
     status, said = piped("--dry-run", "--runs", tmp_path / "runs")
     assert status == 0 and len(said) == 1 and said[0].startswith("1 runs, 0 on one task alone")
-    launcher = shlex.join([sys.executable, "-c", "open('started', 'w')"])
+    launcher = shlex.join(programs.words("touch", tmp_path / "started"))
     status, said = piped("--runs", tmp_path / "runs", "--launcher", launcher)
     assert status == 2 and said == ["error: [Errno 32] Broken pipe: 'stdout'"]
-    assert not (ROOT / "started").exists()
+    assert not (tmp_path / "started").exists()
 
 
 @pytest.mark.parametrize("mode", [["--dry-run"], []])
@@ -295,7 +265,7 @@ def calls(tmp_path):
 
 
 @pytest.mark.parametrize("script, lines, words", [
-    ("sweep.sh", 60 + 450, ()), ("table1.sh", 61 + 450, ("base",)),
+    ("sweep.sh", 60 + 450, ()), ("table1.sh", 61 + 450, ("zero_shot",)),
     ("table2_ablations.sh", 50, ("--no_bad", "--no_dog", "random")),
     ("table3_cost.sh", 6, ("pissa", "--no_dog")),
     ("fig12_sensitivity.sh", 80, ("--num_experts", "--rank"))])
@@ -321,11 +291,11 @@ def test_the_smollm2_study(form, count, calls, capsys):
     commands = [words for argv in calls("smollm2_superni.sh", form)
                 for words in dry(capsys, *argv)[0]]
     assert len(commands) == count
-    assert len({" ".join(words) for words in commands if "base" in words}) == 1
+    assert len({" ".join(words) for words in commands if "zero_shot" in words}) == 1
     for words in commands if form == "cpu" else commands[::40]:
         args = train_flags(words)
         assert args.max_eval_per_task == (50 if form == "cpu" else None)
-        assert args.method == "base" or args.epochs == (10 if form == "full" else 1)
+        assert args.method == "zero_shot" or args.epochs == (10 if form == "full" else 1)
 
 
 @pytest.mark.parametrize("script, argv", [("smollm2_superni.sh", ["tiny"]),

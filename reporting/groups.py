@@ -1,0 +1,63 @@
+"""Runs in groups, one for each cell of a table: they differ in their seed alone; their scores."""
+
+import metrics
+from inputs.suites import SUPERNI
+from registry import VARIANTS
+
+
+def cells(records):
+    """{(model, variant, setting): records by seed} without single-task runs, in a fixed order."""
+    known = list(VARIANTS.values())
+    found = {}
+    ordered = sorted(records, key=lambda record: (
+        record.model, known.index(record.variant) if record.variant in known else len(known),
+        record.variant, record.setting, record.seed))
+    for record in ordered:
+        if record.setting != "single":
+            found.setdefault(record.cell, []).append(record)
+    return found
+
+
+def label(variant):
+    """The short name that `study.py --methods` takes, where there is one."""
+    names = {words: name for name, words in VARIANTS.items()} | {"zero_shot": "zero-shot"}
+    return names.get(variant, variant)
+
+
+def short(task):
+    """T363 for a SuperNI task, the whole name for any other."""
+    return task.split("_")[0].replace("task", "T") if task in SUPERNI else task
+
+
+def values_of(runs, metric, records, reference="first"):
+    """One metric of each run, without those for which it is missing."""
+    values = [scores_of(run, records, reference)[metric] for run in runs]
+    return tuple(value for value in values if value is not None)
+
+
+def scores_of(record, records, reference):
+    """The metrics of Appendix G.5 of one run, {name: points}, None where something is missing.
+
+    `records` hold the single-task runs that Forward needs.
+    """
+    if record.setting in ("single", "eval"):
+        final = record.final(reference)
+        return {"rouge": metrics.mean(final.values()), "forward": None, "forget_rate": None,
+                "backward": None}
+    single = single_task_scores(record, records, reference)
+    return metrics.continual_metrics(record.matrix(reference), record.order, single)
+
+
+def single_task_scores(record, records, reference):
+    """{task: score of the same method, model and seed trained on it alone}, of what there is."""
+    scores = {}
+    for other in records:
+        if other.setting == "single" and _alike(other) == _alike(record):
+            scores |= other.final(reference)
+    return {task: scores[task] for task in record.order if task in scores}
+
+
+def _alike(record):
+    """What a run on one task alone shares with the run that it is for, beside the protocol."""
+    schedule = record.results["comparable"].get(f"--regroup_every, {record.setting}")
+    return record.model, record.variant, record.seed, schedule

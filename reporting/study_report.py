@@ -1,0 +1,82 @@
+"""The report of a study: Markdown with its tables, what differences are worth, and its figures."""
+
+import numpy as np
+from tqdm import tqdm
+
+from inputs.errors import one_line
+from inputs.files import write_text
+from reporting import figures, runs, significance, tables
+from reporting.groups import cells, label
+
+# Of the protocol, what would fill pages.
+CHECKSUMS = ("data of", "weights of", "test items of", "metric of", "code", "versions")
+
+
+def make(records, left_out, out):
+    """Write report.md, tables/ and figures/ into the folder `out`."""
+    made = tables.all_tables(records)
+    for table in made:
+        write_text(out / "tables" / f"{table.name}.tex", table.latex())
+        write_text(out / "tables" / f"{table.name}.csv", table.csv())
+    names = []
+    for name, figure in tqdm(figures.of_study(records), desc="figures", unit="figure", delay=5,
+                             leave=False):
+        figures.save(figure, out / "figures" / name, ("png", "pdf"))
+        names.append(name)
+    alone = sum(record.setting == "single" for record in records)
+    parts = ["# Report", f"{len(records) - alone} runs, {alone} single-task runs, "
+             f"{len(left_out)} left out.", "## Settings that all runs share",
+             bullets(shared_settings(records)), *(table.markdown() for table in made)]
+    said = comparisons(records)
+    if said:
+        parts += ["## What the differences are worth",
+                  f"Paired bootstrap over seeds and items ({significance.RESAMPLES:,} resamples, "
+                  "tasks as strata), first reference; no correction for the number of comparisons.",
+                  bullets(said)]
+    parts += ["## Figures", *(f"![{name}](figures/{name}.png)" for name in names)]
+    if left_out:
+        parts += ["## Left out", bullets(one_line(f"`{folder}`: {reason}")
+                                         for folder, reason in left_out)]
+    write_text(out / "report.md", "\n\n".join(parts) + "\n")
+
+
+def bullets(lines):
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def shared_settings(records):
+    """What all runs of the report have in common, a line each."""
+    shared = {name: value for record in records for name, value in runs.protocol(record).items()
+              if not name.startswith(CHECKSUMS)}
+    return [f"{name}: {', '.join(map(str, value)) if isinstance(value, list) else value}"
+            for name, value in sorted(shared.items())]
+
+
+def comparisons(records):
+    """A sentence for BADIT against every other method, by model and setting."""
+    groups, sentences = cells(records), []
+    for (model, variant, setting), theirs in groups.items():
+        ours = groups.get((model, "badit", setting), ())
+        if variant == "badit" or not ours:
+            continue
+        mine = {run.seed: run for run in ours if run.items}
+        pairs = [(mine[run.seed], run) for run in theirs if run.seed in mine and run.items]
+        if pairs:
+            differences = item_differences(pairs)
+            items = sum(values.shape[1] for values in differences.values())
+            sentences.append(significance.sentence(
+                "badit", label(variant), f"{model}, {setting}",
+                *significance.paired_bootstrap(differences), len(pairs), items))
+    return sentences
+
+
+def item_differences(pairs):
+    """{task: (seeds, items)} of first-reference scores by each task's metric, ours - theirs."""
+    differences = {}
+    for task, about in pairs[0][0].results["tasks"].items():
+        ids = sorted(pairs[0][0].items[task])
+        differences[task] = np.array([
+            [ours.items[task][name][about["metric"]]["first"]
+             - theirs.items[task][name][about["metric"]]["first"] for name in ids]
+            for ours, theirs in pairs])
+    return differences

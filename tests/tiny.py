@@ -1,0 +1,123 @@
+"""Tiny models, tasks and steps of training that the tests of methods share."""
+
+import itertools
+
+import torch
+from conftest import CONFIGS
+from transformers import AutoModelForCausalLM
+
+import data
+from method import Stage
+
+PROMPTS = [[1, 40, 17, 5, 9, 33], [1, 8], [1, *range(30, 55)], [1, 21, 22, 21]]
+
+
+def randn(seed, *shape):
+    """Fixed float64 normal numbers."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def base_model(architecture="llama", dtype=torch.float32):
+    """A random model, the same at every call."""
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(CONFIGS[architecture](), dtype=dtype).eval()
+
+
+@torch.no_grad()
+def logits_of(model, prompts=PROMPTS):
+    """Float32 logits of a left-padded batch at its real tokens."""
+    batch = data.pad_left(prompts, 2)
+    if hasattr(model, "adapted_by"):
+        model.adapted_by.before_forward(batch)
+    return model(**batch, use_cache=False).logits.float()[batch["attention_mask"].bool()]
+
+
+def rows_of(task, count=8):
+    """Random training rows of several lengths; each task has words of its own."""
+    generator = torch.Generator().manual_seed(task)
+    rows = []
+    for i in range(count):
+        ids = torch.randint(20 + 60 * task, 80 + 60 * task, (5 + 2 * i,), generator=generator)
+        rows.append({"task": f"task{task}", "input_ids": [1, *ids.tolist()],
+                     "num_targets": 1 + i % 3})
+    return rows
+
+
+def batch_of(rows, targets=None):
+    """A micro-batch as the training loop has it; its loss is over `targets`, or its own tokens."""
+    own = sum(row["num_targets"] for row in rows if row)
+    return data.collate_micro_batch([data.MicroBatch(rows, targets or own, 99)], 2)
+
+
+def loader_of(rows, size=4):
+    """What the training loop's loader gives for `rows`, the last batch with a filler."""
+    parts = [rows[first:first + size] for first in range(0, len(rows), size)]
+    parts[-1] = [*parts[-1], None]
+    return [batch_of(part, sum(row["num_targets"] for row in rows)) for part in parts]
+
+
+def stage_of(task, steps=4):
+    return Stage(f"task{task}", (f"task{task}",), 1, steps)
+
+
+def trainable(model):
+    return {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+
+
+def start(method, task, steps=4):
+    """The first hook of a task."""
+    torch.manual_seed(task)
+    method.start_stage(stage_of(task, steps), loader_of(rows_of(task)))
+
+
+def backward(method, batch):
+    """One micro-batch through the hooks -> (loss, penalty); gradients are added up."""
+    method.before_forward(batch)
+    loss = method.model(**data.model_inputs(batch), use_cache=False).loss
+    penalty = torch.as_tensor(method.penalty(batch))
+    (loss + penalty).backward()
+    return loss.item(), penalty.item()
+
+
+def train(method, task, steps=4, learning_rate=3e-2):
+    """Steps through the hooks in the order of the loop -> (losses, lines for regroup.jsonl)."""
+    optimizer = torch.optim.AdamW(trainable(method.model).values(), lr=learning_rate,
+                                  weight_decay=0.0)
+    method.model.train()
+    losses, lines = [], []
+    for batch in itertools.islice(itertools.cycle(loader_of(rows_of(task))), steps):
+        losses.append(sum(backward(method, batch)))
+        method.after_backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        lines += method.after_step(batch)
+    method.model.eval()
+    return losses, lines
+
+
+def learn(method, *tasks, steps=4):
+    """Whole tasks one after the other -> the losses of the last."""
+    for task in tasks:
+        start(method, task, steps)
+        losses, _ = train(method, task, steps)
+        method.end_stage(stage_of(task, steps), loader_of(rows_of(task)))
+        method.model.eval()
+    return losses
+
+
+def weights_of(module):
+    """A copy of all parameters and buffers by name."""
+    return {name: weight.detach().clone() for name, weight in module.state_dict().items()}
+
+
+def assert_same(left, right):
+    """Two dicts of tensors are bitwise equal."""
+    assert left.keys() == right.keys()
+    assert [key for key in left if not torch.equal(left[key], right[key])] == []
+
+
+def one_line(caught):
+    """The message of an InputError, which is one line."""
+    message = str(caught.value)
+    assert message.strip() and "\n" not in message
+    return message
