@@ -55,10 +55,20 @@ def versions():
 
 
 def read_files(args):
-    """SHA-256 by flag of the files that a run reads beside its model and its data."""
+    """SHA-256 by flag of the files that a run reads beside its model and its data.
+
+    Raises InputError for one that cannot be read.
+    """
     files = {"single_task_results": args.single_task_results,
              "adapter": args.adapter and Path(args.adapter) / WEIGHTS_FILE}
-    return {flag: sha256_file(path) for flag, path in files.items() if path is not None}
+    sums = {}
+    for flag, path in files.items():
+        if path is not None:
+            try:
+                sums[flag] = sha256_file(path)
+            except OSError as error:
+                raise InputError(f"--{flag}: cannot read {path}: {error.strerror}") from None
+    return sums
 
 
 def task_sha256(task):

@@ -46,13 +46,21 @@ def check(args):
 
 def refuse_obstacles(folder):
     """Raise InputError for a link, perhaps out of the folder, or what is no file, in the way."""
-    for path in folder.rglob("*"):
+    for path in places(folder):
         name = path.relative_to(folder).as_posix()
         written = name == LOCK or is_output(name)
         if path.is_symlink() and (name in FOLDERS or written):
             raise InputError(f"{path} is a link: a run writes into its own folder only")
         if written and not path.is_file() and not name.startswith("tracking/"):
             raise InputError(f"{path} is no file: a run writes a file of this name")
+
+
+def places(folder):
+    """Paths where a run may have written: `folder` may hold all else, as / does."""
+    if folder.is_dir():
+        yield from folder.iterdir()
+    for name in FOLDERS:
+        yield from (folder / name).rglob("*")
 
 
 def is_output(name):
@@ -65,7 +73,7 @@ def clear(folder, keep=()):
 
     First what would tell of a whole run, as a kill may leave the rest.
     """
-    names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+    names = [path.relative_to(folder).as_posix() for path in places(folder) if path.is_file()]
     for name in sorted(names, key=lambda name: (
             name != "results.json", not name.startswith("checkpoints/"), name)):
         if is_output(name) and (name.endswith(".tmp") or not name.startswith(keep)):
@@ -81,7 +89,7 @@ def check_names(tasks):
 
 def listing(folder):
     """The names of a run's files in `folder`."""
-    names = (path.relative_to(folder).as_posix() for path in folder.rglob("*"))
+    names = (path.relative_to(folder).as_posix() for path in places(folder))
     return {name for name in names if is_output(name)}
 
 

@@ -29,31 +29,31 @@ def short(task):
     return task.split("_")[0].replace("task", "T") if task in SUPERNI else task
 
 
-def values_of(runs, metric, records, reference="first"):
+def values_of(runs, metric, records):
     """One metric of each run, without those for which it is missing."""
-    values = [scores_of(run, records, reference)[metric] for run in runs]
+    values = [scores_of(run, records)[metric] for run in runs]
     return tuple(value for value in values if value is not None)
 
 
-def scores_of(record, records, reference):
-    """The metrics of Appendix G.5 of one run, {name: points}, None where something is missing.
+def scores_of(record, records):
+    """The metrics of Appendix G.5 against the first reference, of a run on more than one task.
 
-    `records` hold the single-task runs that Forward needs.
+    {name: points}, None where something is missing. `records` hold the single-task runs that
+    Forward needs.
     """
-    if record.setting in ("single", "eval"):
-        final = record.final(reference)
-        return {"rouge": metrics.mean(final.values()), "forward": None, "forget_rate": None,
-                "backward": None}
-    single = single_task_scores(record, records, reference)
-    return metrics.continual_metrics(record.matrix(reference), record.order, single)
+    if record.setting == "eval":
+        return {"rouge": metrics.mean(record.final("first").values()), "forward": None,
+                "forget_rate": None, "backward": None}
+    single = single_task_scores(record, records)
+    return metrics.continual_metrics(record.matrix("first"), record.order, single)
 
 
-def single_task_scores(record, records, reference):
+def single_task_scores(record, records):
     """{task: score of the same method, model and seed trained on it alone}, of what there is."""
     scores = {}
     for other in records:
         if other.setting == "single" and _alike(other) == _alike(record):
-            scores |= other.final(reference)
+            scores |= other.final("first")
     return {task: scores[task] for task in record.order if task in scores}
 
 

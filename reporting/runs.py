@@ -209,19 +209,12 @@ def export(records, out, folders):
             raise InputError(f"--export would overwrite {destination}, or write it twice")
         taken.add(destination)
     for record, destination in zip(records, destinations, strict=True):
-        export_one(record, destination)
-
-
-def export_one(record, destination):
-    """Write the small part of a record, which a report needs, to the folder `destination`.
-
-    Without a results.json until all of it is there, so that a part is not taken for the whole.
-    """
-    (destination / "results.json").unlink(missing_ok=True)
-    write_json(destination / ITEMS_FILE, record.items)
-    for name in ("log.jsonl", "results.json") if record.log else ("results.json",):
-        with atomic_path(destination / name) as temporary:
-            shutil.copyfile(record.folder / name, temporary)
+        # No results.json until all is there: a part is not taken for the whole.
+        (destination / "results.json").unlink(missing_ok=True)
+        write_json(destination / ITEMS_FILE, record.items)
+        for name in ("log.jsonl", "results.json") if record.log else ("results.json",):
+            with atomic_path(destination / name) as temporary:
+                shutil.copyfile(record.folder / name, temporary)
 
 
 # --- what belongs together ----------------------------------------------------------------------

@@ -415,23 +415,13 @@ def test_rows_from_moments(c, k):
     assert k == 0 or (A @ M).abs().max() <= 1e-5
 
 
-@pytest.mark.parametrize("rows", ["cov_svd", "random_proj"])
-def test_branches_cannot_see_old_inputs(rows):
-    """A_t M = 0 to 1e-5; with a random B the branch is silent on span(M)."""
-    M = orthonormal(1, 40, 25).float()
-    A = (gainlora.rows_from_moment(moment(2, 40)[1].float()[None], [M], 4).float()
-         if rows == "cov_svd" else gainlora.rows_from_random(randn(3, 4, 40).float(), [M]))
-    assert (A @ M).abs().max() <= 1e-5
-    assert_close(A.norm(dim=1), torch.full((4,), 3**-0.5), atol=1e-5, rtol=0)
-    layer = gainlora.GainLinear(base_layer(40, 30, dtype=torch.float32), 4, 4, 0.0, chunk=1)
-    with torch.no_grad():
-        layer.lora_A[0].copy_(A)
-        layer.lora_B[0].copy_(randn(4, 30, 4))
-    layer.gain = torch.ones(1, 1)
-    h = (M @ randn(5, 25, 6).float()).T[None]  # (1, 6, 40) in span(M)
-    branch = layer(h) - F.linear(h, layer.residual, layer.bias)
-    assert (branch.norm(dim=-1) <= 1e-4 * h.norm(dim=-1)).all()
-    assert (layer(randn(6, 1, 6, 40).float()) - layer.bias).abs().max() > 0.1
+def test_rows_from_random():
+    """A_t M = 0 to 1e-5, for any number of old directions."""
+    for k in (1, 25, 39):
+        M = orthonormal(1, 40, k).float()
+        A = gainlora.rows_from_random(randn(3, 4, 40).float(), [M])
+        assert (A @ M).abs().max() <= 1e-5
+        assert_close(A.norm(dim=1), torch.full((4,), 3**-0.5), atol=1e-5, rtol=0)
 
 
 def test_rows_in_a_full_space_are_zero():
@@ -511,17 +501,6 @@ def test_the_update_of_a_gate_is_outside_old_inputs(variant):
         assert update.abs().max() > 1e-2
 
 
-def test_the_first_gate_is_not_constrained():
-    """Without old tasks the constraint is the identity."""
-    method = adapt()
-    with torch.no_grad():
-        for weight in method.gates.tasks[0].parameters():
-            weight.add_(torch.randn_like(weight))
-    before = weights_of(method.gates)
-    method.after_step({})
-    assert_same(weights_of(method.gates), before)
-
-
 DAMAGE = {
     "one layer has a branch more": {"{layer}.lora_A.2": (2, 32), "{layer}.lora_B.2": (64, 2)},
     "a basis has too many columns": {"{layer}.basis.0": (32, 33)},
@@ -590,21 +569,6 @@ def test_gates_read_the_bare_embedding_table():
     p0 = table.weight[PROMPTS[0]].mean(0, keepdim=True)
     assert_close(gains(method, data.pad_left(PROMPTS[:1], 2))[:, 1],
                  gainlora.gate(p0, gate.W1, gate.W2, gate.k).detach())
-
-
-def test_gates_stay_in_every_decode_step(architecture):
-    """They are those of the prompt, in the prefill and in each step of cached generation."""
-    method = gated(architecture=architecture)
-    batch, seen, lengths = data.pad_left(PROMPTS, 2), [], []
-    expected = gains(method, batch)
-    for layer in method.layers.values():
-        layer.register_forward_pre_hook(lambda layer, inputs: (
-            seen.append(layer.gain.clone()), lengths.append(inputs[0].shape[1])) and None)
-    method.model.generate(**{key: batch[key] for key in ("input_ids", "attention_mask")},
-                          max_new_tokens=6, do_sample=False, use_cache=True, pad_token_id=2,
-                          eos_token_id=299)
-    assert all(torch.equal(gain, expected) for gain in seen)
-    assert set(lengths) == {1, batch["input_ids"].shape[1]}
 
 
 # --- the passes over a task's data --------------------------------------------------------------

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.optimize import linear_sum_assignment
+from tiny import randn
 from torch.testing import assert_close
 
 import models
@@ -27,20 +28,6 @@ from grouping import (
 )
 
 SHAPES = [(32, 20, 4), (24, 30, 3), (12, 9, 3)]  # (N, D, K)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Matrices this small only lose time to a second thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def randn(seed, *shape):
-    """Fixed float64 normal numbers."""
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def random_labels(seed, N, K):
@@ -175,14 +162,14 @@ def angle(a, b):
     return float(np.degrees(np.arccos(np.clip(float(a @ b) / float(a.norm() * b.norm()), -1, 1))))
 
 
-# Section 2: basic ability decomposition
+# Eq. 5, 6: basic ability decomposition
 
 
 @pytest.mark.parametrize("shape", [(24, 17), (13, 30), (16, 16)])
 @pytest.mark.parametrize("svd", ["exact", "fast"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_residual_plus_bank_is_the_weight(shape, svd, dtype):
-    """Section 2: residual + s B A = W0 whatever the accuracy of the SVD."""
+    """residual + s B A = W0 whatever the accuracy of the SVD."""
     weight = randn(1, *shape).to(dtype)
     bad = decompose(weight, 4, 3, 2.5, svd=svd)
     assert bad.lora_A.shape == (12, shape[1]) and bad.lora_B.shape == (shape[0], 12)
@@ -192,6 +179,7 @@ def test_residual_plus_bank_is_the_weight(shape, svd, dtype):
     tolerance = {torch.float32: 1e-6, torch.float64: 1e-14}[dtype]
     assert (total - weight).abs().max() <= tolerance * weight.abs().max()
     assert bad.residual.norm() < 0.95 * weight.norm()
+    assert all(float(row[row.abs().argmax()]) > 0 for row in bad.lora_A)  # oriented
 
 
 @pytest.mark.parametrize("scaling", [0.5, 8.0])
@@ -232,7 +220,7 @@ def test_experts_are_orthogonal_at_init(svd):
 
 
 def test_fast_svd_finds_a_decaying_spectrum():
-    """Section 2: the fast decomposition agrees with the exact one where the spectrum decays."""
+    """The fast decomposition agrees with the exact one where the spectrum decays."""
     U, V = (torch.linalg.qr(randn(seed, 60, 60)).Q for seed in (4, 5))
     S = 0.8 ** torch.arange(60, dtype=torch.float64)
     bad = decompose(U @ torch.diag(S) @ V.T, 4, 2, 8.0, svd="fast")
@@ -266,7 +254,7 @@ def test_fast_svd_on_the_flattest_spectrum(shape):
 
 @pytest.mark.parametrize("svd", ["exact", "fast"])
 def test_decomposition_leaves_the_global_generator_alone(svd):
-    """Section 2: equal banks under any global seed, and the generator's state is untouched."""
+    """Equal banks under any global seed, and the generator's state is untouched."""
     weight, banks = randn(6, 40, 30).float(), []
     for seed in (1, 2):
         torch.manual_seed(seed)
@@ -280,18 +268,18 @@ def test_decomposition_leaves_the_global_generator_alone(svd):
 @pytest.mark.parametrize("svd", ["exact", "fast"])
 @pytest.mark.parametrize("shape", [(11, 30), (30, 11)])
 def test_decompose_refuses_more_components_than_dimensions(shape, svd):
-    """Section 2: N > min(m, n) is an error that names the values; N = min(m, n) is not."""
+    """N > min(m, n) is an error that names the values; N = min(m, n) is not."""
     with pytest.raises(ValueError, match="11"):
         decompose(randn(7, *shape), 3, 4, 8.0, svd=svd)
     full = decompose(randn(7, *shape), 11, 1, 8.0)
     assert full.residual.abs().max() <= 1e-12
 
 
-# Section 2: the sign convention
+# The sign convention
 
 
 def test_orient_makes_the_largest_entry_positive():
-    """Section 2, sign: the largest entry of v_i is positive, the first one on ties."""
+    """The largest entry of v_i is positive, the first one on ties."""
     U = torch.tensor([[1.0, 2.0, 3.0, 4.0], [5.0, 6.0, 7.0, 8.0]]).double()
     Vh = torch.tensor([[1, -3, 2], [3, 1, -2], [-2, 2, 1], [2, -2, 1]]).double()
     signs = torch.tensor([-1.0, 1.0, -1.0, 1.0]).double()
@@ -300,29 +288,9 @@ def test_orient_makes_the_largest_entry_positive():
     assert torch.equal(Vh_new, Vh * signs[:, None])
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_orient_is_blind_to_flips(seed):
-    """Section 2, sign: flipped pairs come back equal, and their product never changes."""
-    U, Vh = randn(seed, 9, 6), randn(seed + 50, 6, 7)
-    flip = randn(seed + 100, 6).sign()
-    one = orient_singular_pairs(U.clone(), Vh.clone())
-    two = orient_singular_pairs(U * flip, flip[:, None] * Vh)
-    assert torch.equal(one[0], two[0]) and torch.equal(one[1], two[1])
-    assert_close(one[0] @ one[1], U @ Vh)
-
-
-@pytest.mark.parametrize("svd", ["exact", "fast"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_every_decomposition_is_oriented(svd, dtype):
-    """Section 2, sign: every routine gives rows of lora_A with a positive largest entry."""
-    for seed in range(3):
-        A = decompose(randn(seed, 20, 16).to(dtype), 3, 4, 2.0, svd=svd).lora_A
-        assert all(float(row[row.abs().argmax()]) > 0 for row in A)
-
-
 @pytest.mark.parametrize("seed", range(3))
 def test_flipped_svd_gives_equal_banks_and_groupings(seed, monkeypatch):
-    """Section 2, sign: other signs from the SVD change neither the bank nor the grouping."""
+    """Other signs from the SVD change neither the bank nor the grouping."""
     weight, gradient, true_svd = randn(seed, 30, 26), randn(seed + 10, 30, 26), torch.linalg.svd
 
     def bank_and_groups():
@@ -345,7 +313,7 @@ def test_flipped_svd_gives_equal_banks_and_groupings(seed, monkeypatch):
     assert torch.equal(bad.lora_A, flipped_bad.lora_A)
     assert torch.equal(bad.lora_B, flipped_bad.lora_B)
     assert torch.equal(groups, flipped_groups)
-    turned = g * randn(seed + 20, 16).sign()[:, None]  # the convention is needed: see section 2
+    turned = g * randn(seed + 20, 16).sign()[:, None]  # the convention is needed
     assert not torch.equal(groups, group_components(turned, 4))
 
 
@@ -354,7 +322,7 @@ def test_flipped_svd_gives_equal_banks_and_groupings(seed, monkeypatch):
 
 @pytest.mark.parametrize("shape", [(8,), (3, 4), (2, 3, 5)])
 def test_routing_weights_are_k_times_softmax(shape):
-    """Eq. 7, section 3: alpha = K softmax(z)."""
+    """alpha = K softmax(z)."""
     z, K = 3 * randn(8, *shape), shape[-1]
     alpha = routing_weights(z)
     for index in itertools.product(*map(range, shape[:-1])):
@@ -363,29 +331,22 @@ def test_routing_weights_are_k_times_softmax(shape):
 
 
 def test_routing_weights_by_hand():
-    """Section 3: equal logits of any size give 1; logits log(1), log(3) give 0.5 and 1.5."""
+    """Equal logits of any size give 1; logits log(1), log(3) give 0.5 and 1.5."""
     assert_close(routing_weights(torch.full((2, 6), 700.0)), torch.ones(2, 6))
     z = torch.tensor([1.0, 3.0]).double().log()
     assert_close(routing_weights(z), torch.tensor([0.5, 1.5]).double())
 
 
 @pytest.mark.parametrize("top_k", [1, 3, 4, 7, 8])
-@pytest.mark.parametrize("ties", [False, True])
-def test_select_experts(top_k, ties):
-    """Section 3: the top_k largest logits, the lowest index on ties, exactly top_k of them."""
-    z = randn(9, 5, 40, 8)
-    z = z.round() if ties else z
+@pytest.mark.parametrize("decimals", [9, 0, -1])
+def test_select_experts(top_k, decimals):
+    """The top_k largest logits, the lowest index on ties, exactly top_k; also of equal logits."""
+    z = randn(9, 5, 40, 8).round(decimals=decimals)
     mask = select_experts(z, top_k)
     assert mask.dtype == torch.bool and mask.shape == z.shape
     for row, chosen in zip(z.reshape(-1, 8).tolist(), mask.reshape(-1, 8).tolist(), strict=True):
         ranked = sorted(range(8), key=row.__getitem__, reverse=True)  # stable: lowest index first
         assert [k for k in range(8) if chosen[k]] == sorted(ranked[:top_k])
-
-
-def test_select_experts_with_all_logits_equal():
-    """Section 3: at init the first top_k experts are taken."""
-    mask = select_experts(torch.full((3, 8), 0.25), 4)
-    assert mask.tolist() == [[True] * 4 + [False] * 4] * 3
 
 
 # Eq. 8, 9
@@ -424,16 +385,51 @@ def test_unit_gradients_in_float32_at_any_scale(exponent):
 # Eq. 10 to 14, one function at a time
 
 
-@pytest.mark.parametrize(("N", "D", "K"), SHAPES)
-@pytest.mark.parametrize("seed", range(3))
-def test_objective_and_centroids(N, D, K, seed):
-    """Eq. 10 and 12: squared norms and inner products of the centroids."""
-    unit, labels = units(seed, N, D), random_labels(seed, N, K)
+def naive_angles(unit, labels, K):
+    """Means of the arccos over pairs of groups, and over pairs within groups."""
     C = centroid_matrix(unit, labels, K)
-    assert_close(centroid_gram(unit @ unit.T, labels, K), C.T @ C)
-    value = grouping_objective(unit @ unit.T, labels, K)
-    assert value.dim() == 0
-    assert float(value) == pytest.approx(objective(unit, labels, K), rel=1e-10)
+    inter = [angle(C[:, k], C[:, j]) for k, j in itertools.combinations(range(K), 2)]
+    intra = [angle(unit[i], unit[j]) for k in range(K)
+             for i, j in itertools.combinations(members(labels, k), 2)]
+    return torch.tensor([np.mean(inter), np.mean(intra)])
+
+
+# On a Gram matrix, labels and K; the same on unit vectors; and how close they are.
+FUNCTIONS = {
+    "objective": (grouping_objective,
+                  lambda *args: torch.tensor(objective(*args), dtype=torch.float64),
+                  dict(rtol=1e-10, atol=0)),
+    "centroids": (centroid_gram, lambda *args: centroid_matrix(*args).T @ centroid_matrix(*args),
+                  dict(rtol=1e-7, atol=1e-7)),
+    "k-means": (lambda gram, _, K: spherical_kmeans(gram, K),
+                lambda unit, _, K: naive_kmeans(unit, K), dict(rtol=0, atol=0)),
+    "similarity": (orthogonalized_similarity, similarity, dict(rtol=1e-7, atol=1e-9)),
+    "angles": (lambda *args: torch.stack(gradient_angles(*args), -1), naive_angles,
+               dict(rtol=0, atol=1e-6)),
+    "refine": (refine_grouping, naive_refine, dict(rtol=0, atol=0)),
+}
+
+
+SMALL_SHAPES = [(8, 6, 2), (9, 6, 3), (12, 6, 4)]
+
+
+@pytest.mark.parametrize(("name", "N", "D", "K"), [
+    (name, *shape) for name in FUNCTIONS for shape in [*SHAPES, (16, 30, 8), *SMALL_SHAPES]
+    if name != "refine" or shape in SMALL_SHAPES])  # its loop over all swaps is slow
+def test_functions_of_gram_matrices(name, N, D, K):
+    """Each against its loop in full space, for layers alone and for several at once."""
+    function, naive, tolerance = FUNCTIONS[name]
+    seeds = [10 * seed + 1 for seed in range(4)]
+    unit = torch.stack([units(seed, N, D) for seed in seeds])
+    labels = torch.stack([random_labels(seed, N, K) for seed in seeds])
+    together = function(unit @ unit.mT, labels.clone(), K)
+    for layer in range(4):
+        alone = function(unit[layer] @ unit[layer].T, labels[layer].clone(), K)
+        assert_close(together[layer], alone)
+        assert_close(alone, naive(unit[layer], labels[layer], K), **tolerance)
+        if name == "refine":
+            assert is_balanced(alone, K)
+            assert objective(unit[layer], alone, K) >= objective(unit[layer], labels[layer], K)
 
 
 def test_objective_by_hand():
@@ -441,14 +437,6 @@ def test_objective_by_hand():
     unit = torch.eye(2, dtype=torch.float64)[[0, 0, 1, 1]]
     for labels, value in [([0, 0, 1, 1], 8.0), ([0, 1, 0, 1], 4.0), ([1, 0, 0, 1], 4.0)]:
         assert float(grouping_objective(unit @ unit.T, torch.tensor(labels), 2)) == value
-
-
-@pytest.mark.parametrize(("N", "D", "K"), SHAPES)
-@pytest.mark.parametrize("seed", range(4))
-def test_spherical_kmeans(N, D, K, seed):
-    """Eq. 11: equal labels to the looped k-means, names included."""
-    unit = units(10 * seed + 1, N, D)
-    assert torch.equal(spherical_kmeans(unit @ unit.T, K), naive_kmeans(unit, K))
 
 
 @pytest.mark.parametrize("seed", range(10))
@@ -460,15 +448,6 @@ def test_spherical_kmeans_finds_groups_of_unequal_size(seed):
     unit = unit_gradients(g)
     found = spherical_kmeans(unit @ unit.T, 4)
     assert torch.equal(partition(found), partition(truth))
-
-
-@pytest.mark.parametrize(("N", "D", "K"), SHAPES + [(16, 30, 8)])
-@pytest.mark.parametrize("seed", range(3))
-def test_orthogonalized_similarity(N, D, K, seed):
-    """Eq. 13: the inverse square root in Gram space is the polar factor of C from its SVD."""
-    unit, labels = units(seed + 30, N, D), random_labels(seed, N, K)
-    got = orthogonalized_similarity(unit @ unit.T, labels, K)
-    assert_close(got, similarity(unit, labels, K), rtol=1e-7, atol=1e-9)
 
 
 @pytest.mark.parametrize(("distance", "low", "high"),
@@ -494,20 +473,22 @@ def test_orthogonalized_similarity_by_hand():
 
 
 @pytest.mark.parametrize(("N", "K"), [(6, 2), (6, 3), (8, 4), (4, 4)])
-@pytest.mark.parametrize("seed", range(3))
-def test_balanced_assignment_is_optimal(N, K, seed):
-    """Eq. 14: the best of all balanced groupings, by brute force."""
-    sim = randn(seed, N, K)
-    sim[:, 0] += 2  # everybody wants the first group
-    got = balanced_assignment(sim)
-    sums = {c: sum(float(sim[i, k]) for i, k in enumerate(c)) for c in balanced_labelings(N, K)}
-    assert got.dtype == torch.int64 and is_balanced(got, K)
-    assert tuple(got.tolist()) == max(sums, key=sums.get)
+def test_balanced_assignment_is_optimal(N, K):
+    """Eq. 14: the best of all balanced groupings, by brute force; also of several layers."""
+    sim = torch.stack([randn(seed, N, K) for seed in range(3)])
+    sim[..., 0] += 2  # everybody wants the first group
+    together = balanced_assignment(sim)
+    assert together.dtype == torch.int64 and is_balanced(together, K)
+    for layer in range(3):
+        sums = {c: sum(float(sim[layer, i, k]) for i, k in enumerate(c))
+                for c in balanced_labelings(N, K)}
+        assert tuple(together[layer].tolist()) == max(sums, key=sums.get)
+        assert torch.equal(balanced_assignment(sim[layer]), together[layer])
 
 
 @pytest.mark.parametrize("seed", range(6))
 def test_rounds_never_lower_the_nuclear_norm(seed):
-    """Section 4: from one balanced round to the next the nuclear norm of C never falls."""
+    """From one balanced round to the next the nuclear norm of C never falls."""
     N, D, K = 32, 24, 8
     unit, labels, rose = units(seed + 60, N, D), random_labels(seed, N, K), 0
     norms = [float(torch.linalg.svdvals(centroid_matrix(unit, labels, K)).sum())]
@@ -521,19 +502,8 @@ def test_rounds_never_lower_the_nuclear_norm(seed):
     assert rose >= 1
 
 
-@pytest.mark.parametrize(("N", "K"), [(8, 2), (9, 3), (12, 4)])
-@pytest.mark.parametrize("seed", range(2))
-def test_refine_grouping(N, K, seed):
-    """Section 4, refine: the same swaps as the loop, up to a grouping no swap improves."""
-    unit, start = units(seed + 70, N, 6), random_labels(seed, N, K)
-    got = refine_grouping(unit @ unit.T, start.clone(), K)
-    assert is_balanced(got, K)
-    assert torch.equal(got, naive_refine(unit, start, K))
-    assert objective(unit, got, K) >= objective(unit, start, K)
-
-
 def test_refine_reaches_nearly_the_best_grouping():
-    """Section 4, refine: never below its start, within 5 % of Eq. 10's optimum on the mean."""
+    """Never below its start, within 5 % of Eq. 10's optimum on the mean."""
     ratios, labelings = [], [torch.tensor(c) for c in balanced_labelings(6, 2)]
     for seed in range(12):
         unit, start = units(seed + 80, 6, 4), random_labels(seed, 6, 2)
@@ -544,22 +514,8 @@ def test_refine_reaches_nearly_the_best_grouping():
     assert np.mean(ratios) >= 0.95
 
 
-@pytest.mark.parametrize(("N", "D", "K"), SHAPES)
-def test_gradient_angles(N, D, K):
-    """Section 4, log: means of the arccos over pairs of groups and over pairs within groups."""
-    unit, labels = units(90, N, D), random_labels(90, N, K)
-    C = centroid_matrix(unit, labels, K)
-    pairs = itertools.combinations(range(K), 2)
-    inter = np.mean([angle(C[:, k], C[:, j]) for k, j in pairs])
-    intra = np.mean([angle(unit[i], unit[j]) for k in range(K)
-                     for i, j in itertools.combinations(members(labels, k), 2)])
-    got = gradient_angles(unit @ unit.T, labels, K)
-    assert got[0].dim() == 0 and got[1].dim() == 0
-    assert (float(got[0]), float(got[1])) == pytest.approx((inter, intra), abs=1e-6)
-
-
 def test_gradient_angles_by_hand():
-    """Section 4, log: equal vectors are at 0 and not nan, opposite centroids at 180 degrees."""
+    """Equal vectors are at 0 and not nan, opposite centroids at 180 degrees."""
     e = torch.eye(2, dtype=torch.float64)
     unit = torch.stack([e[0], e[0], -e[0], -e[0]])
     inter, intra = gradient_angles(unit @ unit.T, torch.tensor([0, 0, 1, 1]), 2)
@@ -573,32 +529,13 @@ def test_gradient_angles_by_hand():
     assert (float(inter), float(intra)) == pytest.approx((90, 90), abs=1e-6)
 
 
-def test_batched_equals_single():
-    """Section 4: a leading layer axis gives what each layer gives alone."""
-    K, unit = 3, torch.stack([units(seed, 12, 10) for seed in (101, 103, 105, 107)])
-    labels = torch.stack([random_labels(seed, 12, K) for seed in range(4)])
-    gram, sim = unit @ unit.mT, randn(99, 4, 12, K)
-    cases = [
-        (grouping_objective, (gram, labels), (K,)),
-        (spherical_kmeans, (gram,), (K,)),
-        (centroid_gram, (gram, labels), (K,)),
-        (orthogonalized_similarity, (gram, labels), (K,)),
-        (balanced_assignment, (sim,), ()),
-        (refine_grouping, (gram, labels), (K,)),
-        (lambda *a: torch.stack(gradient_angles(*a), -1), (gram, labels), (K,)),
-    ]
-    for function, tensors, rest in cases:
-        alone = [function(*(t[layer] for t in tensors), *rest) for layer in range(4)]
-        assert_close(function(*tensors, *rest), torch.stack(alone))
-
-
-# Section 4: names and the whole pipeline
+# Names and the whole pipeline
 
 
 @pytest.mark.parametrize("K", [2, 3, 4])
 @pytest.mark.parametrize("seed", range(5))
 def test_relabel_keeps_the_partition_and_most_names(K, seed):
-    """Section 4, names: the largest overlap of all K! namings, the partition untouched."""
+    """The largest overlap of all K! namings, the partition untouched."""
     labels, current = random_labels(seed, 4 * K, K), random_labels(seed + 1, 4 * K, K)
     got = relabel(labels, current, K)
     best = max(sum(names[a] == b for a, b in zip(labels.tolist(), current.tolist(), strict=True))
@@ -609,7 +546,7 @@ def test_relabel_keeps_the_partition_and_most_names(K, seed):
 
 
 def test_relabel_by_hand():
-    """Section 4, names: a pure renaming is undone; without names, order of first member."""
+    """A pure renaming is undone; without names, order of first member."""
     current = torch.tensor([0, 0, 1, 1, 2, 2])
     assert torch.equal(relabel(torch.tensor([2, 2, 0, 0, 1, 1]), current, 3), current)
     got = relabel(torch.tensor([2, 0, 2, 1, 0, 1]), None, 3)
@@ -630,7 +567,7 @@ def test_group_components_is_the_looped_pipeline(N, D, K, seed):
 @pytest.mark.parametrize("refine", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_planted_groups_are_found(K, r, refine, dtype):
-    """Section 4: orthogonal group directions plus noise are recovered in any order."""
+    """Orthogonal group directions plus noise are recovered in any order."""
     for seed in range(12):
         g, truth = planted(seed, K, r)
         got = group_components(g.to(dtype), K, refine=refine)
@@ -639,7 +576,7 @@ def test_planted_groups_are_found(K, r, refine, dtype):
 
 @pytest.mark.parametrize("seed", range(4))
 def test_refine_never_lowers_the_objective_of_the_rounds(seed):
-    """Section 4, refine: never below the grouping it follows, and no swap is left to gain."""
+    """Never below the grouping it follows, and no swap is left to gain."""
     unit, K = units(seed + 110, 16, 8), 4
     plain = group_components(unit, K)
     refined = group_components(unit, K, refine=True)
@@ -651,7 +588,7 @@ def test_refine_never_lowers_the_objective_of_the_rounds(seed):
 
 @pytest.mark.parametrize("refine", [False, True])
 def test_grouping_keeps_names_of_the_current_one(refine):
-    """Section 4, names: the partition does not depend on `current`, its names follow it."""
+    """The partition does not depend on `current`, its names follow it."""
     for seed in range(5):
         g, current = units(seed + 120, 16, 12), random_labels(seed, 16, 4)
         free = group_components(g, 4, refine=refine)
@@ -673,7 +610,7 @@ def test_grouping_is_blind_to_positive_scales(refine):
 
 
 def test_grouping_is_deterministic():
-    """Section 4: no random numbers, and neither inputs nor the global generator change."""
+    """No random numbers, and neither inputs nor the global generator change."""
     g, current, results = units(140, 32, 20), random_labels(3, 32, 8), []
     inputs = g.clone(), current.clone()
     for seed in (1, 2):
@@ -688,7 +625,7 @@ def test_grouping_is_deterministic():
 
 @pytest.mark.parametrize("refine", [False, True])
 def test_layers_are_grouped_as_if_alone(refine):
-    """Section 4: (L, N, D) gives what each layer gives alone, with and without `current`."""
+    """(L, N, D) gives what each layer gives alone, with and without `current`."""
     g = torch.stack([units(seed + 150, 16, 12) * 10.0**seed for seed in range(4)])
     current = torch.stack([random_labels(seed, 16, 4) for seed in range(4)])
     free = group_components(g, 4, refine=refine)

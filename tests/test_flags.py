@@ -1,6 +1,9 @@
 """What follows from the row of a flag: which sets it is in, and that files and words agree."""
 
+import ast
+import inspect
 import typing
+from pathlib import Path
 from types import UnionType
 
 import pytest
@@ -15,9 +18,10 @@ from harness.arguments import (
     names,
     parse_flags,
 )
+from harness.identity import ROOT, TRAINS
 from inputs.errors import InputError
 from inputs.numbers import Fraction, NonNegative, Positive, PositiveInt, Seed
-from registry import METHODS
+from registry import METHODS, method_class
 
 DEFAULTS = vars(build_parser().parse_args([]))
 EVALUATED = "max_eval_per_task max_length max_new_tokens chat_template".split()
@@ -68,6 +72,33 @@ def test_flags_that_runs_of_one_table_share(method, setting):
         wanted |= {f"--regroup_every, {setting}"} if "regroup_every" in read else set()
         wanted |= {"--task_order"} if setting == "sequential" else set()
         assert comparable(args, True).keys() == wanted
+
+
+READERS = ("args", "settings", "read")  # variables and attributes that hold flags
+
+
+def flags_read(files):
+    """Flags that some files read as args.x or settings.x, or by name from a tuple of names."""
+    for node in (node for file in files for node in ast.walk(ast.parse(file.read_text()))):
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+            owner = node.value
+            if getattr(owner, "id", getattr(owner, "attr", None)) in READERS:
+                yield node.attr
+        if isinstance(node, ast.DictComp) and "getattr(self.settings" in ast.unparse(node.value):
+            yield from ast.literal_eval(node.generators[0].iter)
+
+
+def test_every_flag_is_read():
+    """No flag is declared, accepted and ignored."""
+    files = [path for pattern in TRAINS for path in ROOT.glob(pattern)]
+    assert ALL_FLAGS.keys() <= set(flags_read(files))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_reads_what_it_claims(name):
+    """Its settings decide what is refused, so none may be one that the method ignores."""
+    files = {Path(inspect.getfile(cls)) for cls in method_class(name).__mro__[:-1]}
+    assert set(METHODS[name].settings.names()) <= set(flags_read(files))
 
 
 # --- values in files ----------------------------------------------------------------------------

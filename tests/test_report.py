@@ -5,24 +5,25 @@ import io
 import itertools
 import json
 import os
+import re
 import shutil
 import statistics
+import subprocess
+import sys
 from pathlib import Path
 
 import matplotlib.image
 import numpy as np
 import pytest
-from conftest import SMALL, TASKS, results_of, snapshot, succeed, write_json
+from conftest import SMALL, TASKS, lines_of, results_of, snapshot, succeed, write_json
 from scipy.stats import wilcoxon
 
-import data
-import figures
-import records
 import report
-import significance
-import tables
+from inputs.suites import SUPERNI
+from registry import METHODS, variant_of
+from reporting import figures, runs, significance, study_report, tables
 
-EVALUATED = ("mixed", "sequential", "single")
+GONE = object()
 
 
 @pytest.fixture(scope="module")
@@ -31,14 +32,13 @@ def folder(llama, suite, tmp_path_factory):
     root = tmp_path_factory.mktemp("runs")
     common = ("--model", llama, "--suite", suite, *SMALL[4:])
     train = (*common, "--epochs", 2, "--learning_rate", "1e-2")
-    for method, more in (("badit", ("--svd", "exact")), ("lora", ())):
-        for setting in ("mixed", "sequential"):
-            succeed(*train, "--method", method, "--setting", setting, *more,
-                    "--output_dir", root / f"{method}-{setting}-1")
+    for method, setting in itertools.product(("badit", "lora"), ("mixed", "sequential")):
+        succeed(*train, "--method", method, "--setting", setting,
+                "--output_dir", root / f"{method}-{setting}-1")
     for task in TASKS:
         succeed(*train, "--method", "badit", "--setting", "single", "--tasks", task,
                 "--output_dir", root / "single" / task)
-    succeed(*common, "--method", "base", "--output_dir", root / "base")
+    succeed(*common, "--method", "zero_shot", "--output_dir", root / "zero_shot")
     return root
 
 
@@ -54,19 +54,8 @@ def study(folder, tmp_path):
     return root
 
 
-def scale(folder, factor, **args):
-    """Multiply all scores of a run, and change some of its arguments."""
-    def edit(content):
-        content["args"] |= args
-        for rows in content["scores"].values():
-            rows[:] = [[score * factor for score in row] for row in rows]
-    change(folder, edit)
-    for path in (folder / "predictions").iterdir():
-        lines = [json.loads(line) for line in path.read_text().splitlines()]
-        for line in lines:
-            line["scores"] = {metric: {name: factor * score for name, score in scores.items()}
-                              for metric, scores in line["scores"].items()}
-        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+def all_runs(study):
+    return [path.parent for path in study.rglob("results.json")]
 
 
 def change(folder, edit):
@@ -76,21 +65,60 @@ def change(folder, edit):
     write_json(folder / "results.json", content)
 
 
-def drop_a_line(folder):
-    """Lose one of the predictions, whose score is the best of its task."""
-    path = sorted((folder / "predictions").iterdir())[-1]
-    lines = path.read_text().splitlines(keepends=True)
-    rows = [json.loads(line) for line in lines]
-    best = max((row for row in rows if row["task"] == "say_both"),
-               key=lambda row: row["scores"]["rouge_l"]["best"])
-    path.write_text("".join(line for line, row in zip(lines, rows, strict=True) if row != best))
+def put(folder, where, value):
+    """Set what stands at a path in results.json, such as "scores.best.-1.0"; GONE deletes it."""
+    def edit(content):
+        *way, last = [int(key) if key.lstrip("-").isdigit() else key for key in where.split(".")]
+        for key in way:
+            content = content[key]
+        if value is GONE:
+            del content[last]
+        else:
+            content[last] = value
+    change(folder, edit)
+
+
+def set_flags(folder, **flags):
+    """As if the run had had these flags."""
+    def edit(content):
+        args = content["args"]
+        args |= flags
+        cls = METHODS[args["method"]].settings
+        content["settings"] = {name: args[name] for name in cls.names()}
+        content["variant"] = variant_of(args["method"],
+                                        cls.from_values(content["settings"], "settings"))
+        for name in content["comparable"]:
+            content["comparable"][name] = args[name.removeprefix("--").partition(",")[0]]
+    change(folder, edit)
+
+
+def edit_lines(path, edit):
+    """Replace every line of a file of JSON lines by what a function makes of it, if anything."""
+    path.write_text("".join(f"{json.dumps(line)}\n" for line in map(edit, lines_of(path)) if line))
+
+
+def answers(folder):
+    """The file of the predictions after all training."""
+    return max((folder / "predictions").iterdir())
+
+
+def scale(folder, factor, **flags):
+    """Multiply all scores of a run, and change some of its flags."""
+    def edit(content):
+        for rows in content["scores"].values():
+            rows[:] = [[score * factor for score in row] for row in rows]
+    change(folder, edit)
+    edit_lines(answers(folder), lambda line: line | {"scores": {
+        metric: {name: factor * score for name, score in scores.items()}
+        for metric, scores in line["scores"].items()}})
+    set_flags(folder, **flags)
 
 
 def refused(capsys, *argv):
     """The one line with which report.main ends."""
     assert report.main([*map(str, argv)]) == 2
     out, err = capsys.readouterr()
-    assert err.startswith("error: ") and err.count("\n") == 1
+    assert err.startswith("error: ") and err.count("\n") == 1 and not out
     return err
 
 
@@ -98,92 +126,103 @@ def refused(capsys, *argv):
 
 
 def test_all_whole_runs_are_read(folder):
-    kept, left_out = records.collect([folder])
+    """Scores are the last row of the matrix, of a run on one task alone its only one."""
+    kept, left_out = runs.collect([folder])
     assert not left_out and len(kept) == 8
-    found = {(record.variant, record.setting) for record in kept}
-    assert found == {*itertools.product(("badit", "lora"), ("mixed", "sequential")),
-                     ("badit", "single"), ("base", "eval")}
-    for record in kept:
-        if record.setting != "single":
-            means = {task: statistics.fmean(
-                item[record.results["tasks"][task]["metric"]]["best"] for item in items.values())
-                for task, items in record.items.items()}
-            assert means == pytest.approx(record.final("best"))
-
-
-def test_final_scores_are_the_last_row(folder):
-    kept, _ = records.collect([folder])
+    assert {(record.variant, record.setting) for record in kept} == {
+        *itertools.product(("badit", "lora"), ("mixed", "sequential")),
+        ("badit", "single"), ("zero_shot", "eval")}
     for record in kept:
         matrix = record.results["scores"]["best"]
-        row = matrix[0] if record.setting == "single" else matrix[-1]
-        assert list(record.final("best").values()) == row
         assert len(matrix) == {"sequential": 3}.get(record.setting, 1)
+        assert list(record.final("best").values()) == matrix[-1]
+
+
+def assert_left_out(study, reason):
+    """The second seed of lora is named and never averaged in."""
+    kept, left_out = runs.collect([study])
+    assert [folder.name for folder, _ in left_out] == ["lora-sequential-2"]
+    assert reason in left_out[0][1], left_out
+    assert [record.seed for record in kept if record.cell[1:] == ("lora", "sequential")] == [1]
+
+
+@pytest.mark.parametrize("where, value, reason", [
+    ("versions", GONE, "its results.json is damaged, or of another version"),
+    ("variant", "lora --alpha 3", "its settings do not make it"),
+    ("settings.alpha", GONE, "['alpha'] do not fit"), ("settings.rank", "4", "--rank"),
+    ("args.method", "badix", "'badix'"), ("args.seed", "2", "$.args.seed"),
+    ("args.model", 10**400, "$.args.model"), ("args.eval_before", True, "does not fit its tasks"),
+    ("comparable.--epochs", 3, "its --epochs is 3, among its flags 2"),
+    ("code_sha256", "x", "mixed settings: code"), ("base_sha256", "x", "weights of llama"),
+    ("precision", "bf16", "precision \"bf16\""), ("global_batch_size", 4, "global batch 4"),
+    ("compiler", "inductor", "compiler"),
+    ("tasks", [], "$.tasks"), ("tasks.say_both", GONE, "do not fit their order"),
+    ("tasks.say_both.sha256", "x", "data of say_both"), ("tasks.say_both.sha256", 1, "sha256"),
+    ("tasks.say_both.sha256", GONE, "sha256"), ("tasks.say_both.category", None, "category"),
+    ("tasks.say_both.category", "\ud800", "half of a surrogate pair"),
+    ("tasks.say_both.metric", "x", "metric"), ("rows", ["say_both"], "does not fit its tasks"),
+    ("scores.first", GONE, "does not fit its tasks"), ("scores.best.-1.0", None, "not evaluated"),
+    ("scores.first.-1", [1.0, 2.0], "does not fit its tasks"),
+    ("scores.first.0.0", 1e6, "$.scores"), ("scores.best.-1.0", 99.0, "the items of"),
+    ("metrics.rouge", 10**400, "$.metrics"), ("regroupings", "x", "$.regroupings"),
+    ("parameters", {}, "trainable"), ("parameters.stored", -10**400, "$.parameters.stored"),
+    ("run", None, "$.run"), ("run.device", GONE, "device"), ("run.threads", 10**400, "threads"),
+    ("run.seconds.train", "x", "$.run.seconds"), ("run.seconds.train", 10**400, "$.run.seconds"),
+], ids=lambda value: value if isinstance(value, str) and value.isascii() else "")
+def test_a_run_with_other_results_is_left_out(study, where, value, reason):
+    put(study / "lora-sequential-2", where, value)
+    assert_left_out(study, reason)
+
+
+def answers_without_the_best(run):
+    """Lose one of the predictions, whose score is the best of its task."""
+    best = max((row for row in lines_of(answers(run)) if row["task"] == "say_both"),
+               key=lambda row: row["scores"]["rouge_l"]["best"])
+    edit_lines(answers(run), lambda line: line if line != best else None)
 
 
 @pytest.mark.parametrize("damage, reason", [
     (lambda run: (run / "results.json").unlink(), "incomplete: it has no results.json"),
+    (lambda run: (run / "results.json").write_text("{"), "its results.json is not readable JSON"),
     (lambda run: (run / "log.jsonl").unlink(), "incomplete: it has no log.jsonl"),
     (lambda run: (run / "log.jsonl").write_text(""), "log.jsonl is empty"),
-    (lambda run: (run / "results.json").write_text("{"), "results.json cannot be read"),
-    (lambda run: change(run, lambda r: r.pop("versions")), "another version of this program"),
-    (lambda run: change(run, lambda r: r["args"].pop("alpha")), "another version"),
-    (lambda run: change(run, lambda r: r["args"].update(method="badix")), "'badix'"),
-    (lambda run: change(run, lambda r: r["args"].update(epochs=3)), "--epochs 3, most have 2"),
-    (lambda run: change(run, lambda r: r.update(code_sha256="x")), "mixed settings: code"),
-    (lambda run: change(run, lambda r: r.update(base_sha256="x")), "weights of llama"),
-    (lambda run: change(run, lambda r: r.update(precision="bf16")), "precision \"bf16\""),
-    (lambda run: change(run, lambda r: r["tasks"]["say_both"].update(sha256="x")),
-     "data of say_both"),
-    (lambda run: change(run, lambda r: r["scores"]["best"][-1].__setitem__(0, None)),
-     "not evaluated on all"),
-    (lambda run: change(run, lambda r: r["scores"]["first"][-1].pop()), "does not fit its tasks"),
-    (lambda run: change(run, lambda r: r["scores"]["first"][0].__setitem__(0, 1e6)), "1000000.0"),
-    (lambda run: change(run, lambda r: r["scores"]["best"][-1].__setitem__(0, 99.0)),
-     "the items of"),
-    (lambda run: change(run, lambda r: r["args"].update(seed="2")), "--seed"),
-    (lambda run: change(run, lambda r: r["args"].update(task_order=list(TASKS))), "--task_order"),
-    (lambda run: change(run, lambda r: r.update(tasks=[])), "do not fit their order"),
-    (lambda run: change(run, lambda r: r.update(regroupings="x")), "damaged"),
-    (lambda run: change(run, lambda r: r.update(parameters={})), "trainable"),
-    (lambda run: change(run, lambda r: r.update(run=None)), "damaged"),
-    (lambda run: change(run, lambda r: r["run"]["seconds"].update(train="x")), "'x'"),
-    (lambda run: change(run, lambda r: r["run"]["seconds"].update(train=10**400)), "1000"),
-    (lambda run: change(run, lambda r: r["run"].update(threads=10**400)), "1000"),
-    (lambda run: change(run, lambda r: r["parameters"].update(stored=-10**400)), "-1000"),
-    (lambda run: change(run, lambda r: r["args"].update(model=10**400)), "--model"),
-    (lambda run: (run / "log.jsonl").write_text(f'{{"loss": {10**400}}}\n'), "1000"),
-    (lambda run: (run / "log.jsonl").write_text('{"loss": 1e308}\n'), "1e+308"),
-    (lambda run: change(run, lambda r: r["tasks"]["say_both"].update(category=None)), "category"),
-    (lambda run: change(run, lambda r: r["tasks"]["say_both"].pop("sha256")), "sha256"),
-    (lambda run: change(run, lambda r: r["tasks"]["say_both"].update(sha256=1)), "sha256"),
-    (lambda run: change(run, lambda r: r["run"].pop("device")), "device"),
-    (lambda run: (run / "log.jsonl").write_text('{"loss": null}\n'), "None"),
-    (lambda run: (run / "log.jsonl").write_text('[1]\n'), "damaged"),
-    (lambda run: change(run, lambda r: r["tasks"]["say_both"].update(category="\ud800")),
-     "cannot be read: 'utf-8'"),
-    (lambda run: (run / "items.json").write_text("[1]"), "no scores per item"),
-    (lambda run: (run / "items.json").write_text('{"say_both": 1}'), "no scores per item"),
+    (lambda run: (run / "log.jsonl").write_text(f'{{"loss": {10**400}}}\n'), "`$[0].loss`"),
+    (lambda run: (run / "log.jsonl").write_text('{"loss": 1e308}\n'), "<= 1e+100"),
+    (lambda run: (run / "log.jsonl").write_text('{"loss": null}\n'), "got `null`"),
+    (lambda run: (run / "log.jsonl").write_text('[1]\n'), "its log.jsonl is damaged"),
+    (lambda run: (run / "items.json").write_text("[1]"), "its items.json is damaged"),
+    (lambda run: (run / "items.json").write_text('{"say_both": 1}'), "its items.json is damaged"),
+    (lambda run: (run / "items.json").write_text('{"say_both": {}}'), "no scores per item"),
     (lambda run: shutil.rmtree(run / "predictions"), "no scores per item"),
-    (lambda run: drop_a_line(run), "the items of"),
-    (lambda run: shutil.copytree(run, run.with_name("z")), "the same run as"),
+    (lambda run: edit_lines(answers(run), lambda line: line | {"scores": {}}), "is damaged"),
+    (lambda run: edit_lines(answers(run), lambda line: line | {"task": "x"}), "no scores per item"),
+    (answers_without_the_best, "the items of"),
+    (lambda run: put(run, "regroupings", results_of(
+        run.with_name("badit-mixed-1"))["regroupings"]), "has no experts to regroup"),
+    (lambda run: set_flags(run, epochs=3), "mixed settings: --epochs 3, most have 2"),
+    (lambda run: set_flags(run, task_order=list(TASKS)), "--task_order"),
 ], ids=lambda value: value if isinstance(value, str) else "")
-def test_other_runs_are_named_and_left_out(study, damage, reason):
-    """Never averaged in: the seed is missing from its cell."""
+def test_a_run_with_other_files_is_left_out(study, damage, reason):
     damage(study / "lora-sequential-2")
-    kept, left_out = records.collect([study])
-    assert len(left_out) == 1 and reason in left_out[0][1], left_out
-    seeds = [record.seed for record in kept
-             if (record.variant, record.setting) == ("lora", "sequential")]
-    assert seeds == ([1, 2] if reason.startswith("the same") else [1])
-    assert left_out[0][0].name == ("z" if reason.startswith("the same") else "lora-sequential-2")
+    assert_left_out(study, reason)
+
+
+def test_zero_shot_on_other_items_is_left_out(study):
+    """An untrained run has no training data to compare, but items."""
+    edit_lines(answers(study / "zero_shot"), lambda line: line | {"id": f"other {line['id']}"})
+    _, left_out = runs.collect([study])
+    assert [folder.name for folder, _ in left_out] == ["zero_shot"]
+    assert "test items of " in left_out[0][1]
 
 
 def test_other_code_can_be_let_in(study, capsys):
-    change(study / "lora-mixed-2", lambda results: results.update(code_sha256="x"))
-    assert records.collect([study], ("code",))[1] == []
-    assert report.main([str(study), "--out", str(study / "out")]) == 0
-    assert "left out: " in capsys.readouterr().err
-    assert "lora-mixed-2`: mixed settings: code" in (study / "out" / "report.md").read_text()
+    put(study / "lora-mixed-2", "code_sha256", "x")
+    words = [str(study), "--export", str(study / "out")]
+    assert report.main(words) == 0
+    assert "lora-mixed-2: mixed settings: code" in capsys.readouterr().err
+    shutil.rmtree(study / "out")
+    assert report.main([*words, "--allow_other", "code", "versions"]) == 0
+    assert capsys.readouterr() == (f"12 records in {study / 'out'}\n", "")
 
 
 def test_bad_input_is_one_line(folder, tmp_path, capsys):
@@ -194,7 +233,8 @@ def test_bad_input_is_one_line(folder, tmp_path, capsys):
     assert "nowhere is no folder" in refused(capsys, tmp_path / "nowhere", *out)
     assert "no finished run" in refused(capsys, tmp_path / "begun", *out)
     assert "several runs" in refused(capsys, folder)
-    assert "--out DIR" in refused(capsys, folder, folder)
+    assert "--out DIR" in refused(capsys, folder / "zero_shot", folder / "lora-mixed-1")
+    assert "--out" in refused(capsys, folder / "zero_shot", "--allow_other", "code")
     assert "'speed'" in refused(capsys, folder, *out, "--allow_other", "speed")
     assert "incomplete" in refused(capsys, tmp_path / "begun" / "run")
     assert not (tmp_path / "out").exists()
@@ -205,7 +245,7 @@ def test_bad_input_is_one_line(folder, tmp_path, capsys):
 
 def table(study, name):
     """One table, and its rows by method and, where there is one, setting."""
-    kept, _ = records.collect([study])
+    kept, _ = runs.collect([study])
     found = {made.name: made for made in tables.all_tables(kept)}[name]
     key = 3 if "setting" in found.header else 2
     return found, {tuple(row[1:key]): dict(zip(found.header, row, strict=True))
@@ -233,27 +273,26 @@ def test_table1(study):
     assert badit["sequential Backward"].values[0] == pytest.approx(backward)
     assert badit["sequential Forget"].values[0] == pytest.approx(forget)
     assert rows["lora",]["sequential Forward"].text() == ""  # no single-task run of lora
-    zero = results_of(study / "base")["scores"]["first"][0]
+    zero = results_of(study / "zero_shot")["scores"]["first"][0]
     assert rows["zero-shot",]["mixed Rouge"].values == pytest.approx([sum(zero) / 3])
     assert all(cell.text() == "" for name, cell in rows["zero-shot",].items()
                if name.startswith("sequential"))
 
 
-def test_single_task_runs_of_other_settings_are_not_used(study):
-    """Another learning rate is another protocol: Forward stays empty."""
-    for task in TASKS:
-        change(study / "single" / task, lambda r: r["args"].update(learning_rate=1.0))
+@pytest.mark.parametrize("change_one", [
+    lambda run: set_flags(run, learning_rate=1.0), lambda run: set_flags(run, regroup_every=3),
+    lambda run: set_flags(run, seed=7), shutil.rmtree], ids=["protocol", "schedule", "seed", "no"])
+def test_forward_needs_the_same_run_on_every_task(study, change_one):
+    change_one(study / "single" / "say_both")
     _, rows = table(study, "table1")
-    assert rows["badit",]["mixed Forward"].values == ()
-    shutil.rmtree(study / "single" / "say_both")
-    _, rows = table(study, "table1")
-    assert rows["badit",]["sequential Forward"].values == ()
+    assert rows["badit",]["mixed Forward"].values == rows[
+        "badit",]["sequential Forward"].values == ()
 
 
 def test_the_papers_figures_stand_beside_runs_on_all_of_its_tasks():
     """[paper, difference], and nothing beside a subset of the tasks."""
     paper = json.loads(tables.PAPER.read_text())
-    fake = type("Run", (), {"order": list(data.SUPERNI)})
+    fake = type("Run", (), {"order": list(SUPERNI)})
     where = ("table1", "qwen3-8b", "badit", "mixed/rouge")
     assert tables.paper_figure(paper, *where, [fake]) == 55.87
     assert tables.Cell((55.0, 56.0), 55.87).text() == "55.50 ± 0.71 [55.87, -0.37]"
@@ -266,11 +305,10 @@ def test_the_papers_figures_stand_beside_runs_on_all_of_its_tasks():
 
 def test_table2_sums_what_is_lost(study):
     """Delta = lost Rouge (both settings) + gained Forget; empty while one is missing."""
-    for setting in ("mixed", "sequential"):
-        for seed in (1, 2):
-            other = study / f"no_dog-{setting}-{seed}"
-            shutil.copytree(study / f"badit-{setting}-{seed}", other)
-            scale(other, 0.5, no_dog=True)
+    for setting, seed in itertools.product(("mixed", "sequential"), (1, 2)):
+        other = study / f"no_dog-{setting}-{seed}"
+        shutil.copytree(study / f"badit-{setting}-{seed}", other)
+        scale(other, 0.5, no_dog=True)
     _, rows = table(study, "table2")
     assert set(rows) == {("badit",), ("badit-no_dog",)}
     assert rows["badit",]["Δ"].values == ()
@@ -288,27 +326,24 @@ def test_table3_is_relative_to_loramoe(study):
     for name, seconds in (("loramoe", (1.0, 9.0, 0.0)), ("badit", (2.0, 8.0, 2.5))):
         other = study / f"{name}-mixed-3"
         shutil.copytree(study / "badit-mixed-1", other)
-
-        def edit(results, name=name, seconds=seconds):
-            results["args"] |= {"method": name, "seed": 3}
-            results["run"]["seconds"] |= dict(zip(("decompose", "train", "regroup"), seconds,
-                                                  strict=True))
-        change(other, edit)
+        set_flags(other, method=name, seed=3)
+        put(other, "run.seconds", dict(zip(("decompose", "train", "regroup"), seconds,
+                                           strict=True)))
     _, rows = table(study, "table3")
     assert rows["badit",]["relative"].values == pytest.approx([1.25])
     assert rows["loramoe",]["relative"].values == (1.0,)
     assert set(rows) == {("badit",), ("loramoe",)}  # lora has no run with seed 3
-    change(study / "badit-mixed-3", lambda results: results["run"].update(threads=64))
+    put(study / "badit-mixed-3", "run.threads", 64)
     _, rows = table(study, "table3")
     assert set(rows) == {("loramoe",)}
-    change(study / "loramoe-mixed-3", lambda results: results["run"].update(seconds={}))
-    kept, _ = records.collect([study])
+    put(study / "loramoe-mixed-3", "run.seconds", {})
+    kept, _ = runs.collect([study])
     assert not tables.table3(kept, json.loads(tables.PAPER.read_text())).rows  # no time, no ratio
 
 
-def test_scores_by_category_and_by_metric(study):
+def test_scores_by_category_by_metric_and_by_task(study):
     """Categories are means over their tasks; exact match and Rouge-L are over all items."""
-    for run in [*study.glob("*-[12]"), study / "base", *(study / "single").iterdir()]:
+    for run in all_runs(study):
         change(run, lambda results: [about.update(category="x" if task == "say_both" else "y")
                                      for task, about in results["tasks"].items()])
     _, rows = table(study, "categories")
@@ -317,9 +352,10 @@ def test_scores_by_category_and_by_metric(study):
     row = rows["lora", "mixed"]
     assert row["x"].values[0] == pytest.approx(scores["say_both"])
     assert row["y"].values[0] == pytest.approx((scores["colour_name"] + scores["which_is"]) / 2)
+    _, rows = table(study, "tasks")
+    assert {task: rows["lora", "mixed"][task].values[0] for task in TASKS} == scores
     _, rows = table(study, "references")
-    lines = [json.loads(line) for line in
-             (study / "lora-mixed-1" / "predictions" / "01_mixed.jsonl").read_text().splitlines()]
+    lines = lines_of(study / "lora-mixed-1" / "predictions" / "01_mixed.jsonl")
     exact = statistics.fmean(line["scores"]["accuracy"]["first"] for line in lines)  # 5 each
     assert rows["lora", "mixed"]["exact match"].values[0] == pytest.approx(exact)
     assert rows["lora", "mixed"]["best reference"].values[0] == pytest.approx(
@@ -335,8 +371,10 @@ def test_forms_of_a_table(study):
     assert lines[2]["mixed Rouge n"] == "2" and lines[2]["mixed Rouge paper"] == ""
     assert lines[0]["sequential Rouge mean"] == ""
     assert made.markdown().count("\n| ") == 2 + 3
-    assert tables.escape("a_b & 5 % ± --x") == r"a\_b \& 5 \% $\pm$ -{}-x"
     assert made.latex().count(r"\\") == 1 + 3 and r"\begin{tabular}{llllr" in made.latex()
+    odd = tables.Table("x", "X", "", ["a", "Δ"], [["a_b & 5 % --x", tables.Cell((1.0, 2.0))]])
+    assert r"a\_b \& 5 \% -{}-x & 1.50 $\pm$ 0.71 \\" in odd.latex()
+    assert r"a & $\Delta$ \\" in odd.latex()
 
 
 # --- significance -------------------------------------------------------------------------------
@@ -384,8 +422,8 @@ def test_plain_sentences(numbers, said, unsaid):
 
 def test_comparisons_pair_seeds_and_items(study):
     """Of the mean over tasks of BADIT minus the other, first reference."""
-    kept, _ = records.collect([study])
-    lines = report.comparisons(kept)
+    kept, _ = runs.collect([study])
+    lines = study_report.comparisons(kept)
     assert len(lines) == 2 and all("than lora" in line and "2 seeds, 15 items" in line
                                    for line in lines)
     ours, theirs = (results_of(study / f"{name}-mixed-1")["scores"]["first"][-1]
@@ -404,35 +442,40 @@ def assert_drawn(path):
 
 
 def test_a_report_and_one_of_its_export(study, tmp_path, capsys):
-    """Every part is there and drawn; the export holds no text and gives the same report."""
-    assert report.main([str(study), "--out", str(tmp_path / "one")]) == 0
-    assert "9 runs" not in capsys.readouterr().err
-    names = {path.relative_to(tmp_path / "one").as_posix()
-             for path in (tmp_path / "one").rglob("*") if path.is_file()}
+    """Every part is there and drawn; the export holds no text and gives the same report.
+
+    Nothing takes the dollars in a name for a formula.
+    """
+    for run in all_runs(study):
+        put(run, "args.model", "models/a$_$b")
+    one, small, two = (tmp_path / name for name in ("one", "small", "two"))
+    assert report.main([str(study), "--out", str(one)]) == 0
+    assert "left out" not in capsys.readouterr().err
+    names = {path.relative_to(one).as_posix() for path in one.rglob("*") if path.is_file()}
     drawn = {"learning_curves", "angles", "router_health", "parameters",
-             *(f"matrix-{name}-llama-seed{seed}" for name in ("badit", "lora") for seed in (1, 2))}
+             *(f"matrix-{name}-a$_$b-seed{seed}" for name in ("badit", "lora") for seed in (1, 2))}
     made = {"table1", "categories", "references", "tasks"}
     assert names == {"report.md", *(f"figures/{name}.{kind}" for name in drawn
                                     for kind in ("png", "pdf")),
                      *(f"tables/{name}.{kind}" for name in made
                        for kind in ("tex", "csv"))}
     for name in drawn:
-        assert_drawn(tmp_path / "one" / "figures" / f"{name}.png")
-    text = (tmp_path / "one" / "report.md").read_text()
+        assert_drawn(one / "figures" / f"{name}.png")
+    assert r"a\$\_\$b" in (one / "tables" / "table1.tex").read_text()
+    text = (one / "report.md").read_text()
     assert "# Report" in text and "What the differences are worth" in text
-    assert report.main([str(study), "--export", str(tmp_path / "small")]) == 0
-    kept = {path.name for path in (tmp_path / "small").rglob("*") if path.is_file()}
-    assert kept == {"results.json", "log.jsonl", "items.json"}
-    assert not any("Now complete" in path.read_text() for path in (tmp_path / "small").rglob("*.*"))
-    assert report.main([str(tmp_path / "small"), "--out", str(tmp_path / "two")]) == 0
-    assert (tmp_path / "two" / "report.md").read_text() == text
-    for path in (tmp_path / "one").rglob("*.p*"):
-        same = tmp_path / "two" / path.relative_to(tmp_path / "one")
-        assert path.read_bytes() == same.read_bytes(), path
+    assert report.main([str(study), "--export", str(small)]) == 0
+    assert {path.name for path in small.rglob("*") if path.is_file()} == {
+        "results.json", "log.jsonl", "items.json"}
+    assert not any("Now complete" in path.read_text() for path in small.rglob("*.*"))
+    assert report.main([str(small), "--out", str(two)]) == 0
+    assert (two / "report.md").read_text() == text
+    for path in one.rglob("*.p*"):
+        assert path.read_bytes() == (two / path.relative_to(one)).read_bytes(), path
 
 
 def test_export_does_not_overwrite_its_source(folder, tmp_path, capsys):
-    shutil.copytree(folder / "base", tmp_path / "base")
+    shutil.copytree(folder / "zero_shot", tmp_path / "base")
     before = (tmp_path / "base" / "results.json").read_bytes()
     assert "overwrite" in refused(capsys, tmp_path, "--export", tmp_path)
     assert (tmp_path / "base" / "results.json").read_bytes() == before
@@ -441,15 +484,14 @@ def test_export_does_not_overwrite_its_source(folder, tmp_path, capsys):
     assert not (tmp_path / "small").exists()
 
 
-@pytest.mark.parametrize("kept", [("results.json",), ("log.jsonl",), ("checkpoints",)])
+@pytest.mark.parametrize("kept", runs.RUN_SIGNS)
 def test_export_does_not_overwrite_another_run(folder, tmp_path, capsys, kept):
     """Finished or not; nothing else is written either. An older export is written anew."""
     archive = tmp_path / "archive"
     source = folder / "lora-mixed-1"
-    for name in kept:
-        write_json(archive / "lora-mixed-1" / name, "of another run")
+    write_json(archive / "lora-mixed-1" / kept, "of another run")
     before = snapshot(archive)
-    assert "overwrite" in refused(capsys, folder / "base", source, "--export", archive)
+    assert "overwrite" in refused(capsys, folder / "zero_shot", source, "--export", archive)
     assert snapshot(archive) == before
     shutil.rmtree(archive)
     for _ in range(2):
@@ -464,6 +506,7 @@ def test_an_export_that_breaks_off_is_not_taken_for_whole(folder, tmp_path, caps
     """Not even where an older one is there; the same command makes it whole."""
     source, archive = folder / "lora-mixed-1", tmp_path / "archive"
     assert report.main([str(source), "--export", str(archive)]) == 0
+    capsys.readouterr()
     replace = os.replace
 
     def fail(temporary, path):
@@ -476,12 +519,12 @@ def test_an_export_that_breaks_off_is_not_taken_for_whole(folder, tmp_path, caps
     assert "incomplete: it has no results.json" in refused(capsys, archive, "--out", tmp_path / "o")
     monkeypatch.undo()
     assert report.main([str(source), "--export", str(archive)]) == 0
-    assert len(records.collect([archive])[0]) == 1
+    assert len(runs.collect([archive])[0]) == 1
 
 
 def test_export_of_the_folder_one_is_in(folder, tmp_path, monkeypatch):
     """It has its own name, whatever the way to it is."""
-    shutil.copytree(folder / "base", tmp_path / "run")
+    shutil.copytree(folder / "zero_shot", tmp_path / "run")
     (tmp_path / "run" / "below").mkdir()
     monkeypatch.chdir(tmp_path / "run" / "below")
     assert report.main(["..", "--export", str(tmp_path / "archive")]) == 0
@@ -490,93 +533,86 @@ def test_export_of_the_folder_one_is_in(folder, tmp_path, monkeypatch):
 
 def test_sensitivity_needs_two_values(study):
     """Fig. 12: a line over K, at r = 4; nothing for one value."""
-    kept, _ = records.collect([study])
+    kept, _ = runs.collect([study])
     assert figures.sensitivity(kept) is None
     shutil.copytree(study / "badit-mixed-1", study / "K4")
-    change(study / "K4", lambda results: results["args"].update(num_experts=4, top_k=2))
-    kept, _ = records.collect([study])
+    set_flags(study / "K4", num_experts=4, top_k=2)
+    kept, _ = runs.collect([study])
     figure = figures.sensitivity(kept)
     (axes,) = [axes for axes in figure.axes if axes.lines]
     line = next(line for line in axes.lines if line.get_label() == "mixed")
     assert list(line.get_xdata()) == [4, 8]
-    report.save(figure, study / "K", ("png",))
+    figures.save(figure, study / "K", ("png",))
     assert_drawn(study / "K.png")
 
 
-@pytest.mark.parametrize("name", ["badit-sequential-1", "badit-mixed-1", "base", "single/say_both"])
-def test_one_run(folder, tmp_path, capsys, name):
+# --- one run ------------------------------------------------------------------------------------
+
+
+# Of a layer whose gradients are not finite, and one that saw no token.
+NO_NUMBERS = dict.fromkeys(("intra_before", "intra_after", "inter_after", "alpha_entropy",
+                            "expert_share"))
+
+
+@pytest.mark.parametrize("name, pictures", [("badit-sequential-1", 3), ("badit-mixed-1", 2),
+                                            ("zero_shot", 0), ("single/say_both", 2)])
+def test_one_run(folder, tmp_path, capsys, name, pictures):
     """Its table in the terminal, a figure, and a page that needs nothing else."""
     run = tmp_path / "run"
     shutil.copytree(folder / name, run)
-    prediction = next((run / "predictions").iterdir())
-    lines = [json.loads(line) for line in prediction.read_text().splitlines()]
-    for line in lines:
-        line["prediction"] = "<script>alert(1)</script>"
-    prediction.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    edit_lines(answers(run), lambda line: line | {"prediction": "<script>alert(1)</script>"})
+    if pictures:
+        edit_lines(run / "regroup.jsonl",
+                   lambda line: line | (NO_NUMBERS if "layers.0" in line["layer"] else {}))
     assert report.main([str(run)]) == 0
     out = capsys.readouterr().out
     assert "rouge: " in out and "report.html" in out
     text = (run / "report.html").read_text()
     assert text.startswith("<!doctype html>") and "<script>" not in text
     assert "&lt;script&gt;" in text and "http" not in text.replace("data:image", "")
-    pictures = {"badit-sequential-1": 3, "badit-mixed-1": 2, "base": 0, "single/say_both": 2}[name]
     assert text.count('src="data:image/png;base64,') == pictures == text.count("<img")
-    assert ("figure.png" in out) == (name != "base")
+    assert ("figure.png" in out) == (run / "figure.png").exists() == (name != "zero_shot")
+    assert "<td>learning_rate</td><td>0.01</td>" in text or name == "zero_shot"
     for task in results_of(run)["task_order"]:
-        assert task in text
+        assert task in text and task in out
 
 
 def test_a_finished_run_with_a_page_can_be_overwritten(folder, llama, suite, tmp_path):
     """report.html and figure.png are files of a run, which --overwrite deletes."""
-    shutil.copytree(folder / "base", tmp_path / "run")
+    shutil.copytree(folder / "zero_shot", tmp_path / "run")
     assert report.main([str(tmp_path / "run")]) == 0
-    succeed("--method", "base", "--model", llama, "--suite", suite, *SMALL[4:], "--overwrite",
+    succeed("--method", "zero_shot", "--model", llama, "--suite", suite, *SMALL[4:], "--overwrite",
             "--output_dir", tmp_path / "run")
     assert not (tmp_path / "run" / "report.html").exists()
 
 
-def test_zero_shot_on_other_items_is_left_out(study):
-    """An untrained run has no training data to compare, but items."""
-    path = next((study / "base" / "predictions").iterdir())
-    path.write_text(path.read_text().replace('"say_both-20"', '"say_both-99"'))
-    _, left_out = records.collect([study])
-    assert [folder.name for folder, _ in left_out] == ["base"]
-    assert "test items of say_both" in left_out[0][1]
+@pytest.mark.parametrize("damage", [
+    lambda run: put(run, "metrics.rouge", 10**400),
+    lambda run: (run / "regroup.jsonl").write_text('{"stage": "mixed", "step": 1}\n'),
+    lambda run: edit_lines(answers(run), lambda line: line | {"references": []}),
+    lambda run: edit_lines(answers(run), lambda line: line | {"prediction": "\ud800"}),
+], ids=["results", "regroupings", "references", "no UTF-8"])
+def test_one_damaged_run(folder, tmp_path, capsys, damage):
+    """Named before anything is printed or written."""
+    shutil.copytree(folder / "badit-mixed-1", tmp_path / "run")
+    damage(tmp_path / "run")
+    before = snapshot(tmp_path)
+    message = refused(capsys, tmp_path / "run")
+    assert "damaged" in message or "surrogate" in message
+    assert message.startswith(f"error: {tmp_path / 'run'}: its ") and snapshot(tmp_path) == before
 
 
-@pytest.mark.parametrize("edit", [
-    lambda results: results["metrics"].update(rouge=10**400),
-    lambda results: results["parameters"].update(stored=10**400),
-    lambda results: results["run"]["seconds"].update(train=10**400),
-    lambda results: results["scores"]["best"][0].__setitem__(0, 10**400),
-], ids=["metrics", "parameters", "seconds", "scores"])
-def test_one_run_with_a_number_beyond_float(folder, tmp_path, capsys, edit):
-    shutil.copytree(folder / "base", tmp_path / "run")
-    change(tmp_path / "run", edit)
-    assert "is damaged" in refused(capsys, tmp_path / "run")
-    assert not (tmp_path / "run" / "report.html").exists()
-
-
-def test_forward_needs_the_same_schedule(study):
-    """A run on one task alone with another --regroup_every is not its run."""
-    for task in TASKS:
-        change(study / "single" / task, lambda r: r["args"].update(regroup_every=3))
-    _, rows = table(study, "table1")
-    assert rows["badit",]["mixed Forward"].values == ()
-
-
-def test_a_single_run_below_a_folder_is_shown(folder, tmp_path, capsys):
-    shutil.copytree(folder / "base", tmp_path / "runs" / "base")
-    assert report.main([str(tmp_path / "runs")]) == 0
-    assert (tmp_path / "runs" / "base" / "report.html").exists() and capsys.readouterr().out
-
-
-def test_names_with_dollars(study, tmp_path):
-    """matplotlib would take them for formulas."""
-    for run in [*study.glob("*-[12]"), study / "base", *(study / "single").iterdir()]:
-        change(run, lambda results: results["args"].update(model="models/a$_$b"))
-    assert report.main([str(study), "--out", str(tmp_path / "out")]) == 0
-    assert r"a\$\_\$b" in (tmp_path / "out" / "tables" / "table1.tex").read_text()
+def test_a_line_separator_in_a_prediction(folder, tmp_path):
+    """JSON leaves it as it is, so a line of the file is not one of str.splitlines."""
+    run, text = tmp_path / "run", "a\u2028b\x85c"
+    shutil.copytree(folder / "zero_shot", run)
+    lines = [line | {"prediction": text} for line in lines_of(answers(run))]
+    answers(run).write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines),
+                       encoding="utf-8")
+    kept, left_out = runs.collect([run])
+    assert not left_out and sum(map(len, kept[0].items.values())) == len(lines) == 15
+    assert report.main([str(run)]) == 0
+    assert f"<b>{text}</b>" in (run / "report.html").read_text(encoding="utf-8")
 
 
 STRANGE = os.fsdecode(b"a\n\x1b[31mb\xff")
@@ -585,12 +621,12 @@ SHOWN = r"a\n\x1b[31mb\udcff"
 
 def test_strange_folder_names_in_a_report(folder, tmp_path, capsys):
     """Line breaks, escape codes and what is not UTF-8: each folder in one line that shows them."""
-    shutil.copytree(folder / "base", tmp_path / "runs" / "base")
-    shutil.copytree(folder / "base", tmp_path / "runs" / STRANGE)
+    shutil.copytree(folder / "zero_shot", tmp_path / "runs" / "base")
+    shutil.copytree(folder / "zero_shot", tmp_path / "runs" / STRANGE)
     (tmp_path / "runs" / "c" / STRANGE / "checkpoints").mkdir(parents=True)
     assert report.main([str(tmp_path / "runs"), "--out", str(tmp_path / STRANGE)]) == 0
     out, err = capsys.readouterr()
-    assert out.count("\n") == 1 and SHOWN in out
+    assert out == f"1 runs, 2 left out: {tmp_path}/{SHOWN}/report.md\n"  # one is a copy of it
     assert err.count("\n") == 2 and err.count(SHOWN) == 2
     text = (tmp_path / STRANGE / "report.md").read_text()
     assert f"runs/c/{SHOWN}`: incomplete" in text
@@ -600,31 +636,40 @@ def test_strange_folder_names_in_a_report(folder, tmp_path, capsys):
 
 
 def test_one_run_in_a_strange_folder(folder, tmp_path, capsys):
+    """It is found also from the folder above."""
     shutil.copytree(folder / "lora-mixed-1", tmp_path / STRANGE)
-    assert report.main([str(tmp_path / STRANGE)]) == 0
+    assert report.main([str(tmp_path)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(": ")[0] for line in lines if SHOWN in line] == ["page", "figure"]
-    answers = next((tmp_path / STRANGE / "predictions").iterdir())
-    lines = [json.loads(line) | {"prediction": "\ud800"} for line in answers.open()]
-    answers.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert "cannot be read: 'utf-8'" in refused(capsys, tmp_path / STRANGE)
 
 
-def test_a_line_separator_in_a_prediction(folder, tmp_path):
-    """JSON leaves it as it is, so a line of the file is not one of str.splitlines."""
-    run, text = tmp_path / "run", "a\u2028b\x85c"
-    shutil.copytree(folder / "base", run)
-    answers = next((run / "predictions").iterdir())
-    lines = [json.loads(line) | {"prediction": text} for line in answers.open()]
-    answers.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines),
-                       encoding="utf-8")
-    kept, left_out = records.collect([run])
-    assert not left_out and sum(map(len, kept[0].items.values())) == len(lines) == 15
-    assert report.main([str(run)]) == 0
-    assert f"<b>{text}</b>" in (run / "report.html").read_text(encoding="utf-8")
+# --- start-up -----------------------------------------------------------------------------------
+
+
+def modules_of(*argv):
+    """What `python report.py` imports with these words."""
+    done = subprocess.run([sys.executable, "-X", "importtime", report.__file__, *map(str, argv)],
+                          capture_output=True, text=True, check=True)
+    return {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()
+            if line.startswith("import time:")}
+
+
+def test_a_report_reads_files_alone(folder, tmp_path):
+    """Nothing that trains is loaded; and before there is something to draw, nothing that draws."""
+    shutil.copytree(folder / "badit-mixed-1", tmp_path / "run")
+    train = {"torch", "transformers", "accelerate", "datasets", "harness", "train", "data"}
+    draw = {"matplotlib", "numpy", "pandas", "jinja2"}
+    assert not modules_of("--help") & (train | draw)
+    one, study = modules_of(tmp_path / "run"), modules_of(tmp_path, "--out", tmp_path / "out")
+    assert one & draw == draw - {"pandas"} and study >= draw - {"jinja2"}
+    assert not (one | study) & train
 
 
 COMMITTED = Path(report.__file__).resolve().parent / "results" / "smollm2-135m"
+
+
+def cells_of(line):
+    return [cell.strip() for cell in line[1:-1].split("|")]
 
 
 def test_the_committed_report_is_made_from_its_records(tmp_path, monkeypatch):
@@ -637,7 +682,14 @@ def test_the_committed_report_is_made_from_its_records(tmp_path, monkeypatch):
     for path in (COMMITTED / "tables").iterdir():
         assert path.read_text() == (tmp_path / "out" / "tables" / path.name).read_text()
     readme = (COMMITTED.parents[1] / "README.md").read_text()
-    rows = [line for line in readme.splitlines() if line.startswith("| smollm2-135m |")]
-    assert len(rows) >= 5 and set(rows) <= set(text.splitlines())
-    sentences = [line for line in readme.splitlines() if line.startswith("- smollm2-135m, ")]
-    assert sentences and set(sentences) <= set(text.splitlines())
+    table1 = [cells_of(line) for line in text.splitlines() if line.count("|") == 11]
+    shown = [[*row[1:5], *row[6:8], row[9]] for row in table1]  # without model and Forward
+    rows = [row for row in map(cells_of, readme.splitlines())
+            if row[0] in {row[1] for row in table1[2:]} and len(row) == 7]
+    assert len(rows) == 6 and all(row in shown for row in rows)
+    number, low, high = r"(\d+\.\d\d)", r"([+-]\d+\.\d\d)", r"([+-]\d+\.\d\d)"
+    told = re.findall(rf"([+-]){number}(?: points)? \((?:95 % interval )?{low} to\s+{high}", readme)
+    found = re.findall(rf"scores {number} points (\w+) .*interval {low} to {high};", text)
+    signs = {"higher": "+", "lower": "-"}
+    assert len(told) == 5 and set(told) == {(signs[side], mean, *interval)
+                                            for mean, side, *interval in found}

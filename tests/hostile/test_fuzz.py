@@ -1,6 +1,6 @@
 """Hostile input of every kind: a whole run, or status 2 and one clear line; nothing is lost.
 
-The examples are drawn by hypothesis, the same ones in every run. CASES counts them.
+The examples are drawn by hypothesis, the same ones in every run.
 """
 
 import contextlib
@@ -9,7 +9,6 @@ import hashlib
 import json
 import os
 import pickle
-import re
 import resource
 import shutil
 import signal
@@ -19,31 +18,30 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from conftest import SMALL, TASKS, instances, run, snapshot, succeed, write_suite
+from conftest import SMALL, TASKS, instances, run, snapshot, succeed, write_json, write_suite
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from test_resume import Killed, assert_equal_runs, content_of, stop_at
 
 import models
-import train
-from harness import arguments, checkpoint
+from harness import checkpoint
+from harness.arguments import ALL_FLAGS
+from harness.recorder import Recorder
+from hostile.conftest import the_line
 from inputs import formats
 
-CASES = {"arguments": 90, "names": 34, "folders": 12, "contradictions": 40, "paths": 15,
-         "task data": 70, "task text": 12, "task names": 25, "adapter settings": 40,
-         "adapter bytes": 25, "adapter tensors": 30, "unsealed checkpoint": 8, "state": 30,
-         "checkpoint tensors": 28, "records": 24, "links": 36, "repeated": 40, "single": 30,
-         "finished": 25, "model": 50, "template": 20, "special tokens": 10}
 SECONDS, GIBIBYTES = 15, 4  # that one case may take, beyond what the tests take anyway
-BAR = re.compile(r"\d+%\||\dit/s|\?(it|item|step)/s")  # may come before the one line
 SHORT = ("--max_length", 64, "--max_new_tokens", 2)
 ONE = ("--tasks", "colour_name", "--max_eval_per_task", 1, *SHORT)  # a quick evaluation
+COUNTS = []  # of the examples of every test, each of which calls train.main
 
 
-def cases(name):
-    """So many examples of a kind, the same in every run; a slow one is no failure."""
-    return settings(max_examples=CASES[name], derandomize=True, deadline=None, database=None,
-                    suppress_health_check=list(HealthCheck), phases=set(Phase) - {Phase.explain})
+def cases(count, **strategies):
+    """So many examples, the same in every run; a slow one is no failure."""
+    COUNTS.append(count)
+    fixed = settings(max_examples=count, derandomize=True, deadline=None, database=None,
+                     suppress_health_check=list(HealthCheck), phases=set(Phase) - {Phase.explain})
+    return lambda test: fixed(given(**strategies)(test))
 
 
 # --- what is hostile ----------------------------------------------------------------------------
@@ -144,13 +142,6 @@ class Hang(BaseException):
     """A case takes too long."""
 
 
-@pytest.fixture(autouse=True)
-def isolated(tmp_path, monkeypatch):
-    """Runs see no data folder of the user, and a folder of their own."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("BADIT_DATA", raising=False)
-
-
 @pytest.fixture(autouse=True, scope="module")
 def little_memory():
     """A case that asks for too much memory fails alone."""
@@ -163,7 +154,7 @@ def little_memory():
 
 
 @pytest.fixture
-def no_weights(monkeypatch):
+def until_weights(monkeypatch):
     """A run ends where it would load weights, or make those of the embedded model."""
     def load(*_):
         raise Loaded
@@ -199,19 +190,20 @@ def attempt(*argv, watched=()):
     """Call train.main -> its status, or None where only weights were missing.
 
     Any other end than a good one is one clear line, and leaves the current folder and those
-    `watched` as they were.
+    `watched` as they were; but what overflows in an answer is found after "out" was begun.
     """
     watched = (Path.cwd(), *watched)
     before = [contents(folder) for folder in watched]
     outcome = outcome_of(argv)
     status = outcome and outcome.status
+    line = the_line(outcome.err) if status == 2 else ""
     if status != 0:
+        if "logits that are NaN or infinite" in line:
+            shutil.rmtree("out")
         assert [contents(folder) for folder in watched] == before, "the disk was changed"
     if outcome:
         "".join(outcome.out).encode()  # as a terminal's stream does, which takes no surrogates
         assert status in (0, 2)
-    if status == 2:
-        check_refusal(outcome.err)
     return status
 
 
@@ -232,15 +224,6 @@ def outcome_of(argv):
             return None
 
 
-def check_refusal(err):
-    """One line that a terminal shows as it is, the last one, below nothing but progress bars."""
-    lines = [line for line in err if line.strip() and not BAR.search(line)]
-    assert len(lines) == 1, lines
-    (line,) = lines
-    assert line == err[-1] and line.startswith("error: ") and len(line) > 20
-    assert line.isprintable(), ascii(line)
-
-
 def check_results(folder):
     """A run that ended well left whole results."""
     results, _ = formats.read(folder / "results.json", formats.Results)
@@ -254,11 +237,10 @@ def check_results(folder):
 
 # --- arguments ----------------------------------------------------------------------------------
 
-FLAGS = sorted(f"--{name}" for name in vars(arguments.build_parser().parse_args([])))
 WORDS = st.one_of(TEXT, st.integers().map(str), st.floats().map(str), st.sampled_from(
     ("badit", "zero_shot", "lora", "../badit", "sequential", "superni", "gate_proj", "../x",
      "out")))
-KNOWN = st.sampled_from(FLAGS)
+KNOWN = st.sampled_from(sorted(f"--{name}" for name in ALL_FLAGS))
 PART = st.one_of(st.tuples(KNOWN, WORDS), st.tuples(KNOWN, WORDS), st.tuples(KNOWN, WORDS, WORDS),
                  st.tuples(st.builds("{}={}".format, KNOWN, WORDS)), st.tuples(KNOWN),
                  st.tuples(TEXT.map("--{}".format), WORDS), st.tuples(WORDS))
@@ -281,9 +263,8 @@ SENSIBLE = [part for flag, words in {
     "--max_length=--", "--epochs=--", "--model=--", "--seed=")]
 
 
-@cases("arguments")
-@given(parts=st.lists(PART, min_size=1, max_size=3))
-def test_any_words_as_arguments(no_weights, llama, suite, parts):
+@cases(90, parts=st.lists(PART, min_size=1, max_size=3))
+def test_any_words_as_arguments(until_weights, llama, suite, parts):
     """Unknown flags, wrong types, NUL bytes, paths that lead elsewhere, flags given twice."""
     with fresh_folder():
         attempt("--model", llama, "--suite", suite, *SMALL, *(word for part in parts
@@ -307,25 +288,22 @@ def attempt_name(llama, suite, flag, name):
 
 
 @pytest.mark.parametrize("flag", READ)
-@cases("names")
-@given(name=st.sampled_from(TEXTS))
-def test_any_name_to_read(no_weights, llama, suite, flag, name):
+@cases(34, name=st.sampled_from(TEXTS))
+def test_any_name_to_read(until_weights, llama, suite, flag, name):
     """Of models, suites, tasks, methods, layers and files: one is that of a task."""
     status = attempt_name(llama, suite, flag, name)
     assert status == 2 or (flag, name) == ("--tasks", "colour_name")
 
 
 @pytest.mark.parametrize("flag", WRITTEN)
-@cases("folders")
-@given(name=st.sampled_from(TEXTS))
-def test_any_folder_to_write(no_weights, llama, suite, flag, name):
+@cases(12, name=st.sampled_from(TEXTS))
+def test_any_folder_to_write(until_weights, llama, suite, flag, name):
     """An --output_dir that exists, cannot be or has no name."""
     attempt_name(llama, suite, flag, name)
 
 
-@cases("contradictions")
-@given(parts=st.lists(st.sampled_from(SENSIBLE), min_size=2, max_size=7))
-def test_any_flags_together(no_weights, llama, suite, parts):
+@cases(40, parts=st.lists(st.sampled_from(SENSIBLE), min_size=2, max_size=7))
+def test_any_flags_together(until_weights, llama, suite, parts):
     """Values that are good alone, together, in any order."""
     with fresh_folder():
         attempt("--model", llama, "--suite", suite, *SHORT, *(word for part in parts
@@ -333,8 +311,7 @@ def test_any_flags_together(no_weights, llama, suite, parts):
                 watched=(llama, suite))
 
 
-@cases("paths")
-@given(names=st.tuples(NAMES, NAMES, NAMES))
+@cases(15, names=st.tuples(NAMES, NAMES, NAMES))
 def test_any_names_of_folders(llama, suite, names):
     """Whatever a file system takes as the name of a model, a suite or an output folder."""
     model, tasks, out = names
@@ -352,9 +329,8 @@ def test_any_names_of_folders(llama, suite, names):
 # --- tasks --------------------------------------------------------------------------------------
 
 
-@cases("task data")
-@given(data=st.data())
-def test_any_task_file(no_weights, llama, data):
+@cases(70, data=st.data())
+def test_any_task_file(until_weights, llama, data):
     """Keys, types, ids, depth and bytes of one file of a suite, its head also in the other one."""
     with fresh_folder() as folder:
         task = write_suite(folder / "suite") / data.draw(st.sampled_from(sorted(TASKS)))
@@ -374,8 +350,7 @@ CHARACTERS = st.lists(st.one_of(
     max_size=12).map("".join)
 
 
-@cases("task text")
-@given(texts=st.lists(CHARACTERS, min_size=6, max_size=6))
+@cases(12, texts=st.lists(CHARACTERS, min_size=6, max_size=6))
 def test_any_text_in_a_task(llama, texts):
     """Control characters, other scripts and no text at all are data: they train and are scored."""
     with fresh_folder() as folder:
@@ -383,22 +358,18 @@ def test_any_text_in_a_task(llama, texts):
             rows = instances("say_both", range(4))
             rows[0] |= {"id": texts[0] or "x", "input": texts[1], "output": [texts[2], texts[3]]}
             rows[1] |= {"input": texts[4]}
-            write_task(folder / "suite" / "odd" / f"{split}.json", texts[5], rows)
+            write_json(folder / "suite" / "odd" / f"{split}.json",
+                       {"Definition": texts[5], "Instances": rows})
         if attempt("--model", llama, "--suite", "suite", *SMALL, "--epochs", 1, "--output_dir",
                    "out") == 0:
             check_results(folder / "out")
 
 
-def write_task(path, definition, rows):
-    """One file of a task."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"Definition": definition, "Instances": rows}))
+FOLDERS = st.one_of(NAMES, st.sampled_from(("a", ".a", "_a", "-a", "a.b", "..a", "A")))
 
 
-@cases("task names")
-@given(names=st.lists(st.one_of(NAMES, st.sampled_from(("a", ".a", "_a", "-a", "a.b", "..a", "A"))),
-                      min_size=1, max_size=3, unique=True), chosen=WORDS)
-def test_any_name_of_a_task(no_weights, llama, suite, names, chosen):
+@cases(25, names=st.lists(FOLDERS, min_size=1, max_size=3, unique=True), chosen=WORDS)
+def test_any_name_of_a_task(until_weights, llama, suite, names, chosen):
     """Names of task folders, and what is asked for by --tasks."""
     with fresh_folder() as folder:
         for name in names:
@@ -408,9 +379,6 @@ def test_any_name_of_a_task(no_weights, llama, suite, names, chosen):
 
 
 # --- adapters -----------------------------------------------------------------------------------
-
-METHOD = st.sampled_from(("badit", "gainlora"))
-
 
 @pytest.fixture(scope="module")
 def adapters(llama, suite, tmp_path_factory):
@@ -423,35 +391,35 @@ def adapters(llama, suite, tmp_path_factory):
     return {method: root / method / "adapter" for method in ("badit", "gainlora")}
 
 
-def evaluate(adapter, llama, suite, **changed_files):
-    """Evaluate a copy of an adapter with other bytes in some of its files."""
+def other_adapter(data, folder, kind):
+    """(a file of an adapter, other bytes for it), of a kind.
+
+    Settings: of another type, missing or made up. Bytes: pickles, cut and flipped files, headers of
+    any length, depth and content. Tensors: missing, unknown, of another shape, type or value.
+    """
+    if kind == "settings":
+        document = json.loads((folder / "adapter_config.json").read_text())
+        inner = one_key(document["settings"]).map(
+            lambda content: json.dumps(document | {"settings": json.loads(content)}).encode())
+        return "adapter_config.json", data.draw(either(inner, hostile(document)))
+    content = (folder / "adapter_model.safetensors").read_bytes()
+    other = other_tensors(safetensors.torch.load(content))
+    if kind == "bytes":
+        other = either(damaged(content), other_header(content))
+    return "adapter_model.safetensors", data.draw(other)
+
+
+@pytest.mark.parametrize("kind", ["settings", "bytes", "tensors"])
+@cases(32, method=st.sampled_from(("badit", "gainlora")), data=st.data())
+def test_any_adapter(llama, suite, adapters, kind, method, data):
+    """Evaluate a copy of an adapter with other bytes in one of its files."""
     with fresh_folder() as folder:
-        shutil.copytree(adapter, folder / "adapter")
-        for name, content in changed_files.items():
-            (path,) = (folder / "adapter").glob(f"*{name}*")
-            path.write_bytes(content)
+        shutil.copytree(adapters[method], folder / "adapter")
+        name, content = other_adapter(data, folder / "adapter", kind)
+        (folder / "adapter" / name).write_bytes(content)
         if attempt("--eval_only", "--adapter", "adapter", "--model", llama, "--suite", suite, *ONE,
                    "--output_dir", "out", watched=(llama, suite)) == 0:
             check_results(folder / "out")
-
-
-@cases("adapter settings")
-@given(method=METHOD, data=st.data())
-def test_any_settings_of_an_adapter(llama, suite, adapters, method, data):
-    """Each may be of another type, missing or made up; the method and the base another one."""
-    document = json.loads((adapters[method] / "adapter_config.json").read_text())
-    inner = one_key(document["settings"]).map(
-        lambda content: json.dumps(document | {"settings": json.loads(content)}).encode())
-    evaluate(adapters[method], llama, suite, config=data.draw(either(inner, hostile(document))))
-
-
-@cases("adapter bytes")
-@given(method=METHOD, data=st.data())
-def test_any_bytes_as_an_adapter(llama, suite, adapters, method, data):
-    """Pickles, cut and flipped files, and headers of any length, depth and content."""
-    content = (adapters[method] / "adapter_model.safetensors").read_bytes()
-    evaluate(adapters[method], llama, suite, model=data.draw(
-        either(damaged(content), other_header(content))))
 
 
 @st.composite
@@ -461,14 +429,6 @@ def other_header(draw, content):
     header = draw(json_bytes(json.loads(content[8:8 + size])))
     length = draw(st.sampled_from((len(header), len(header), 0, 2**63, 2**64 - 1, 2**31, size)))
     return length.to_bytes(8, "little") + header + content[8 + size:]
-
-
-@cases("adapter tensors")
-@given(method=METHOD, data=st.data())
-def test_any_tensors_as_an_adapter(llama, suite, adapters, method, data):
-    """Missing, unknown, of another shape or type, and of values that are none."""
-    tensors = safetensors.torch.load_file(adapters[method] / "adapter_model.safetensors")
-    evaluate(adapters[method], llama, suite, model=data.draw(other_tensors(tensors)))
 
 
 KINDS = (torch.float16, torch.float64, torch.int64, torch.bool, torch.complex64,
@@ -519,7 +479,7 @@ def stopped(llama, suite, tmp_path_factory):
              "--regroup_every", 2)
     succeed(*flags, "--output_dir", root / "whole")
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
-        stop_at(patch, train.Recorder, "add_step", 8)
+        stop_at(patch, Recorder, "add_step", 8)
         run(*flags, "--output_dir", root / "killed")
     return flags, root / "killed", root / "whole"
 
@@ -552,15 +512,7 @@ def newest(folder):
     return max((folder / "checkpoints").iterdir())
 
 
-def seal(path):
-    """Write the checksums that the files of a checkpoint have now."""
-    names = (checkpoint.TENSORS_FILE, checkpoint.STATE_FILE)
-    (path / checkpoint.SUMS_FILE).write_text("".join(
-        f"{hashlib.sha256((path / name).read_bytes()).hexdigest()}  {name}\n" for name in names))
-
-
-@cases("unsealed checkpoint")
-@given(data=st.data())
+@cases(8, data=st.data())
 def test_any_damage_to_a_checkpoint(stopped, data):
     """Bytes of any of its files: the one before, or the beginning, is gone on with."""
     def change(folder):
@@ -573,57 +525,48 @@ def test_any_damage_to_a_checkpoint(stopped, data):
     resume(stopped, change)
 
 
-@cases("state")
-@given(data=st.data())
-def test_any_state_with_its_checksum(stopped, data):
-    """Positions, files, rows, random states and identities of any kind."""
+def other_state(document):
+    """The file of a state with another position, row, file, random state or identity."""
+    inner = st.sampled_from(sorted(document)).flatmap(lambda key: changed(document[key]).map(
+        lambda value: json.dumps(document | {key: value}).encode()))
+    return either(inner, one_key(document), json_bytes(document))
+
+
+@pytest.mark.parametrize("name", [checkpoint.STATE_FILE, checkpoint.TENSORS_FILE])
+@cases(29, data=st.data())
+def test_any_checkpoint_with_its_checksum(stopped, name, data):
+    """Any state, and any tensors of the adapter, of the method and of the optimizer."""
     def change(folder):
-        file = newest(folder) / checkpoint.STATE_FILE
-        document = json.loads(file.read_text())
-        key = data.draw(st.sampled_from(sorted(document)))
-        inner = changed(document[key]).map(
-            lambda value: json.dumps(document | {key: value}).encode())
-        file.write_bytes(data.draw(either(inner, one_key(document), json_bytes(document))))
-        seal(newest(folder))
+        path = newest(folder)
+        content = (path / name).read_bytes()
+        other = (other_state(json.loads(content)) if name == checkpoint.STATE_FILE
+                 else other_tensors(safetensors.torch.load(content)))
+        (path / name).write_bytes(data.draw(other))
+        names = (checkpoint.TENSORS_FILE, checkpoint.STATE_FILE)
+        (path / checkpoint.SUMS_FILE).write_text("".join(
+            f"{hashlib.sha256((path / each).read_bytes()).hexdigest()}  {each}\n"
+            for each in names))
 
     resume(stopped, change, sealed=True)
 
 
-@cases("checkpoint tensors")
-@given(data=st.data())
-def test_any_tensors_with_their_checksum(stopped, data):
-    """Of the adapter, of the method and of the optimizer."""
-    def change(folder):
-        file = newest(folder) / checkpoint.TENSORS_FILE
-        file.write_bytes(data.draw(other_tensors(safetensors.torch.load_file(file))))
-        seal(newest(folder))
-
-    resume(stopped, change, sealed=True)
-
-
-@cases("records")
-@given(data=st.data())
-def test_any_damage_to_the_records(stopped, data):
+@cases(24, how=st.sampled_from(("damaged", "longer", "lost", "folder")), data=st.data())
+def test_any_damage_to_the_records(stopped, how, data):
     """Logs, predictions and adapters of the run so far, changed, lost or followed by more."""
     def change(folder):
-        files = [path for path in sorted(folder.rglob("*"))
-                 if path.is_file() and "checkpoints" not in path.parts]
-        file = data.draw(st.sampled_from(files))
-        how = data.draw(st.sampled_from(("damaged", "longer", "lost", "folder")))
-        if how == "damaged":
-            file.write_bytes(data.draw(damaged(file.read_bytes())))
-        elif how == "longer":
-            file.write_bytes(file.read_bytes() * 2)
-        else:
-            file.unlink()
-            if how == "folder":
-                file.mkdir()
+        file = data.draw(st.sampled_from([path for path in sorted(folder.rglob("*")) if
+                                          path.is_file() and "checkpoints" not in path.parts]))
+        content = file.read_bytes()
+        file.unlink()
+        if how == "folder":
+            file.mkdir()
+        elif how != "lost":
+            file.write_bytes(data.draw(damaged(content)) if how == "damaged" else content * 2)
 
     resume(stopped, change)
 
 
-@cases("links")
-@given(name=st.sampled_from((
+@cases(36, name=st.sampled_from((
     "log.jsonl", "regroup.jsonl", "predictions", "adapter", "checkpoints", "results.json",
     "predictions/01_{0}.jsonl", "predictions/02_{1}.jsonl", "predictions/02_{1}.jsonl.partial",
     "adapter/adapter_model.safetensors", "checkpoints/{2}", "checkpoints/{2}/state.json",
@@ -633,9 +576,9 @@ def test_any_damage_to_the_records(stopped, data):
 def test_any_link_in_a_run(stopped, name, target):
     """A link in place of a file or a folder, to itself elsewhere or to something else's place."""
     def change(folder):
-        first, second = sorted(TASKS)[0], "say_both"
-        if not list(folder.glob(f"predictions/01_{first}.jsonl")):
-            first, second = second, first
+        (evaluated,) = (folder / "predictions").glob("01_*.jsonl")
+        first = evaluated.stem.removeprefix("01_")
+        second = "say_both" if first == "colour_name" else "colour_name"
         path = folder / name.format(first, second, newest(folder).name)
         path.parent.mkdir(exist_ok=True)
         moved = folder.parent / "theirs" / "moved"
@@ -668,36 +611,21 @@ def results_bytes(data, folder):
     return data.draw(either(inner, hostile(document)))
 
 
-@cases("repeated")
-@given(data=st.data())
-def test_any_results_to_repeat(no_weights, single, data):
-    """--from_results."""
-    _, finished = single
-    with fresh_folder():
-        Path("results.json").write_bytes(results_bytes(data, finished))
-        attempt("--from_results", "results.json", "--output_dir", "out")
-
-
-@cases("single")
-@given(data=st.data())
-def test_any_results_of_single_tasks(no_weights, single, data):
-    """--single_task_results."""
+@pytest.mark.parametrize("kind", ["repeated", "single", "finished"])
+@cases(32, data=st.data())
+def test_any_results(until_weights, single, kind, data):
+    """Of the run for --from_results, --single_task_results, or --resume, which prints them."""
     flags, finished = single
-    with fresh_folder():
-        Path("results.json").write_bytes(results_bytes(data, finished))
-        attempt(*flags, "--single_task_results", "results.json", "--output_dir", "out")
-
-
-@cases("finished")
-@given(data=st.data())
-def test_any_results_in_a_finished_run(no_weights, single, data):
-    """--resume prints them, or refuses; it changes nothing."""
-    flags, finished = single
+    words = {"repeated": ("--from_results", "results.json"),
+             "single": (*flags, "--single_task_results", "results.json"),
+             "finished": (*flags, "--setting", "single", "--resume")}[kind]
     with fresh_folder() as folder:
-        shutil.copytree(finished, folder / "out")
-        (folder / "out" / "results.json").write_bytes(results_bytes(data, finished))
+        if kind == "finished":
+            shutil.copytree(finished, folder / "out")
+        place = folder / "out" if kind == "finished" else folder
+        (place / "results.json").write_bytes(results_bytes(data, finished))
         before = contents(folder)
-        attempt(*flags, "--setting", "single", "--output_dir", "out", "--resume")
+        attempt(*words, "--output_dir", "out")
         assert contents(folder) == before
 
 
@@ -714,8 +642,7 @@ def evaluate_model(llama, suite, change, *flags):
             check_results(folder / "out")
 
 
-@cases("model")
-@given(name=st.sampled_from(("config.json", "config.json", "generation_config.json",
+@cases(50, name=st.sampled_from(("config.json", "config.json", "generation_config.json",
                              "tokenizer.json", "tokenizer_config.json", "model.safetensors")),
        data=st.data())
 def test_any_damage_to_a_model(llama, suite, name, data):
@@ -734,47 +661,41 @@ def test_any_damage_to_a_model(llama, suite, name, data):
     evaluate_model(llama, suite, change)
 
 
+def with_keys(name, **changed):
+    """A change of keys in a JSON file of a folder."""
+    def change(folder):
+        write_json(folder / name, json.loads((folder / name).read_text()) | changed)
+
+    return change
+
+
 @pytest.mark.parametrize("size", [2**31, 0, -1])
 @pytest.mark.parametrize("key", ["num_hidden_layers", "hidden_size", "intermediate_size",
                                  "vocab_size", "num_attention_heads", "max_position_embeddings"])
 def test_any_size_of_a_model(llama, suite, key, size):
     """No time is lost with a shape that the weights do not have, or that is none."""
-    def change(folder):
-        shape = json.loads((folder / "config.json").read_text())
-        (folder / "config.json").write_text(json.dumps(shape | {key: size}))
-
-    evaluate_model(llama, suite, change)
+    evaluate_model(llama, suite, with_keys("config.json", **{key: size}))
 
 
-@cases("template")
-@given(template=st.one_of(VALUES, st.sampled_from((
+@cases(20, template=st.one_of(VALUES, st.sampled_from((
     "{{ messages[0].content }}", "{% for", "{{ nothing.at.all }}", "{{ 1 / 0 }}", "{{ messages }}",
     "{{ raise_exception('a\\nb') }}", "{{ ''.__class__.__mro__ }}", "{% include '/etc/passwd' %}",
     "{{ messages[9].content }}", "{{ 'x' * 9999 }}", "{{ range(10) | list | tojson(indent=0) }}",
     "{{ x() }}", "{{ '\\x00' }}", "{% macro a() %}{{ a() }}{% endmacro %}{{ a() }}"))))
 def test_any_chat_template(llama, suite, template):
     """Templates are small programs: what they raise is no traceback either."""
-    def change(folder):
-        settings_of_it = json.loads((folder / "tokenizer_config.json").read_text())
-        (folder / "tokenizer_config.json").write_text(
-            json.dumps(settings_of_it | {"chat_template": template}))
-
-    evaluate_model(llama, suite, change, "--chat_template")
+    evaluate_model(llama, suite, with_keys("tokenizer_config.json", chat_template=template),
+                   "--chat_template")
 
 
-@cases("special tokens")
-@given(tokens=st.fixed_dictionaries({}, optional={
+@cases(10, tokens=st.fixed_dictionaries({}, optional={
     f"{name}_token": st.one_of(st.none(), st.sampled_from(("red", "<new>", "", " ", "<s>")))
     for name in ("eos", "pad", "bos", "unk")}))
 def test_any_special_tokens(llama, suite, tokens):
     """A tokenizer without EOS or pad, or with one that the model does not know."""
-    def change(folder):
-        settings_of_it = json.loads((folder / "tokenizer_config.json").read_text())
-        (folder / "tokenizer_config.json").write_text(json.dumps(settings_of_it | tokens))
-
-    evaluate_model(llama, suite, change)
+    evaluate_model(llama, suite, with_keys("tokenizer_config.json", **tokens))
 
 
 def test_there_are_at_least_500_cases():
-    """In all, without those of "names" and "folders" for every flag: each calls train.main."""
-    assert sum(CASES.values()) - CASES["names"] - CASES["folders"] >= 500
+    """Those for other flags, files or kinds of the same test left aside."""
+    assert sum(COUNTS) >= 500

@@ -1,0 +1,56 @@
+"""What tests of hostile input share: an empty folder to run in, a finished run, and a refusal."""
+
+import re
+from pathlib import Path
+
+import pytest
+from conftest import SMALL, run, snapshot, succeed
+
+import models
+
+# tqdm's bars may come before the one line.
+BAR = re.compile(r"\d+%\||\dit/s|\?(it|item|step)/s")
+
+
+@pytest.fixture(autouse=True)
+def isolated(tmp_path, monkeypatch):
+    """Runs start in an empty folder and see no data folder of the user."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("BADIT_DATA", raising=False)
+
+
+@pytest.fixture
+def no_weights(monkeypatch):
+    """Loading weights fails the test."""
+    monkeypatch.setattr(models, "load", lambda *args: pytest.fail("weights were loaded"))
+
+
+@pytest.fixture(scope="session")
+def finished(llama, suite, tmp_path_factory):
+    """The folder of a finished run."""
+    folder = tmp_path_factory.mktemp("finished") / "out"
+    succeed("--model", llama, "--suite", suite, *SMALL, "--epochs", 1, "--max_train_per_task", 2,
+            "--eval_tasks", "none", "--output_dir", folder)
+    return folder
+
+
+def the_line(err):
+    """The one line of a refusal, which a terminal shows as it is; below nothing but bars."""
+    lines = [line for line in err if line.strip() and not BAR.search(line)]
+    assert len(lines) == 1, lines
+    (line,) = lines
+    assert line == err[-1] and line.startswith("error: ") and len(line) > 20
+    assert line.isprintable(), ascii(line)
+    return line
+
+
+def refused(*argv, named=()):
+    """Call train.main, which must say why not in one line and change nothing -> that line."""
+    before = snapshot(Path.cwd())
+    outcome = run(*argv)
+    assert outcome.status == 2
+    line = the_line(outcome.err)
+    for word in [named] if isinstance(named, str) else named:
+        assert word in line
+    assert snapshot(Path.cwd()) == before
+    return line

@@ -1,0 +1,85 @@
+"""Adapters and results.json of other runs, damaged ones, and what is none."""
+
+import json
+import shutil
+
+import pytest
+import safetensors.torch
+from conftest import SMALL, results_of, write_json
+from suite_files import complaint
+
+from hostile.conftest import refused
+from registry import read_adapter_config
+
+
+@pytest.mark.parametrize("change, named", [
+    ("{", "adapter_config.json"), ("{}", "adapter_config.json"),
+    ({"method": "lara"}, "lara"), ({"method": ["badit"]}, "method"), ({"format": 2}, "format 2"),
+    ({"settings": {}}, "settings"), ({"settings": None}, "settings"), ({"extra": 1}, "extra"),
+    ({"base_sha256": None}, "base_sha256"), ({"chat_template": "yes"}, "chat_template"),
+], ids=str)
+def test_a_broken_adapter(finished, tmp_path, change, named):
+    """One line, whatever its configuration holds."""
+    content = json.loads((finished / "adapter" / "adapter_config.json").read_text())
+    text = change if isinstance(change, str) else json.dumps(content | change)
+    (tmp_path / "adapter_config.json").write_text(text)
+    message = complaint(read_adapter_config, tmp_path)
+    assert "adapter_config.json" in message and named in message
+
+
+@pytest.fixture
+def evaluation(finished, llama, suite, tmp_path):
+    """Flags that evaluate a copy of an adapter."""
+    shutil.copytree(finished / "adapter", tmp_path / "adapter")
+    return ("--eval_only", "--adapter", "adapter", "--model", llama, "--suite", suite, *SMALL[4:])
+
+
+def test_an_adapter_of_another_base(evaluation, llama, tmp_path):
+    """Refused when the weights are compared, and nothing is written."""
+    shutil.copytree(llama, tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    state = safetensors.torch.load_file(file)
+    state["model.norm.weight"][0] += 1e-3
+    safetensors.torch.save_file(state, file, metadata={"format": "pt"})
+    refused(*evaluation, "--model", "model", "--output_dir", "out", named="another base model")
+
+
+def test_an_adapter_remembers_its_chat_template(evaluation, tmp_path):
+    """Prompts of another form than in training are refused."""
+    file = tmp_path / "adapter" / "adapter_config.json"
+    write_json(file, json.loads(file.read_text()) | {"chat_template": True})
+    refused(*evaluation, named="--chat_template")
+
+
+def test_no_adapter(no_weights, evaluation):
+    refused(*evaluation, "--adapter", "nowhere", named="no adapter at nowhere")
+
+
+@pytest.mark.parametrize("content", [
+    "{", "[]", "{}", "5", '{"args": [], "task_order": []}',
+    '{"args": {"setting": "single"}, "task_order": 5}'])
+def test_single_task_results_that_are_none(no_weights, llama, suite, tmp_path, content):
+    """Any JSON that is no results.json."""
+    (tmp_path / "single.json").write_text(content)
+    refused("--model", llama, "--suite", suite, *SMALL, "--single_task_results", "single.json",
+            named="single.json")
+
+
+@pytest.mark.parametrize("key, value, named", [
+    ("args", {"setting": "mixed"}, "mixed"), ("args", {"rank": 3}, "rank"),
+    ("args", {"seed": 2}, "seed"), ("args", {"epochs": 4}, "epochs"),
+    ("code_sha256", "", "code_sha256"), ("precision", "bf16", "precision"),
+    ("global_batch_size", 4, "global_batch_size"), ("compiler", "eager", "compiler"),
+    ("task_order", ["which_is", "say_both"], "colour_name"), ("scores", None, "single.json"),
+    ("scores", {"best": [], "first": []}, "single.json"), ("tasks", {}, "data of colour_name"),
+])
+def test_single_task_results_of_another_run(no_weights, finished, llama, suite, tmp_path, key,
+                                            value, named):
+    """Setting, settings, code and tasks must fit; what differs is named."""
+    single = results_of(finished)
+    single["args"]["setting"] = "single"
+    single["scores"] = {"best": [[1.0] * 3] * 3, "first": [[1.0] * 3] * 3}
+    single[key] = single[key] | value if key == "args" else value
+    write_json(tmp_path / "single.json", single)
+    refused("--model", llama, "--suite", suite, *SMALL, "--epochs", 1, "--max_train_per_task", 2,
+            "--single_task_results", "single.json", named=named)

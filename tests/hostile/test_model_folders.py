@@ -1,0 +1,212 @@
+"""Checkpoint folders that are none: one line that says so, before weights are read if it can."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from conftest import SMALL, succeed, write_json
+from suite_files import complaint
+from transformers import BertConfig
+
+import models
+from hostile.conftest import refused
+from inputs import embedded
+
+WEIGHT = "model.layers.1.mlp.up_proj.weight"
+
+
+@pytest.fixture
+def model(llama, tmp_path):
+    """A copy of the tiny model, in the current folder."""
+    return shutil.copytree(llama, tmp_path / "model")
+
+
+def setting(**changed):
+    """A change of keys in a JSON file."""
+    return lambda file: write_json(file, json.loads(file.read_text()) | changed)
+
+
+def changing(change):
+    """A change of what a JSON file holds."""
+    def apply(file):
+        content = json.loads(file.read_text())
+        change(content)
+        write_json(file, content)
+    return apply
+
+
+def naming(**tokens):
+    """A change of a tokenizer's vocabulary."""
+    return changing(lambda content: content["model"]["vocab"].update(tokens))
+
+
+def writing(text):
+    return lambda file: file.write_text(text)
+
+
+def unloadable(model):
+    """What is said where tokenizer and configuration are read, but no weights."""
+    def read(name):
+        models.load_tokenizer(name)
+        models.skeleton(name)
+    return complaint(read, os.path.relpath(model))
+
+
+@pytest.mark.parametrize("name, change, named", [
+    ("config.json", Path.unlink, ()),
+    ("config.json", writing("{"), ()),
+    ("config.json", writing("[]"), ()),
+    ("config.json", setting(model_type="abacus"), "abacus"),
+    ("config.json", setting(max_position_embeddings="256"),
+     ("max_position_embeddings", "expected int, got str")),  # in a later line of the library's
+    ("tokenizer.json", Path.unlink, ()),
+    ("tokenizer.json", writing("{"), ()),
+    ("tokenizer_config.json", setting(tokenizer_class="ByT5Tokenizer"), "ByT5Tokenizer"),
+    ("tokenizer.json", naming(red=2**31 - 1), ("'red'", str(2**31 - 1))),
+    ("tokenizer.json", naming(red=-1), ("'red'", "-1")),
+    ("tokenizer.json", changing(lambda content: content["added_tokens"].append(
+        content["added_tokens"][0] | {"id": 2**31, "content": "new"})), ("'new'", str(2**31))),
+    # A model is what its folder holds: nothing is waited for, applied to it or read elsewhere.
+    ("chat_template.jinja", os.mkfifo, "chat_template.jinja"),
+    ("vocab.json", lambda file: file.symlink_to("/dev/zero"), "vocab.json"),
+    ("adapter_config.json", writing("{}"), "adapter_config.json"),
+    *(("model.safetensors.index.json", writing(json.dumps({"weight_map": {WEIGHT: name}})), named)
+      for name, named in (("../w.safetensors", "'../w.safetensors'"),
+                          ("/tmp/w.safetensors", "'/tmp/w.safetensors'"), (5, ()))),
+    ("model.safetensors.index.json", writing("[1]"), ()),
+    # What would fail later, or fetch code, is refused by name and value.
+    *(("config.json", setting(**{name: value}), f"{name.lstrip('_')} is {shown!r}")
+      for name, value, shown in [
+          ("return_dict", False, False), ("is_encoder_decoder", True, True),
+          ("attention_dropout", 1.0, 1.0), ("attention_dropout", -0.5, -0.5),
+          ("hidden_dropout_prob", 5, 5), ("attn_implementation", "some/kernel", "some/kernel"),
+          ("_attn_implementation", "some/kernel", "some/kernel"),
+          ("attn_implementation", {"": "some/kernel"}, "some/kernel"),
+          ("attn_implementation", "flash_attention_2", "flash_attention_2")]),
+])
+def test_a_folder_that_cannot_be_loaded(model, name, change, named):
+    """The folder, and what is wrong in it."""
+    change(model / name)
+    line = unloadable(model)
+    assert line.startswith("cannot load model model from model (")
+    assert all(word in line for word in ([named] if isinstance(named, str) else named))
+
+
+def test_an_empty_folder(tmp_path):
+    (tmp_path / "model").mkdir()
+    assert "cannot load model model" in unloadable(tmp_path / "model")
+
+
+def test_a_model_that_is_not_causal(model):
+    """BERT as a decoder is taken, as an encoder not."""
+    for decoder in (True, False):
+        BertConfig(vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=1,
+                   num_attention_heads=4, is_decoder=decoder).save_pretrained(model)
+        if decoder:
+            models.skeleton(str(model))
+    line = unloadable(model)
+    assert "BertLMHeadModel" in line and "not causal" in line
+
+
+def test_a_library_that_panics(no_weights, llama, suite, monkeypatch):
+    """Its Rust code raises what is no Exception; all lines of a reason become one."""
+    class PanicException(BaseException):
+        pass
+
+    def panic(*_, **__):
+        raise PanicException("index out of bounds:\n\n  the len is 0\x1b[31m " + "x" * 999)
+
+    monkeypatch.setattr(models.AutoTokenizer, "from_pretrained", panic)
+    line = refused("--model", llama, "--suite", suite, *SMALL,
+                   named="(index out of bounds: the len is 0\\x1b[31m xxx")
+    assert "x" * 300 not in line
+
+
+def test_code_in_a_checkpoint_never_runs(model, tmp_path, monkeypatch):
+    """trust_remote_code is never on, and nobody is asked."""
+    (model / "cfg.py").write_text(
+        "from transformers import LlamaConfig\nopen('executed', 'w').close()\n"
+        "class Config(LlamaConfig):\n    model_type = 'abacus'\n")
+    setting(model_type="abacus", auto_map={"AutoConfig": "cfg.Config"})(model / "config.json")
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
+    unloadable(model)
+    assert not (tmp_path / "executed").exists()
+
+
+def test_a_damaged_copy_of_the_embedded_model(no_weights, suite, tmp_path, monkeypatch):
+    """The advice is to delete it, not to accept a licence."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    folder = tmp_path / "badit" / f"{models.EMBEDDED}-{embedded.SHA256[:12]}"
+    folder.mkdir(parents=True)
+    line = refused("--suite", suite, named=f"delete {folder} and run again")
+    assert "licence" not in line
+
+
+def test_a_tokenizer_without_an_end(no_weights, model, suite):
+    """Nothing would end an answer."""
+    setting(eos_token=None)(model / "tokenizer_config.json")
+    refused("--model", "model", "--suite", suite, *SMALL, named="EOS")
+
+
+def test_token_ids_beyond_the_embedding(model, suite):
+    """Unused ones harm nothing; padding, which is in no row of the data, would."""
+    naming(never=305)(model / "tokenizer.json")
+    argv = ("--model", "model", "--suite", suite, "--method", "zero_shot", "--max_length", 64,
+            "--max_eval_per_task", 1)
+    succeed(*argv, "--output_dir", "out")
+    setting(pad_token="never")(model / "tokenizer_config.json")
+    refused(*argv, "--output_dir", "other", named=("305", "300"))
+
+
+# --- weights ------------------------------------------------------------------------------------
+
+
+def change_weights(change):
+    """A change of a checkpoint's tensors."""
+    def apply(folder):
+        state = safetensors.torch.load_file(folder / "model.safetensors")
+        change(state)
+        safetensors.torch.save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    return apply
+
+
+def halve(folder):
+    """The second half of the weights' file is lost."""
+    file = folder / "model.safetensors"
+    os.truncate(file, file.stat().st_size // 2)
+
+
+BAD_WEIGHTS = {
+    **{bad: (change_weights(lambda state, bad=bad: state[WEIGHT].view(-1)[-1:].fill_(float(bad))),
+             WEIGHT) for bad in ("nan", "inf", "-inf")},
+    "missing weight": (change_weights(lambda state: state.pop(WEIGHT)), WEIGHT),
+    "other shape": (change_weights(lambda state: state.update({WEIGHT: torch.ones(3, 32)})),
+                    "cannot load model"),
+    "unknown": (change_weights(lambda state: state.update(stray=torch.ones(2))), "stray"),
+    "fewer layers": (lambda folder: setting(num_hidden_layers=1)(folder / "config.json"),
+                     "model.layers.1.input_layernorm.weight"),
+    "half a file": (halve, "cannot load model"),
+    "no file": (lambda folder: (folder / "model.safetensors").unlink(), "cannot load model"),
+    "empty": (lambda folder: (folder / "model.safetensors").write_bytes(b""), "cannot load model"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_WEIGHTS)
+def test_bad_weights(model, suite, tmp_path, case):
+    """A non-finite weight is named; damage is no traceback; an old run's files stay."""
+    change, named = BAD_WEIGHTS[case]
+    change(model)
+    write_json(tmp_path / "out" / "results.json", {"old": True})
+    refused("--model", "model", "--suite", suite, *SMALL, "--output_dir", "out", "--overwrite",
+            named=named)
+
+
+def test_buffers_of_older_checkpoints(model):
+    """What every version of the architecture computes for itself may stand in the file."""
+    change_weights(lambda state: state.update(
+        {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}))(model)
+    models.load(str(model))
