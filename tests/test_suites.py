@@ -179,11 +179,12 @@ def test_study_of_a_suite_that_is_not_there(published, capsys):
         assert sum(f" --tasks {task} " in line for line in lines) == 1
 
 
-def test_empty_definition(tmp_path):
+@pytest.mark.parametrize("definition", [[], "", " ", ["", "\n"]])
+def test_empty_definition(tmp_path, definition):
     """The prompt is then the frame of the input alone."""
     rows = [{"input": "Which?", "output": "A"}]
     for split in ("train", "test"):
-        write_json(tmp_path / "copa" / f"{split}.json", {"Definition": [], "Instances": rows})
+        write_json(tmp_path / "copa" / f"{split}.json", {"Definition": definition, "Instances": rows})
     task = read_task(tmp_path / "copa")
     assert data.build_prompt(task.definition, task.train[0]["input"]) == (
         "Now complete the following example -\nInput: Which?\nOutput: ")
