@@ -184,7 +184,8 @@ def test_empty_definition(tmp_path, definition):
     """The prompt is then the frame of the input alone."""
     rows = [{"input": "Which?", "output": "A"}]
     for split in ("train", "test"):
-        write_json(tmp_path / "copa" / f"{split}.json", {"Definition": definition, "Instances": rows})
+        write_json(tmp_path / "copa" / f"{split}.json",
+                   {"Definition": definition, "Instances": rows})
     task = read_task(tmp_path / "copa")
     assert data.build_prompt(task.definition, task.train[0]["input"]) == (
         "Now complete the following example -\nInput: Which?\nOutput: ")
