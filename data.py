@@ -1,30 +1,26 @@
 """Instruction-tuning suites: task orders, prompts, tokens and batches.
 
-`python data.py download superni` fetches the paper's 15 tasks once and checks every file.
+`python data.py download superni` fetches the paper's 15 tasks once and checks every file;
+`python data.py convert SOURCE --to FOLDER` makes a suite of files in another layout.
 """
 
-import argparse
 import random
 import sys
 from typing import NamedTuple
 
 import torch
 
+from inputs import convert
 from inputs.bars import Bar
 from inputs.download import download
 from inputs.errors import InputError, library_errors, one_line
 from inputs.numbers import stable_seed
-from inputs.suites import (
-    SUPERNI,
-    SUPERNI_URL,
-    find_superni,
-    suite_folder,
-    superni_folder,
-    superni_manifest,
-)
-from inputs.task_files import SPLITS, Task, read_task, resolve_names, task_folders
+from inputs.settings import Parser
+from inputs.suites import NAMED, ORDERS, SUPERNI, suite_folder
+from inputs.task_files import SPLITS, Task, listed, read_task, resolve_names, task_folders
 
-PROMPT = "{definition}\n\nNow complete the following example -\nInput: {input}\nOutput: "
+FRAME = "Now complete the following example -\nInput: {input}\nOutput: "
+PROMPT = "{definition}\n\n" + FRAME
 MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids", "labels", "logits_to_keep",
                 "num_items_in_batch")
 
@@ -38,16 +34,19 @@ class Suite(NamedTuple):
 
 
 def load_suite(name_or_path, data_dir=None):
-    """Read a suite: "mini" (shipped), "superni" (data_dir, $BADIT_DATA, download), or a folder.
+    """Read a suite: "mini" (shipped), one of NAMED (data_dir, $BADIT_DATA, download), or a folder.
 
     A folder holds <task>/train.json and <task>/test.json in the natural-instructions layout.
     Raises InputError naming the file and the instance for anything malformed.
     """
-    if name_or_path == "superni":
-        folder = find_superni(data_dir)
-        return Suite("superni", {name: read_task(folder / name) for name in SUPERNI})
+    if name_or_path in NAMED:
+        named = NAMED[name_or_path]
+        folder = named.find(data_dir)
+        return Suite(named.name, {name: read_task(folder / name, about)
+                                  for name, about in named.tasks.items()})
     if data_dir is not None:
-        raise InputError(f"--data_dir is read with --suite superni only, not {name_or_path}")
+        raise InputError(f"--data_dir is read with --suite {' or '.join(NAMED)} only, not "
+                         f"{name_or_path}")
     folder = suite_folder(name_or_path)
     return Suite(folder.resolve().name,
                  {name: read_task(folder / name) for name in task_folders(folder)})
@@ -70,9 +69,16 @@ def task_order(names, seed, explicit=None):
     """The order in which sequential training sees the tasks `names`.
 
     SuperNI and its subsets: Table 5's list shuffled by the seed. Any other suite: sorted names,
-    shuffled. `explicit` (folder names or T-numbers) must name each task once.
+    shuffled. `explicit` (folder names or T-numbers) must name each task once, or is one of ORDERS.
     """
     names = list(names)
+    if explicit is not None and len(explicit) == 1 and explicit[0] in set(ORDERS) - set(names):
+        order = ORDERS[explicit[0]]
+        other = [name for name in names if name not in order]
+        if other:
+            raise InputError(f"--task_order {explicit[0]} is for tasks of long_sequence, not for "
+                             f"{listed(other)}")
+        return [name for name in order if name in names]
     if explicit is not None:
         order = resolve_names(explicit, names)
         if len(order) != len(names):
@@ -99,7 +105,8 @@ class Encoded(NamedTuple):
 
 def build_prompt(definition, input_text):
     """The prompt of one instance; the answer follows it directly."""
-    return PROMPT.format(definition=definition, input=input_text)
+    frame = PROMPT if definition else FRAME
+    return frame.format(definition=definition, input=input_text)
 
 
 def encode_suite(suite, tokenizer, max_length, chat_template=False, splits=SPLITS):
@@ -310,26 +317,39 @@ def pad_left(sequences, pad_token_id):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[-1])
+    parser = Parser(prog="data.py", allow_abbrev=False,
+                    description="Fetch, check or make suites of tasks.")
     commands = parser.add_subparsers(dest="command", required=True)
     for name, text in (("download", "fetch a suite and check it"),
                        ("verify", "check the files of a suite that is there")):
-        command = commands.add_parser(name, help=text)
-        command.add_argument("suite", choices=("superni",))
-        command.add_argument("--data_dir", help="folder of the suite (default: the user's cache)")
-    args = parser.parse_args(argv)
-    folder = superni_folder(args.data_dir)
+        command = commands.add_parser(name, help=text, allow_abbrev=False)
+        command.add_argument("suite", choices=NAMED)
+        command.add_argument("--data_dir", help="folder of the suite (default: in $BADIT_DATA, or "
+                             "in the user's cache)")
+    text = "make a suite of files in another layout"
+    convert.add_flags(commands.add_parser("convert", help=text, description=text,
+                                          allow_abbrev=False))
     try:
-        if args.command == "download":
-            download(folder, SUPERNI_URL, superni_manifest())
-        suite = load_suite("superni", folder)
+        args = parser.parse_args(argv)
+        lines = convert.convert(args) if args.command == "convert" else fetch(args)
+        for line in lines:
+            print(one_line(line))
     except (InputError, OSError) as error:
         print(f"error: {one_line(str(error))}", file=sys.stderr)
         return 2
-    counts = [sum(len(getattr(task, split)) for task in suite.tasks.values()) for split in SPLITS]
-    print(f"{one_line(str(folder))}: {len(suite.tasks)} tasks, {counts[0]} training and "
-          f"{counts[1]} test instances, all checksums right")
     return 0
+
+
+def fetch(args):
+    """Download a suite, unless it is only to be verified; yield a line about it."""
+    named = NAMED[args.suite]
+    folder = named.folder(args.data_dir)
+    if args.command == "download":
+        download(folder, named.url, named.manifest(), named.checksum)
+    suite = load_suite(named.name, args.data_dir)
+    counts = [sum(len(getattr(task, split)) for task in suite.tasks.values()) for split in SPLITS]
+    yield (f"{folder}: {len(suite.tasks)} tasks, {counts[0]} training and {counts[1]} test "
+           "instances, all checksums right")
 
 
 if __name__ == "__main__":

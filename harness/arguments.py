@@ -17,6 +17,7 @@ from inputs import formats
 from inputs.errors import InputError
 from inputs.numbers import Fraction, Positive, PositiveInt, Seed
 from inputs.settings import Parser, add_argument, check_each
+from inputs.suites import NAMED, ORDERS
 from registry import EMBEDDED, METHODS, MODELS, read_adapter_config
 
 PAPER_BATCH = 8
@@ -79,15 +80,16 @@ FLAGS = (
     Flag("run", "report_to", Literal["none", "tensorboard", "wandb", "trackio", "mlflow"], "none",
          "experiment tracker, besides the files in --output_dir (default: none)", of_run=True),
 
-    Flag("data", "suite", str, "mini", "mini (shipped), superni, or a folder of tasks in the "
-         "natural-instructions layout (default: mini)", is_path=True, alone="differ",
+    Flag("data", "suite", str, "mini", f"mini (shipped), {', '.join(NAMED)}, or a folder of "
+         "tasks in the natural-instructions layout (default: mini)", is_path=True, alone="differ",
          of_study=True),
-    Flag("data", "data_dir", str | None, None, "where SuperNI is (default: $BADIT_DATA, or the "
-         "download)", is_path=True, alone="differ"),
+    Flag("data", "data_dir", str | None, None, f"where {' or '.join(NAMED)} is (default: "
+         "$BADIT_DATA or its folder of that name, or the download)", is_path=True, alone="differ"),
     Flag("data", "tasks", tuple[str, ...] | None, None, "only these, by name or T-number (T363)",
          metavar="TASK", alone="differ", of_study=True),
-    Flag("data", "task_order", tuple[str, ...] | None, None, "order for --setting sequential "
-         "(default: that of the seed, Table 5)", metavar="TASK", of_training=True,
+    Flag("data", "task_order", tuple[str, ...] | None, None, "order for --setting sequential: "
+         f"every task by name or T-number, or of long_sequence {', '.join(ORDERS)} (default: that "
+         "of the seed, Table 5)", metavar="TASK", of_training=True,
          needs_setting=("sequential",), alone="nothing"),
     Flag("data", "max_train_per_task", PositiveInt | None, None, "the first N (default: all)",
          metavar="N", of_training=True, table="trained"),

@@ -71,17 +71,27 @@ def open_file(path):
 
 
 def read_text(path):
-    """The UTF-8 text of a file. Raises OSError, also for what is no file or far too large."""
+    """The UTF-8 text of a file, without a byte order mark.
+
+    Raises OSError, also for what is no file or far too large.
+    """
     with open_file(path) as file:
         if os.fstat(file.fileno()).st_size > LARGEST_TEXT:
             raise OSError(errno.EINVAL, f"larger than {LARGEST_TEXT:,} bytes", str(path))
-        return file.read().decode("utf-8")
+        return file.read().decode("utf-8-sig")
 
 
 def sha256_file(path):
     """SHA-256 of a file's bytes, as lower-case hexadecimal digits."""
     with open_file(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def git_blob_file(path):
+    """The id under which git keeps a file's content: SHA-1 of its length and bytes."""
+    with open_file(path) as file:
+        start = b"blob %d\0" % os.fstat(file.fileno()).st_size
+        return hashlib.file_digest(file, lambda: hashlib.sha1(start)).hexdigest()
 
 
 def cache_dir():

@@ -1,14 +1,16 @@
 """Suites that are known by name: their tasks, where they come from, and where they are."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 from inputs.errors import InputError
-from inputs.files import cache_dir, sha256_file
+from inputs.files import cache_dir, git_blob_file, sha256_file
 
 TASKS_DIR = Path(__file__).resolve().parents[1] / "tasks"
-SUPERNI_URL = ("https://raw.githubusercontent.com/circle-hit/SAPT/"
-               "52a52b920324c656bdb6dac08e43dc600ba22f21/CL_Benchmark/SuperNI/")
+URL = ("https://raw.githubusercontent.com/circle-hit/SAPT/"
+       "52a52b920324c656bdb6dac08e43dc600ba22f21/CL_Benchmark/")
 
 # Table 4 of the paper, in the order that the seeds shuffle (Table 5): category and metric.
 SUPERNI = {
@@ -29,38 +31,92 @@ SUPERNI = {
     "task591_sciq_answer_generation": ("question answering", "rouge_l"),
 }
 
+# The 15 classification tasks of O-LoRA, SAPT and GainLoRA, in their order 4.
+LONG_SEQUENCE = {
+    "mnli": ("natural language inference", "accuracy"),
+    "cb": ("natural language inference", "accuracy"),
+    "wic": ("word sense disambiguation", "accuracy"),
+    "copa": ("question answering", "accuracy"),
+    "qqp": ("paraphrase detection", "accuracy"),
+    "boolq": ("question answering", "accuracy"),
+    "rte": ("natural language inference", "accuracy"),
+    "imdb": ("sentiment analysis", "accuracy"),
+    "yelp": ("sentiment analysis", "accuracy"),
+    "amazon": ("sentiment analysis", "accuracy"),
+    "sst2": ("sentiment analysis", "accuracy"),
+    "dbpedia": ("topic classification", "accuracy"),
+    "agnews": ("topic classification", "accuracy"),
+    "multirc": ("question answering", "accuracy"),
+    "yahoo": ("topic classification", "accuracy"),
+}
+
+# What --task_order takes in place of task names: the published orders of LONG_SEQUENCE.
+ORDERS = {
+    "order4": tuple(LONG_SEQUENCE),
+    "order5": ("multirc", "boolq", "wic", "mnli", "cb", "copa", "qqp", "rte", "imdb", "sst2",
+               "dbpedia", "agnews", "yelp", "amazon", "yahoo"),
+    "order6": ("yelp", "amazon", "mnli", "cb", "copa", "qqp", "rte", "imdb", "sst2", "dbpedia",
+               "agnews", "yahoo", "multirc", "boolq", "wic"),
+}
+
+
+class NamedSuite(NamedTuple):
+    """A published suite, whose files are known by their checksums."""
+
+    name: str
+    url: str
+    tasks: dict[str, tuple[str, str]]  # category and metric by task
+    checksum: Callable  # of a file, as the manifest has it
+    manifest_file: str
+
+    def manifest(self):
+        """Checksum by relative path of every file."""
+        lines = (TASKS_DIR / self.manifest_file).read_text(encoding="utf-8").splitlines()
+        return {path: checksum for checksum, path in (line.split() for line in lines)}
+
+    def folder(self, data_dir=None):
+        """Where it is kept: data_dir; $BADIT_DATA if that has its tasks, else a folder in it; or
+        the download folder.
+        """
+        shared = os.environ.get("BADIT_DATA")
+        if data_dir or not shared:
+            return Path(data_dir or cache_dir() / self.name)
+        return Path(shared) if self.is_in(Path(shared)) else Path(shared) / self.name
+
+    def is_in(self, folder):
+        """Whether any of its tasks is there."""
+        return any((folder / name).is_dir() for name in self.tasks)
+
+    def find(self, data_dir=None):
+        """The folder with its tasks, checked. Raises InputError where there is none."""
+        folder = self.folder(data_dir)
+        if not self.is_in(folder):
+            shared = os.environ.get("BADIT_DATA")
+            if data_dir or shared:
+                where = f"--data_dir {folder} holds" if data_dir else (
+                    f"$BADIT_DATA {shared} and its folder {self.name} hold")
+                raise InputError(f"{where} no task folder of {self.name} such as "
+                                 f"{next(iter(self.tasks))}")
+            raise InputError(f"{self.name} is not on this machine: run `python data.py download "
+                             f"{self.name}`, or name its folder with --data_dir or $BADIT_DATA")
+        for name, checksum in self.manifest().items():
+            if (folder / name).is_file() and self.checksum(folder / name) != checksum:
+                raise InputError(f"{folder / name} is not the published file (its checksum "
+                                 f"differs); use --suite {folder} for data of your own")
+        return folder
+
+
+NAMED = {suite.name: suite for suite in (
+    NamedSuite("superni", URL + "SuperNI/", SUPERNI, sha256_file, "superni.sha256"),
+    NamedSuite("long_sequence", URL + "Long_Sequence/", LONG_SEQUENCE, git_blob_file,
+               "long_sequence.blobs"),
+)}
+
 
 def suite_folder(name_or_path):
     """Where a suite is that is shipped, or named by its path. Raises InputError for no folder."""
     folder = TASKS_DIR / "mini" if name_or_path == "mini" else Path(name_or_path)
     if not name_or_path or not folder.is_dir():
-        raise InputError(f"suite {str(name_or_path)!r} is unknown: allowed are mini, superni and "
-                         "the path of a folder of tasks")
+        raise InputError(f"suite {str(name_or_path)!r} is unknown: allowed are mini, "
+                         f"{', '.join(NAMED)} and the path of a folder of tasks")
     return folder
-
-
-def superni_folder(data_dir=None):
-    """Where SuperNI would be kept: data_dir, $BADIT_DATA, or the download folder."""
-    return Path(data_dir or os.environ.get("BADIT_DATA") or cache_dir() / "superni")
-
-
-def find_superni(data_dir=None):
-    """The folder with the SuperNI tasks, checked. Raises InputError where there is none."""
-    folder = superni_folder(data_dir)
-    if not any((folder / name).is_dir() for name in SUPERNI):
-        if data_dir or os.environ.get("BADIT_DATA"):
-            raise InputError(f"{'--data_dir' if data_dir else '$BADIT_DATA'} {folder} holds no "
-                             f"SuperNI task folder such as {next(iter(SUPERNI))}")
-        raise InputError("SuperNI is not on this machine: run `python data.py download superni`, "
-                         "or name its folder with --data_dir or $BADIT_DATA")
-    for name, sha256 in superni_manifest().items():
-        if (folder / name).is_file() and sha256_file(folder / name) != sha256:
-            raise InputError(f"{folder / name} is not the published file (SHA-256 differs); use "
-                             f"--suite {folder} for data of your own")
-    return folder
-
-
-def superni_manifest():
-    """SHA-256 by relative path of the files of the paper's split."""
-    lines = (TASKS_DIR / "superni.sha256").read_text(encoding="utf-8").splitlines()
-    return {path: sha256 for sha256, path in (line.split() for line in lines)}

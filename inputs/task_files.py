@@ -47,7 +47,7 @@ def resolve_names(names, allowed):
                     if number and re.match(rf"task0*{number[1]}_", task)]
         if name not in allowed and len(numbered) != 1:
             raise InputError(f"task {name!r} is {'ambiguous' if numbered else 'unknown'}; "
-                             f"this suite has {', '.join(allowed)}")
+                             f"this suite has {listed(allowed)}")
         found = name if name in allowed else numbered[0]
         if found in resolved:
             raise InputError(f"task {name!r} is named twice")
@@ -55,8 +55,17 @@ def resolve_names(names, allowed):
     return resolved
 
 
-def read_task(folder):
-    """The Task in one folder. Raises InputError naming file and instance."""
+def listed(names):
+    """Some names in a line."""
+    more = f" and {len(names) - 20:,} more" if len(names) > 20 else ""
+    return ", ".join(names[:20]) + more
+
+
+def read_task(folder, about=None):
+    """The Task in one folder, of the (category, metric) that its suite may know.
+
+    Raises InputError naming file and instance.
+    """
     heads, instances = {}, {}
     for split in SPLITS:
         heads[split], instances[split] = _read_split(folder / f"{split}.json")
@@ -66,10 +75,8 @@ def read_task(folder):
             raise InputError(f"{folder / 'test.json'}: {key} differs from that of {file}")
     definition = head.Definition
     definition = definition if isinstance(definition, str) else "\n".join(definition)
-    if not definition.strip():
-        raise InputError(f"{file}: Definition is empty")
     _check_length(definition, "Definition", f"{file}: Definition")
-    category, metric = SUPERNI.get(folder.name, (head.Category, head.Metric))
+    category, metric = about or SUPERNI.get(folder.name, (head.Category, head.Metric))
     _check_length(category, "Definition", f"{file}: Category")
     if metric not in METRICS:
         raise InputError(f"{file}: Metric {metric!r} is unknown; allowed: {', '.join(METRICS)}")

@@ -36,7 +36,7 @@ from harness.signals import STOPPING, leave_terminal, receive_stops  # noqa: E40
 from inputs import formats  # noqa: E402
 from inputs.errors import InputError, one_line  # noqa: E402
 from inputs.numbers import NonNegative, Positive, Seed, from_text  # noqa: E402
-from inputs.suites import SUPERNI, suite_folder  # noqa: E402
+from inputs.suites import NAMED, suite_folder  # noqa: E402
 from inputs.task_files import resolve_names, task_folders  # noqa: E402
 from registry import EMBEDDED, METHODS, MODELS, VARIANTS  # noqa: E402
 
@@ -76,7 +76,8 @@ def build_parser():
         help="of mixed, sequential (default: both)")
     add("--no_single", action="store_true",
         help="without the runs on one task each, which the metric Forward needs")
-    add("--suite", default="superni", help="mini, superni, or a folder (default: superni)")
+    add("--suite", default="superni", help=f"mini, {', '.join(NAMED)}, or a folder "
+        "(default: superni)")
     add("--tasks", nargs="+", metavar="TASK", help="only these, by name or T-number")
     add("--runs", type=Path, default=Path("runs/study"),
         help="where every run gets its folder (default: runs/study)")
@@ -190,8 +191,8 @@ def for_one_task(passed_on):
 
 def task_names(args):
     """The tasks of the suite that are to be trained on, in no particular order."""
-    if args.suite == "superni":  # known, wherever the data may be
-        known = list(SUPERNI)
+    if args.suite in NAMED:  # known, wherever the data may be
+        known = list(NAMED[args.suite].tasks)
     else:
         known = task_folders(suite_folder(args.suite))
     return resolve_names(args.tasks, known) if args.tasks else known
