@@ -25,6 +25,7 @@ os.environ |= {"XDG_CACHE_HOME": str(CACHE), "HF_HUB_OFFLINE": "1", "HF_EVALUATE
                "ACCELERATE_USE_CPU": "true"}
 
 import pytest  # noqa: E402
+import safetensors.torch  # noqa: E402
 import torch  # noqa: E402
 from accelerate.state import AcceleratorState, GradientState, PartialState  # noqa: E402
 from forked import Forks  # noqa: E402
@@ -58,9 +59,12 @@ CONFIGS = {
     "gemma2": lambda: Gemma2Config(**SHAPE, query_pre_attn_scalar=8, sliding_window=16),
 }
 ARCHITECTURES = tuple(CONFIGS)
+BRIEF = ("--max_length", "64", "--max_new_tokens", "5")
 # A bank of 16 components on layers of 32 x 64: a residual is left.
-SMALL = ("--rank", "2", "--alpha", "16", "--max_length", "64", "--max_new_tokens", "5")
+SMALL = ("--rank", "2", "--alpha", "16", *BRIEF)
 QUIET = ("--dropout", "0", "--router_noise", "0")
+NO_EVAL = ("--eval_tasks", "none")
+TRAINED = [name for name, method in METHODS.items() if method.trains]
 
 
 def make_tokenizer():
@@ -156,6 +160,12 @@ def suite(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def tiny(llama, suite):
+    """The flags that name the tiny model and suite."""
+    return ("--model", llama, "--suite", suite)
+
+
+@pytest.fixture(scope="session")
 def smollm2():
     """The name of the embedded model, converted already or now."""
     folder = f"{EMBEDDED}-{embedded.SHA256[:12]}"
@@ -237,6 +247,18 @@ def succeed(*argv):
     return outcome
 
 
+def refused(named, *argv):
+    """Call train.main, which must say `named` in one line of its own and end with status 2."""
+    outcome = run(*argv)
+    assert outcome.status == 2, outcome.err
+    (line,) = (line for line in outcome.err if line.startswith("error: "))
+    assert named in line and not any("Traceback" in line for line in outcome.err)
+    return line
+
+
+# --- what a run leaves --------------------------------------------------------------------------
+
+
 def lines_of(path):
     """The records of a JSON-lines file."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
@@ -245,6 +267,52 @@ def lines_of(path):
 def results_of(folder):
     """results.json of a run."""
     return json.loads((folder / "results.json").read_text(encoding="utf-8"))
+
+
+def losses_of(folder):
+    """The loss of every step."""
+    return [line["loss"] for line in lines_of(folder / "log.jsonl")]
+
+
+def adapter_of(folder):
+    """The tensors of a run's adapter, by name."""
+    return safetensors.torch.load_file(folder / "adapter" / "adapter_model.safetensors")
+
+
+def groupings_of(folder):
+    """The final groupings, by layer."""
+    return {name: tensor.tolist() for name, tensor in adapter_of(folder).items()
+            if name.endswith("expert_of")}
+
+
+def files_of(folder):
+    """Content by relative path of all files below a folder."""
+    return {path.relative_to(folder).as_posix(): path.read_bytes()
+            for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def assert_equal_runs(one, other):
+    """All files have equal bytes; results.json differs under its key `run` alone."""
+    mine, theirs = files_of(one), files_of(other)
+    assert mine.keys() == theirs.keys()
+    for files in (mine, theirs):
+        files["results.json"] = json.loads(files["results.json"]) | {"run": None}
+    for name in mine:
+        assert mine[name] == theirs[name], name
+
+
+def assert_close_runs(one, other, losses=1e-5, weights=None):
+    """Equal groupings; losses, angles and, if asked for, weights that are as close as that."""
+    assert losses_of(one) == pytest.approx(losses_of(other), abs=losses)
+    assert groupings_of(one) == groupings_of(other)
+    events = [lines_of(folder / "regroup.jsonl") for folder in (one, other)]
+    for mine, theirs in zip(*events, strict=True):
+        for key in ("intra_before", "intra_after", "inter_before", "inter_after", "moved"):
+            assert mine[key] == pytest.approx(theirs[key], abs=0.05)
+    if weights is not None:
+        mine, theirs = adapter_of(one), adapter_of(other)
+        assert mine.keys() == theirs.keys()
+        assert all((mine[name] - theirs[name]).abs().max() <= weights for name in mine)
 
 
 def snapshot(folder):

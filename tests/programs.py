@@ -82,5 +82,14 @@ def launch(name, *more):
     time.sleep(60)
 
 
+def train_and_list_modules(path, *argv):
+    """One run, and then the names and files of all modules that are loaded."""
+    import train  # here, as the others need not wait for it
+
+    assert train.main(argv) == 0
+    files = {name: getattr(module, "__file__", None) or "" for name, module in sys.modules.items()}
+    Path(path).write_text("".join(f"{name}\t{file}\n" for name, file in files.items()))
+
+
 if __name__ == "__main__":
     globals()[sys.argv[1]](*sys.argv[2:])
