@@ -5,6 +5,7 @@ import contextlib
 import gc
 import hashlib
 import io
+import itertools
 import json
 import logging
 import os
@@ -245,6 +246,25 @@ def succeed(*argv):
     outcome = run(*argv)
     assert outcome.status == 0, outcome.err
     return outcome
+
+
+class Killed(BaseException):
+    """What a kill does, as far as one process can do it to itself."""
+
+
+@contextlib.contextmanager
+def failing(owner, name, count, error=Killed):
+    """A context in which the `count`-th call of owner.name raises `error`."""
+    real, calls = getattr(owner, name), itertools.count(1)
+
+    def counted(*args, **more):
+        if next(calls) == count:
+            raise error
+        return real(*args, **more)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(owner, name, counted)
+        yield
 
 
 def refused(named, *argv):

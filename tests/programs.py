@@ -1,8 +1,10 @@
 """Programs that tests start in place of train.py or of a launcher: python programs.py NAME WORDS.
 """
 
+import contextlib
 import json
 import os
+import pty
 import signal
 import subprocess
 import sys
@@ -80,6 +82,29 @@ def launch(name, *more):
     """Start another of these, and end when a signal comes, passing none on."""
     subprocess.Popen(words(name, *more))
     time.sleep(60)
+
+
+def train_in_terminal(log, *argv):
+    """A run in a terminal that is closed when the file `log` is there; ends as the run does."""
+    child, terminal = pty.fork()
+    if child == 0:
+        os.execv(sys.executable, [sys.executable, str(ROOT / "train.py"), *argv])
+    os.set_blocking(terminal, False)
+    while not os.path.exists(log):
+        with contextlib.suppress(BlockingIOError):
+            os.read(terminal, 65536)  # or what is printed would be waited for
+        time.sleep(0.01)
+    os.close(terminal)
+    sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+
+
+def write_first_free_handle(path):
+    """Which number the next file gets that the program opens."""
+    from harness.early import print_anything  # here, as the others need it not
+
+    print_anything()
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT)
+    os.write(handle, str(handle).encode())
 
 
 def train_and_list_modules(path, *argv):

@@ -2,152 +2,159 @@
 
 import errno
 import fcntl
+import functools
 import hashlib
 import json
 import os
 import random
-import shlex
 import shutil
 import signal
 import subprocess
-import sys
+from pathlib import Path
 
+import filelock
+import programs
 import pytest
 import safetensors.torch
 import torch
-from conftest import SMALL, lines_of, results_of, run, snapshot, succeed
+from conftest import (
+    BRIEF,
+    SMALL,
+    TRAINED,
+    Killed,
+    adapter_of,
+    assert_equal_runs,
+    failing,
+    files_of,
+    lines_of,
+    losses_of,
+    refused,
+    results_of,
+    run,
+    snapshot,
+    succeed,
+)
 
 import adapter
 import data
 import evaluation
 import models
 import train
-from harness import arguments, checkpoint, identity, output_folder, recorder, results_file, signals
-from registry import METHODS
+from harness import checkpoint, identity, output_folder, results_file, signals
+from harness.arguments import OVERRIDABLE
+from harness.recorder import Recorder
 
-TRAINED = [name for name, method in METHODS.items() if method.trains]
 # Two tasks; three micro-batches of two rows in a step, regrouping in the middle of an epoch.
 FLAGS = (*SMALL, "--setting", "sequential", "--tasks", "colour_name", "say_both", "--epochs", 3,
          "--learning_rate", "1e-2", "--batch_size", 2, "--gradient_accumulation_steps", 3,
-         "--eval_batch_size", 2, "--max_new_tokens", 3, "--checkpoint_every", 1)
+         "--eval_batch_size", 2, "--max_new_tokens", 3)
 DOG = ("--regroup_every", 3)
 MORE = {"badit": DOG, "loramoe": (*DOG, "--balance_weight", "0.1", "--balance_types",
                                   "colour_name=0", "say_both=1")}
 
 
-class Killed(BaseException):
-    """What a kill does, as far as one process can do it to itself."""
+@pytest.fixture(scope="module")
+def flags(tiny):
+    return (*tiny, *FLAGS, "--checkpoint_every", 1)
 
 
 @pytest.fixture(scope="module")
-def flags(llama, suite):
-    return ("--model", llama, "--suite", suite, *FLAGS)
+def rare(tiny):
+    """The flags of a long run with few checkpoints."""
+    return (*tiny, *FLAGS, *DOG, "--epochs", 200)
+
+
+@pytest.fixture
+def argv(flags, tmp_path):
+    """The flags of a run of BADIT, its folder last."""
+    return (*flags, *DOG, "--output_dir", tmp_path / "out")
 
 
 @pytest.fixture(scope="module")
 def whole(flags, tmp_path_factory):
-    """The folder of an undisturbed run of a method."""
-    folders = {}
-
-    def call(method, *more):
-        key = method, *more
-        if key not in folders:
-            folders[key] = tmp_path_factory.mktemp("whole") / "out"
-            succeed(*flags, "--method", method, *MORE.get(method, ()), *more, "--output_dir",
-                    folders[key])
-        return folders[key]
+    """The folder of an undisturbed run of a method, once for each."""
+    @functools.cache
+    def call(method="badit"):
+        folder = tmp_path_factory.mktemp("whole") / "out"
+        succeed(*flags, "--method", method, *MORE.get(method, ()), "--output_dir", folder)
+        return folder
 
     return call
 
 
-def content_of(folder):
-    """All that equal runs must have in common: every file's bytes, results.json but its `run`."""
-    files = {path.relative_to(folder).as_posix(): path.read_bytes()
-             for path in sorted(folder.rglob("*")) if path.is_file()}
-    content = json.loads(files.pop("results.json"))
-    content.pop("run")
-    return files | {"results.json": content}
+def kill(*argv, at=(Recorder, "add_step", 9)):
+    """Run until the call `at`: (owner, name, count)."""
+    with failing(*at), pytest.raises(Killed):
+        run(*argv)
+        pytest.fail(f"not killed at {at[1]}")
 
 
-def assert_equal_runs(one, other):
-    mine, theirs = content_of(one), content_of(other)
-    assert mine.keys() == theirs.keys()
-    for name in mine:
+@pytest.fixture
+def stopped(argv):
+    """Flags and folder of a BADIT run that was killed after its ninth step."""
+    kill(*argv)
+    return argv, argv[-1]
+
+
+def assert_resumes(argv, folder):
+    """Killed in the eighth step and gone on with, it is the undisturbed run."""
+    succeed(*argv, "--output_dir", folder / "whole")
+    kill(*argv, "--output_dir", folder / "out", at=(Recorder, "add_step", 8))
+    succeed(*argv, "--output_dir", folder / "out", "--resume")
+    assert_equal_runs(folder / "out", folder / "whole")
+
+
+def assert_same_training(one, other):
+    """Equal logs and adapters; results.json may say that other things differ."""
+    mine, theirs = files_of(one), files_of(other)
+    for name in ("adapter/adapter_model.safetensors", "log.jsonl", "regroup.jsonl"):
         assert mine[name] == theirs[name], name
-
-
-def stop_at(monkeypatch, owner, name, count, error=Killed):
-    """Let the `count`-th call of owner.name raise `error`."""
-    real, calls = getattr(owner, name), []
-
-    def counted(*args, **kwargs):
-        calls.append(None)
-        if len(calls) == count:
-            raise error
-        return real(*args, **kwargs)
-
-    monkeypatch.setattr(owner, name, counted)
 
 
 # Twelve steps in two stages of six; two evaluations of five batches.
 MOMENTS = {
-    "before the first checkpoint": (recorder.Recorder, "add_step", 1),
+    "before the first checkpoint": (Recorder, "add_step", 1),
     "in an accumulation": (data, "model_inputs", 3 + 2),
-    "between update and checkpoint": (recorder.Recorder, "add_regrouping", 2),
+    "between update and checkpoint": (Recorder, "add_regrouping", 2),
     "while a checkpoint is written": (checkpoint.os, "rename", 1),
     "at the end of a stage": (adapter, "save", 1),
     "in an evaluation": (evaluation, "generate", 3),
     "between stages": (train, "make_stages", 1),
-    "in the second stage": (recorder.Recorder, "add_step", 3),
+    "in the second stage": (Recorder, "add_step", 3),
     "in its evaluation": (evaluation, "generate", 4),
     "before the results": (results_file, "write_results", 1),
 }
 
 
 @pytest.mark.parametrize("method", TRAINED)
-def test_a_resumed_run_is_the_undisturbed_one(method, flags, whole, tmp_path, monkeypatch):
+def test_a_resumed_run_is_the_undisturbed_one(method, flags, whole, tmp_path):
     """Killed ten times in a row, at another kind of moment each time: equal to the last byte."""
-    argv = (*flags, "--method", method, *MORE.get(method, ()), "--output_dir", tmp_path / "out")
-    for moment, (owner, name, count) in MOMENTS.items():
-        with monkeypatch.context() as patch:
-            stop_at(patch, owner, name, count)
-            with pytest.raises(Killed):
-                run(*argv, "--resume")
-                pytest.fail(f"not killed {moment}")
-    outcome = succeed(*argv, "--resume")
+    argv = (*flags, "--method", method, *MORE.get(method, ()), "--output_dir", tmp_path / "out",
+            "--resume")
+    for moment in MOMENTS.values():
+        kill(*argv, at=moment)
+    outcome = succeed(*argv)
     assert any("resuming at step 12" in line for line in outcome.out)
     assert_equal_runs(tmp_path / "out", whole(method))
 
 
 @pytest.mark.parametrize("more", [
-    ("--setting", "single"), ("--setting", "mixed", "--eval_before", "--regroup_every", 1),
-    ("--routing", "static", "--no_dog"), ("--grouping", "random"), ("--no_bad",),
-    ("--gradient_checkpointing", "--eval_tasks", "none"), ("--svd", "fast")])
-def test_variants_resume(more, flags, tmp_path, monkeypatch):
-    """The settings and BADIT's ablations, killed in the eighth step."""
-    succeed(*flags, *DOG, *more, "--output_dir", tmp_path / "whole")
-    with monkeypatch.context() as patch:
-        stop_at(patch, recorder.Recorder, "add_step", 8)
-        with pytest.raises(Killed):
-            run(*flags, *DOG, *more, "--output_dir", tmp_path / "out")
-    succeed(*flags, *DOG, *more, "--output_dir", tmp_path / "out", "--resume")
-    assert_equal_runs(tmp_path / "out", tmp_path / "whole")
+    "--setting single --regroup_every 3", "--setting mixed --eval_before --regroup_every 1",
+    "--routing static --no_dog", "--grouping random --regroup_every 3", "--no_bad",
+    "--gradient_checkpointing --eval_tasks none", "--svd fast --regroup_every 3",
+    "--method gainlora --branches olora"])
+def test_variants_resume(more, flags, tmp_path):
+    """The settings, BADIT's ablations, and methods that change with their flags."""
+    assert_resumes((*flags, *more.split()), tmp_path)
 
 
 def test_bf16_resumes(flags, tmp_path, monkeypatch):
     """Autocast, with weights of the adapter in float32; and never in another precision."""
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
-    succeed(*flags, *DOG, "--output_dir", tmp_path / "whole")
-    with monkeypatch.context() as patch:
-        stop_at(patch, recorder.Recorder, "add_step", 8)
-        with pytest.raises(Killed):
-            run(*flags, *DOG, "--output_dir", tmp_path / "out")
-    with monkeypatch.context() as patch:
-        patch.setenv("ACCELERATE_MIXED_PRECISION", "no")
-        outcome = run(*flags, *DOG, "--output_dir", tmp_path / "out", "--resume")
-        assert outcome.status == 2 and "precision (then 'bf16', now 'no')" in outcome.err[0]
-    succeed(*flags, *DOG, "--output_dir", tmp_path / "out", "--resume")
-    assert_equal_runs(tmp_path / "out", tmp_path / "whole")
+    assert_resumes((*flags, *DOG), tmp_path)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    refused("precision (then 'bf16', now 'no')", *flags, *DOG, "--output_dir", tmp_path / "out",
+            "--resume")
 
 
 @pytest.mark.slow
@@ -157,71 +164,44 @@ def test_compiled_runs_resume(method, flags, whole, tmp_path, monkeypatch):
     argv = (*flags, "--method", method, *MORE.get(method, ()), "--output_dir", tmp_path / "out")
     uncompiled = whole(method)
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "eager")
-    with monkeypatch.context() as patch:
-        stop_at(patch, recorder.Recorder, "add_step", 9)
-        with pytest.raises(Killed):
-            run(*argv)
+    kill(*argv)
     torch.compiler.reset()
     succeed(*argv, "--resume")
     torch.compiler.reset()
     assert results_of(tmp_path / "out")["compiler"] == "eager"
-    losses = [[record["loss"] for record in lines_of(folder / "log.jsonl")]
-              for folder in (tmp_path / "out", uncompiled)]
-    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
-
-
-def test_gainlora_with_olora_branches_resumes(flags, tmp_path, monkeypatch):
-    more = ("--method", "gainlora", "--branches", "olora")
-    succeed(*flags, *more, "--output_dir", tmp_path / "whole")
-    with monkeypatch.context() as patch:
-        stop_at(patch, recorder.Recorder, "add_step", 9)
-        with pytest.raises(Killed):
-            run(*flags, *more, "--output_dir", tmp_path / "out")
-    succeed(*flags, *more, "--output_dir", tmp_path / "out", "--resume")
-    assert_equal_runs(tmp_path / "out", tmp_path / "whole")
+    assert losses_of(tmp_path / "out") == pytest.approx(losses_of(uncompiled), abs=1e-4)
 
 
 # --- real kills ---------------------------------------------------------------------------------
 
 
-def test_twenty_kills(flags, whole, forks, tmp_path):
+def test_twenty_kills(argv, whole, forks, tmp_path):
     """SIGKILL at random moments, in saves and in evaluations: the result is the undisturbed one."""
-    argv = (*flags, *DOG, "--output_dir", tmp_path / "out", "--resume")
-    seconds = forks(*argv[:-3], "--output_dir", tmp_path / "timed", out=tmp_path / "o")["seconds"]
+    folder = argv[-1]
+    seconds = forks(*argv[:-1], tmp_path / "timed", out=tmp_path / "o")["seconds"]
     chance, killed, kinds = random.Random(0), 0, {"after": 0, "save": 0, "evaluation": 0}
     while killed < 20:
         kind = min(kinds, key=kinds.get)
         moment = {"after": {"after": chance.uniform(0.2, 0.9) * seconds},
-                  "save": {"seen": f"{tmp_path}/out/checkpoints/.*.tmp"},
-                  "evaluation": {"seen": f"{tmp_path}/out/predictions/*.partial"}}[kind]
-        answer = forks(*argv, out=tmp_path / f"out-{killed}", signal=signal.SIGKILL, **moment)
+                  "save": {"seen": f"{folder}/checkpoints/.*.tmp"},
+                  "evaluation": {"seen": f"{folder}/predictions/*.partial"}}[kind]
+        answer = forks(*argv, "--resume", out=tmp_path / f"out-{killed}", signal=signal.SIGKILL,
+                       **moment)
         if answer["statuses"] == [0]:  # it was faster
-            shutil.rmtree(tmp_path / "out")
+            shutil.rmtree(folder)
             continue
         assert answer["statuses"] == [-signal.SIGKILL], answer["lines"][-5:]
         killed += 1
         kinds[kind] += 1
-    assert forks(*argv, out=tmp_path / "last")["statuses"] == [0]
-    assert_equal_runs(tmp_path / "out", whole("badit"))
+    assert forks(*argv, "--resume", out=tmp_path / "last")["statuses"] == [0]
+    assert_equal_runs(folder, whole())
     assert min(kinds.values()) >= 6
-
-
-@pytest.mark.parametrize("method", [name for name in TRAINED if name != "badit"])
-def test_a_kill_of_every_method(method, flags, whole, forks, tmp_path):
-    """One SIGKILL after the third checkpoint."""
-    argv = (*flags, "--method", method, *MORE.get(method, ()), "--output_dir", tmp_path / "out")
-    answer = forks(*argv, out=tmp_path / "a", signal=signal.SIGKILL,
-                   seen=f"{tmp_path}/out/checkpoints/000003")
-    assert answer["statuses"] == [-signal.SIGKILL], answer["lines"][-5:]
-    assert forks(*argv, "--resume", out=tmp_path / "b")["statuses"] == [0]
-    assert_equal_runs(tmp_path / "out", whole(method))
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 @pytest.mark.parametrize("moment", ["checkpoints/000002", "predictions/*.partial"])
-def test_a_signal_saves_and_stops(number, moment, flags, whole, forks, tmp_path):
+def test_a_signal_saves_and_stops(number, moment, argv, whole, forks, tmp_path):
     """One line with the command that goes on, a status of its own, and an exact resume."""
-    argv = (*flags, *DOG, "--output_dir", tmp_path / "out")
     answer = forks(*argv, out=tmp_path / "a", signal=number, seen=f"{tmp_path}/out/{moment}")
     assert answer["statuses"] == [128 + number], answer["lines"][-5:]
     last = answer["lines"][-1]
@@ -229,27 +209,21 @@ def test_a_signal_saves_and_stops(number, moment, flags, whole, forks, tmp_path)
                            "python train.py ")
     assert last.endswith("--resume") and not any("Traceback" in line for line in answer["lines"])
     assert forks(*argv, "--resume", out=tmp_path / "b")["statuses"] == [0]
-    assert_equal_runs(tmp_path / "out", whole("badit"))
+    assert_equal_runs(tmp_path / "out", whole())
 
 
-def test_a_signal_between_checkpoints_saves_one(flags, forks, tmp_path):
-    """No --checkpoint_every: the signal alone makes the checkpoint."""
-    argv = (*flags[:-2], *DOG, "--epochs", 200, "--output_dir", tmp_path / "out")
-    answer = forks(*argv, out=tmp_path / "a", signal=signal.SIGTERM,
-                   seen=f"{tmp_path}/out/log.jsonl")
-    assert answer["statuses"] == [128 + signal.SIGTERM]
-    state = checkpoint.read(tmp_path / "out/checkpoints/000001").state
-    assert 0 < state["position"][1] == len(lines_of(tmp_path / "out/log.jsonl")) < 400
-
-
-def test_a_signal_that_a_launcher_passes_on_counts_once(flags, forks, tmp_path):
-    """The process group's SIGTERM, and the launcher's own a moment later."""
-    argv = (*flags[:-2], *DOG, "--epochs", 200, "--output_dir", tmp_path / "out")
-    answer = forks(*argv, out=tmp_path / "a", signal=signal.SIGTERM, times=2, sabotage="slow_steps",
-                   seen=f"{tmp_path}/out/log.jsonl")
+@pytest.mark.parametrize("more", [{}, {"times": 2, "sabotage": "slow_steps"}])
+def test_a_signal_between_checkpoints_saves_one(more, rare, forks, tmp_path):
+    """No --checkpoint_every: the signal alone makes the checkpoint; a launcher may pass it on
+    a moment later."""
+    folder = tmp_path / "out"
+    answer = forks(*rare, "--output_dir", folder, out=tmp_path / "a", signal=signal.SIGTERM,
+                   seen=f"{folder}/log.jsonl", **more)
     assert answer["statuses"] == [128 + signal.SIGTERM]
     assert ", saved; go on with" in answer["lines"][-1], answer["lines"][-5:]
-    assert names_in(tmp_path / "out") == ["000001"]
+    assert names_in(folder) == ["000001"]
+    state = checkpoint.read(folder / "checkpoints/000001").state
+    assert 0 < state["position"][1] == len(lines_of(folder / "log.jsonl")) < 400
 
 
 def test_a_second_signal_stops_at_once(monkeypatch):
@@ -279,6 +253,14 @@ def test_nohup_is_respected():
         signal.signal(signal.SIGHUP, before)
 
 
+def test_a_closed_terminal(rare, tmp_path):
+    """SIGHUP, and nobody reads what is printed from then on: the run saves and ends."""
+    folder = tmp_path / "out"
+    words = programs.words("train_in_terminal", folder / "log.jsonl", *rare, "--output_dir", folder)
+    assert subprocess.run(words).returncode == 128 + signal.SIGHUP
+    assert names_in(folder) == ["000001"]
+
+
 def test_a_run_that_has_not_begun_is_started_again(flags, forks, tmp_path):
     """--overwrite stays in the command until the folder was cleared; nothing was touched."""
     (tmp_path / "out").mkdir()
@@ -291,12 +273,11 @@ def test_a_run_that_has_not_begun_is_started_again(flags, forks, tmp_path):
     assert (tmp_path / "out/log.jsonl").read_text() == "an older run\n"
 
 
-@pytest.mark.parametrize("more", [("--method", "zero_shot"), ("--eval_before",)])
-def test_an_evaluation_says_that_nothing_is_saved(more, flags, forks, tmp_path):
+@pytest.mark.parametrize("more", [("--method", "zero_shot"), ("--eval_before", *SMALL[:4])])
+def test_an_evaluation_says_that_nothing_is_saved(more, tiny, forks, tmp_path):
     """Of the base model, as a run of its own or before the training."""
-    argv = (*flags[:4], *more, "--max_length", 64, "--eval_batch_size", 1)
-    argv += () if "zero_shot" in more else SMALL[:4]
-    answer = forks(*argv, "--output_dir", tmp_path / "out", out=tmp_path / "a",
+    answer = forks(*tiny, *more, "--max_length", 64, "--eval_batch_size", 1,
+                   "--output_dir", tmp_path / "out", out=tmp_path / "a",
                    signal=signal.SIGTERM, seen=f"{tmp_path}/out/predictions/*.partial")
     assert answer["statuses"] == [128 + signal.SIGTERM]
     assert "nothing more was saved; go on with" in answer["lines"][-1]
@@ -305,54 +286,35 @@ def test_an_evaluation_says_that_nothing_is_saved(more, flags, forks, tmp_path):
 # --- what a checkpoint is -----------------------------------------------------------------------
 
 
-@pytest.fixture
-def stopped(flags, tmp_path, monkeypatch):
-    """Flags and folder of a BADIT run that was killed after its ninth step."""
-    argv = (*flags, *DOG, "--output_dir", tmp_path / "out")
-    with monkeypatch.context() as patch:
-        stop_at(patch, recorder.Recorder, "add_step", 9)
-        with pytest.raises(Killed):
-            run(*argv)
-    return argv, tmp_path / "out"
-
-
 def names_in(folder):
     return sorted(path.name for path in (folder / "checkpoints").iterdir())
 
 
-def test_seconds_are_not_lost(stopped):
-    """A checkpoint in the middle of a stage has the time that the stage has taken so far."""
-    _, folder = stopped
-    before, after = (checkpoint.read(folder / "checkpoints" / name).state["seconds"]["train"]
-                     for name in ("000008", "000009"))
-    assert 0 < before < after
-
-
-def test_the_last_two_are_kept_until_the_end(stopped, whole):
-    """Whole ones under numbers that rise; none is left of a finished run."""
+def test_the_last_two_are_kept_until_the_end(stopped):
+    """Under numbers that rise, with the time that the stage has taken so far."""
     argv, folder = stopped
     assert names_in(folder) == ["000008", "000009"]  # six steps, two between stages, two steps
+    before, after = (checkpoint.read(folder / "checkpoints" / name).state["seconds"]["train"]
+                     for name in names_in(folder))
+    assert 0 < before < after
     succeed(*argv, "--resume")
     assert not (folder / "checkpoints").exists()
 
 
 def test_what_is_in_a_checkpoint(stopped, llama):
     """No tensor of the base, nothing but safetensors and JSON, checksums that a shell can check."""
-    _, folder = stopped
-    path = folder / "checkpoints" / "000009"
-    assert {file.name for file in path.iterdir()} == {"tensors.safetensors", "state.json",
-                                                      "SHA256SUMS"}
+    path = stopped[1] / "checkpoints" / "000009"
+    assert files_of(path).keys() == {"tensors.safetensors", "state.json", "SHA256SUMS"}
     tensors = safetensors.torch.load_file(path / "tensors.safetensors")
     assert {name.split(".")[0] for name in tensors} == {"adapter", "method", "optimizer"}
     assert not any("residual" in name for name in tensors)
-    largest = safetensors.torch.load_file(llama / "model.safetensors")
+    base = safetensors.torch.load_file(llama / "model.safetensors")
     bank = 2 * (16 * 32 + 64 * 16)  # of two layers
     router = 2 * 8 * 32
     # The bank, the initial one, two moments, and Eq. 8's sums; the router with its moments.
     numbers = sum(tensor.numel() for tensor in tensors.values())
-    assert numbers < 5 * bank + 3 * router + 200 < sum(t.numel() for t in largest.values())
-    os.system(f"cd {path} && sha256sum --quiet -c SHA256SUMS > sums")
-    assert (path / "sums").read_text() == ""
+    assert numbers < 5 * bank + 3 * router + 200 < sum(each.numel() for each in base.values())
+    subprocess.run(["sha256sum", "--quiet", "-c", "SHA256SUMS"], cwd=path, check=True)
 
 
 def flip_a_bit(path):
@@ -382,124 +344,172 @@ def test_a_damaged_checkpoint_is_skipped(damage, stopped, whole):
     outcome = succeed(*argv, "--resume")
     assert any("checkpoints/000009 is damaged" in line for line in outcome.out)
     assert any("resuming at step 7, after checkpoint 000008" in line for line in outcome.out)
-    assert_equal_runs(folder, whole("badit"))
+    assert_equal_runs(folder, whole())
 
 
-def test_no_whole_checkpoint_starts_from_the_beginning(stopped, whole, flags, tmp_path):
+def test_no_whole_checkpoint_starts_from_the_beginning(stopped, whole, tmp_path):
     """And says so; also where there is no folder yet."""
     argv, folder = stopped
     for name in names_in(folder):
         flip_a_bit(folder / "checkpoints" / name / "state.json")
-    outcome = succeed(*argv, "--resume")
-    assert f"no whole checkpoint in {folder}: starting from the beginning" in outcome.out
-    assert_equal_runs(folder, whole("badit"))
-    outcome = succeed(*flags, *DOG, "--resume", "--output_dir", tmp_path / "new")
-    assert any("starting from the beginning" in line for line in outcome.out)
-    assert_equal_runs(tmp_path / "new", whole("badit"))
+    for place in (folder, tmp_path / "new"):
+        outcome = succeed(*argv[:-1], place, "--resume")
+        assert f"no whole checkpoint in {place}: starting from the beginning" in outcome.out
+        assert_equal_runs(place, whole())
 
 
 def test_a_finished_run_prints_its_result(flags, whole):
     """Status 0, the same table, and not a byte or a time of change in its folder is another."""
-    folder = whole("badit")
+    before = snapshot(whole())
+    outcome = succeed(*flags, *DOG, "--output_dir", whole(), "--resume")
+    assert f"{whole()} is finished already" in outcome.out
+    rouge = results_of(whole())["metrics"]["rouge"]
+    assert f"rouge: {rouge:.2f}" in outcome.out and snapshot(whole()) == before
+
+
+def test_numbers_of_seven_digits(stopped, whole):
+    """Sorted as numbers, and kept until there is a newer one."""
+    argv, folder = stopped
+    (folder / "checkpoints/000008").rename(folder / "checkpoints/999999")
+    (folder / "checkpoints/000009").rename(folder / "checkpoints/1000000")
+    kill(*argv, "--resume", at=(Recorder, "add_step", 1))
+    outcome = succeed(*argv, "--resume")
+    assert any("after checkpoint 1000000" in line for line in outcome.out)
+    assert_equal_runs(folder, whole())
+
+
+def test_a_checkpoint_of_another_version_is_refused(stopped):
+    """Its sums are right: it is not damaged, and nothing is deleted."""
+    argv, folder = stopped
+    for name in names_in(folder):
+        path = folder / "checkpoints" / name
+        state = json.loads((path / "state.json").read_text())
+        (path / "state.json").write_text(json.dumps(state | {"more": 1}))
+        (path / "SHA256SUMS").write_text("".join(
+            f"{hashlib.sha256(files_of(path)[file]).hexdigest()}  {file}\n"
+            for file in ("state.json", "tensors.safetensors")))
     before = snapshot(folder)
-    outcome = succeed(*flags, *DOG, "--output_dir", folder, "--resume")
-    assert f"{folder} is finished already" in outcome.out
-    rouge = results_of(folder)["metrics"]["rouge"]
-    assert f"rouge: {rouge:.2f}" in outcome.out and snapshot(folder) == before
+    refused("of another version", *argv, "--resume")
+    assert snapshot(folder) == before
+
+
+def test_a_checkpoint_that_cannot_be_read_now_is_kept(stopped):
+    """It may be the disk's fault, which passes."""
+    argv, folder = stopped
+    before = snapshot(folder)
+    with failing(checkpoint, "sha256_file", 1, OSError(errno.EIO, os.strerror(errno.EIO))):
+        refused("Input/output error", *argv, "--resume")
+    assert snapshot(folder) == before
 
 
 # --- what is refused ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("finished", [False, True])
-def test_another_run_is_refused(finished, stopped, flags, whole):
+def test_another_run_is_refused(finished, stopped, whole):
     """Other arguments, all of them named, whether the run is finished or not."""
     argv, folder = stopped
-    if finished:
-        folder = whole("badit")
+    folder = whole() if finished else folder
     before = snapshot(folder)
-    outcome = run(*flags, *DOG, "--output_dir", folder, "--resume", "--learning_rate", "3e-3",
-                  "--epochs", 4)
-    assert outcome.status == 2 and len(outcome.err) == 1 and snapshot(folder) == before
-    for part in ("--learning_rate (then 0.01, now 0.003)", "--epochs (then 3, now 4)"):
-        assert part in outcome.err[0]
+    line = refused("--learning_rate (then 0.01, now 0.003)", *argv[:-1], folder, "--resume",
+                   "--learning_rate", "3e-3", "--epochs", 4)
+    assert "--epochs (then 3, now 4)" in line and snapshot(folder) == before
 
 
 def test_other_data_is_refused(stopped, suite, tmp_path):
     """One changed word in one training instance."""
-    argv, folder = stopped
     copy = shutil.copytree(suite, tmp_path / "suite" / suite.name)
     file = copy / "say_both" / "train.json"
     file.write_text(file.read_text().replace('["both', '["bath', 1))
-    argv = [copy if part == suite else part for part in argv]
-    outcome = run(*argv, "--resume")
-    assert outcome.status == 2 and "data of say_both" in outcome.err[0]
+    argv = [copy if part == suite else part for part in stopped[0]]
+    refused("data of say_both", *argv, "--resume")
 
 
-@pytest.mark.parametrize("what", ["code", "versions", "threads", "device"])
+REPLACED = {"code": (identity, "code_sha256", lambda: "0" * 64),
+            "versions": (identity, "versions", lambda: {"torch": "1.0"}),
+            "threads": (torch, "get_num_threads", lambda: 7),
+            "device": (identity, "device_name", lambda _: "abacus")}
+
+
+@pytest.mark.parametrize("what", REPLACED)
 def test_what_may_be_another(what, stopped, whole, monkeypatch):
     """Refused by default, gone on with where the flag says so."""
     argv, folder = stopped
-    undisturbed = whole("badit")  # before anything is replaced
-    replace = {"code": (identity, "code_sha256", lambda: "0" * 64),
-               "versions": (identity, "versions", lambda: {"torch": "1.0"}),
-               "threads": (torch, "get_num_threads", lambda: 7),
-               "device": (identity, "device_name", lambda run: "abacus")}
-    monkeypatch.setattr(*replace[what])
-    outcome = run(*argv, "--resume")
-    assert outcome.status == 2 and f" {what} (then" in outcome.err[0]
-    others = [name for name in arguments.OVERRIDABLE if name != what]
-    assert run(*argv, "--resume", "--allow_other", *others).status == 2
+    undisturbed = whole()  # before anything is replaced
+    monkeypatch.setattr(*REPLACED[what])
+    refused(f" {what} (then", *argv, "--resume")
+    others = [name for name in OVERRIDABLE if name != what]
+    refused(f" {what} (then", *argv, "--resume", "--allow_other", *others)
     succeed(*argv, "--resume", "--allow_other", what)
     assert results_of(folder)["run"]["allow_other"] == [what]
     assert results_of(folder)["overruled"] == [what]
-    same = ("adapter/adapter_model.safetensors", "log.jsonl", "regroup.jsonl")
-    for name in same:
-        assert (folder / name).read_bytes() == (undisturbed / name).read_bytes()
+    assert_same_training(folder, undisturbed)
 
 
 def test_what_was_another_is_remembered(stopped, monkeypatch, tmp_path):
     """Through a second stop: the run is of two kinds, and nothing repeats it exactly."""
     argv, folder = stopped
     monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
-    with monkeypatch.context() as patch:
-        stop_at(patch, recorder.Recorder, "add_step", 2)
-        with pytest.raises(Killed):
-            run(*argv, "--resume", "--allow_other", "threads")
+    kill(*argv, "--resume", "--allow_other", "threads", at=(Recorder, "add_step", 2))
     succeed(*argv, "--resume")
     assert results_of(folder)["overruled"] == ["threads"]
-    again = ("--from_results", folder / "results.json", "--output_dir")
-    outcome = run(*again, tmp_path / "again")
-    assert outcome.status == 2 and "resumed with other threads" in outcome.err[-1]
-    succeed(*again, tmp_path / "again", "--allow_other", "threads")
+    again = ("--from_results", folder / "results.json", "--output_dir", tmp_path / "again")
+    refused("resumed with other threads", *again)
+    succeed(*again, "--allow_other", "threads")
     assert results_of(tmp_path / "again")["overruled"] == []
 
 
-def test_model_and_suite_may_have_moved(stopped, flags, whole, llama, suite, tmp_path):
+def test_model_and_suite_may_have_moved(stopped, whole, llama, suite, tmp_path):
     """Their content is what counts: to the last byte with --allow_other paths, refused without."""
     argv, folder = stopped
-    shutil.copytree(llama, tmp_path / "a")
-    shutil.copytree(suite, tmp_path / "b")
-    moved = {llama: tmp_path / "a", suite: tmp_path / "b"}
+    moved = {llama: shutil.copytree(llama, tmp_path / "a"),
+             suite: shutil.copytree(suite, tmp_path / "b")}
     argv = [moved.get(part, part) for part in argv]
-    outcome = run(*argv, "--resume")
-    assert outcome.status == 2 and "--model (then" in outcome.err[-1]
+    refused("--model (then", *argv, "--resume")
     succeed(*argv, "--resume", "--allow_other", "paths")
     assert results_of(folder)["overruled"] == []
-    succeed("--from_results", whole("badit") / "results.json", "--allow_other", "paths",
-            "--model", tmp_path / "a", "--suite", tmp_path / "b", "--output_dir", tmp_path / "c")
+    succeed("--from_results", whole() / "results.json", "--allow_other", "paths",
+            "--model", moved[llama], "--suite", moved[suite], "--output_dir", tmp_path / "c")
     for one in (folder, tmp_path / "c"):
-        for name in ("adapter/adapter_model.safetensors", "log.jsonl", "regroup.jsonl"):
-            assert (one / name).read_bytes() == (whole("badit") / name).read_bytes()
+        assert_same_training(one, whole())
+
+
+def test_what_counts_as_other_code(argv, tmp_path, monkeypatch):
+    """What trains, whatever its name; not what shows a run or starts it."""
+    root = tmp_path / "code"
+    for pattern in ("*.py", "[a-z]*/*.py"):
+        for path in identity.ROOT.glob(pattern):
+            copy = root / path.relative_to(identity.ROOT)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, copy)
+    monkeypatch.setattr(identity, "code_sha256", functools.partial(identity.code_sha256, root))
+
+    def change(*names):
+        """A line more at the end of some files; of a new one it is the only one."""
+        for name in names:
+            with open(root / name, "a") as file:
+                file.write("# another line\n")
+
+    kill(*argv)
+    change("report.py", "reporting/figures.py", "scripts/study.py", "tests/conftest.py",
+           "reporting/new.py", "scripts/new.py")
+    kill(*argv, "--resume", at=(Recorder, "add_step", 1))
+    trains = ("train.py", "decomposition.py", "inputs/files.py", "harness/checkpoint.py",
+              "baselines/new.py", "inputs/new.py", "harness/new.py")
+    seen = [identity.code_sha256()]
+    for name in trains:
+        change(name)
+        seen.append(identity.code_sha256())
+    assert len(set(seen)) == 1 + len(trains)
+    refused(" code (then", *argv, "--resume")
 
 
 def test_code_that_changes_during_a_run(flags, tmp_path, monkeypatch):
     """The record names what the run began with."""
-    real, calls = identity.code_sha256, []
-    monkeypatch.setattr(identity, "code_sha256",
-                        lambda: calls.append(None) or (real() if len(calls) == 1 else "changed"))
+    answers = iter(("first", *["changed"] * 99))
+    monkeypatch.setattr(identity, "code_sha256", lambda: next(answers))
     succeed(*flags, "--output_dir", tmp_path / "out")
-    assert results_of(tmp_path / "out")["code_sha256"] == real()
+    assert results_of(tmp_path / "out")["code_sha256"] == "first"
 
 
 def change_weights(file):
@@ -512,132 +522,154 @@ def change_json(**values):
     return lambda file: file.write_text(json.dumps(json.loads(file.read_text()) | values))
 
 
+@pytest.fixture
+def change_model(llama):
+    """Change a file of the model, until the end of the test."""
+    held = {}
+
+    def call(name, change):
+        held[name] = (llama / name).read_bytes()
+        change(llama / name)
+
+    yield call
+    for name, content in held.items():
+        (llama / name).write_bytes(content)
+
+
 @pytest.mark.parametrize("name, change, named", [
     ("model.safetensors", change_weights, "weights other than"),
     ("config.json", change_json(rms_norm_eps=1e-3), "a configuration or tokenizer other than"),
     ("generation_config.json", change_json(eos_token_id=[2, 7]), "a configuration or tokenizer"),
     ("tokenizer.json", lambda file: file.write_text(
         file.read_text().replace('"w1"', '"w1x"')), "a configuration or tokenizer")])
-def test_another_base_model_is_refused(name, change, named, stopped, llama, whole, tmp_path):
+def test_another_base_model_is_refused(name, change, named, stopped, change_model, whole, tmp_path):
     """The same folder, another file in it: neither gone on with nor repeated."""
     argv, folder = stopped
-    file, held = llama / name, (llama / name).read_bytes()
-    before = snapshot(folder)
-    try:
-        change(file)
-        outcomes = [run(*argv, "--resume"),
-                    run("--from_results", whole("badit") / "results.json", "--output_dir",
-                        tmp_path / "again")]
-    finally:
-        file.write_bytes(held)
-    for outcome in outcomes:
-        assert outcome.status == 2 and named in outcome.err[-1]
+    finished, before = whole(), snapshot(folder)
+    change_model(name, change)
+    refused(named, *argv, "--resume")
+    refused(named, "--from_results", finished / "results.json", "--output_dir", tmp_path / "again")
     assert snapshot(folder) == before and not (tmp_path / "again").exists()
 
 
-@pytest.mark.parametrize("change", [lambda file: file.unlink(), lambda file: flip_a_bit(file)])
-def test_a_lost_adapter_is_refused(change, flags, tmp_path, monkeypatch):
+def test_repeating_and_resuming_compare_the_model(argv, whole, change_model):
+    """A run on other weights is not gone on with, or shown, as the repetition of one."""
+    again = ("--from_results", whole() / "results.json", "--output_dir", argv[-1], "--resume")
+    change_model("model.safetensors", change_weights)
+    kill(*argv)
+    refused("weights other than", *again)
+    succeed(*argv, "--resume")
+    refused("weights other than", *again)
+
+
+@pytest.mark.parametrize("change", [Path.unlink, flip_a_bit])
+def test_a_lost_adapter_is_refused(change, flags, tmp_path):
     """Of a task that is trained: nothing would write it again."""
     argv = (*flags, "--setting", "single", "--output_dir", tmp_path / "out")
-    with monkeypatch.context() as patch:
-        stop_at(patch, recorder.Recorder, "add_step", 9)
-        with pytest.raises(Killed):
-            run(*argv)
+    kill(*argv)
     (file,) = (tmp_path / "out" / "adapter").glob("*/adapter_model.safetensors")
     change(file)
-    outcome = run(*argv, "--resume")
-    assert outcome.status == 2 and str(file) in outcome.err[-1]
+    refused(str(file), *argv, "--resume")
 
 
-@pytest.mark.parametrize("name", ["log.jsonl", "regroup.jsonl", "predictions"])
+@pytest.mark.parametrize("name", ["log.jsonl", "regroup.jsonl", "predictions/01_say_both.jsonl"])
 def test_a_changed_record_is_refused(name, stopped):
     """A run cannot go on exactly where its records were edited; nothing is cut or deleted."""
     argv, folder = stopped
-    file = folder / name
-    if file.is_dir():
-        (file,) = file.glob("01_*.jsonl")
-    flip_a_bit(file)
+    flip_a_bit(folder / name)
     before = snapshot(folder)
-    outcome = run(*argv, "--resume")
-    assert outcome.status == 2 and str(file) in outcome.err[-1] and snapshot(folder) == before
+    refused(str(folder / name), *argv, "--resume")
+    assert snapshot(folder) == before
 
 
-def test_contradictions_are_refused(flags, tmp_path):
-    for more, named in ((("--resume", "--overwrite"), "--overwrite"),
-                        (("--allow_other", "code"), "--allow_other"),
-                        (("--resume", "--allow_other", "data"), "data")):
-        outcome = run(*flags, *more, "--output_dir", tmp_path / "out")
-        assert outcome.status == 2 and named in outcome.err[0]
-    (tmp_path / "other").mkdir()
-    (tmp_path / "log").mkdir()
-    (tmp_path / "log/log.jsonl").symlink_to(tmp_path / "elsewhere.txt")
+@pytest.mark.parametrize("more, named", [
+    (("--resume", "--overwrite"), "--overwrite"), (("--allow_other", "code"), "--allow_other"),
+    (("--resume", "--allow_other", "data"), "data")])
+def test_contradictions_are_refused(more, named, argv):
+    refused(named, *argv, *more)
+
+
+# --- the folder of a run ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["log.jsonl", ".lock"])
+def test_a_link_is_refused(name, argv, tmp_path):
+    """A run writes into its own folder only."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / name).symlink_to(tmp_path / "elsewhere.txt")
     (tmp_path / "elsewhere.txt").write_text("mine")
-    outcome = run(*flags, "--resume", "--output_dir", tmp_path / "log")
-    assert outcome.status == 2 and "log.jsonl is a link" in outcome.err[0]
+    refused(f"{name} is a link", *argv, "--resume")
     assert (tmp_path / "elsewhere.txt").read_text() == "mine"
 
 
-def test_two_runs_in_one_folder_are_refused(stopped, whole, monkeypatch):
+@pytest.mark.parametrize("name", [".lock", "log.jsonl", "results.json"])
+def test_a_pipe_in_place_of_a_record_is_refused(name, argv):
+    """It would be waited for."""
+    argv[-1].mkdir()
+    os.mkfifo(argv[-1] / name)
+    for how in ("--resume", "--overwrite"):
+        refused(f"{name} is no file", *argv, how)
+
+
+def test_two_runs_in_one_folder_are_refused(stopped, whole):
     """The second says so and touches nothing; a run that was killed holds the folder no longer."""
     argv, folder = stopped
-    with open(folder / ".lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with filelock.FileLock(folder / ".lock"):
         before = snapshot(folder)
         for how in ("--resume", "--overwrite"):
-            outcome = run(*argv, how)
-            assert outcome.status == 2 and "another run is writing there" in outcome.err[-1]
+            refused("another run is writing there", *argv, how)
             assert snapshot(folder) == before
-
-    def no_locks(*_):
-        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
-
-    monkeypatch.setattr(fcntl, "flock", no_locks)
-    outcome = succeed(*argv, "--resume")
-    assert any("its file system has no locks" in line for line in outcome.out)
-    assert_equal_runs(folder, whole("badit"))
+    assert (folder / ".lock").exists()
+    succeed(*argv, "--resume")
+    assert_equal_runs(folder, whole())
 
 
-def test_a_folder_that_another_run_has_filled_is_refused(flags, tmp_path, monkeypatch):
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK])
+def test_a_file_system_without_locks(number, argv, monkeypatch):
+    """One line says what cannot be prevented there."""
+    def flock(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    (line,) = (line for line in succeed(*argv).out if "its file system has no locks" in line)
+    assert os.strerror(number) in line and not (argv[-1] / ".lock").exists()
+
+
+def test_a_folder_that_another_run_has_filled_is_refused(argv, monkeypatch):
     """While this one was being prepared; the other's files stay."""
-    real = models.load
+    real, file = models.load, argv[-1] / "results.json"
 
     def load(*args):
-        (tmp_path / "out").mkdir()
-        (tmp_path / "out" / "results.json").write_text("theirs")
+        file.parent.mkdir()
+        file.write_text("theirs")
         return real(*args)
 
     monkeypatch.setattr(models, "load", load)
-    outcome = run(*flags, "--output_dir", tmp_path / "out")
-    assert outcome.status == 2 and "another run has written there" in outcome.err[-1]
-    assert (tmp_path / "out" / "results.json").read_text() == "theirs"
+    refused("another run has written there", *argv)
+    assert file.read_text() == "theirs"
 
 
 @pytest.mark.parametrize("how", ["--resume", "--overwrite"])
-def test_what_a_run_reads_is_not_deleted(how, flags, whole, tmp_path):
+def test_what_a_run_reads_is_not_deleted(how, tiny, whole, tmp_path):
     """An adapter to evaluate, or results to repeat, in the run's own folder."""
-    shutil.copytree(whole("badit"), tmp_path / "out")
-    (tmp_path / "out/results.json").rename(tmp_path / "out/old.json")
-    before = snapshot(tmp_path / "out")
-    argv = [(*flags[:4], "--eval_only", "--adapter", tmp_path / "out/adapter")]
+    folder = shutil.copytree(whole(), tmp_path / "out")
+    (folder / "results.json").rename(folder / "old.json")
+    before = snapshot(folder)
+    argv = [(*tiny, "--eval_only", "--adapter", folder / "adapter")]
     if how == "--overwrite":
-        argv.append(("--from_results", tmp_path / "out/old.json"))
+        argv.append(("--from_results", folder / "old.json"))
     for words in argv:
-        outcome = run(*words, "--output_dir", tmp_path / "out", how)
-        assert outcome.status == 2 and "could be deleted" in outcome.err[0]
-    assert snapshot(tmp_path / "out") == before
+        refused("could be deleted", *words, "--output_dir", folder, how)
+    assert snapshot(folder) == before
 
 
-def test_overwriting_forgets_the_results_first(flags, whole, tmp_path, monkeypatch):
+def test_overwriting_forgets_the_results_first(argv, whole):
     """Killed meanwhile, what is left does not look like a whole run."""
-    shutil.copytree(whole("badit"), tmp_path / "out")
-    argv = (*flags, *DOG, "--output_dir", tmp_path / "out")
-    with monkeypatch.context() as patch:
-        stop_at(patch, output_folder.Path, "unlink", 2)
-        with pytest.raises(Killed):
-            run(*argv, "--overwrite")
-    assert not (tmp_path / "out/results.json").exists()
+    shutil.copytree(whole(), argv[-1])
+    kill(*argv, "--overwrite", at=(output_folder.Path, "unlink", 2))
+    assert not (argv[-1] / "results.json").exists()
     succeed(*argv, "--resume")
-    assert_equal_runs(tmp_path / "out", whole("badit"))
+    assert_equal_runs(argv[-1], whole())
 
 
 def test_what_is_not_ours_stays(stopped):
@@ -649,108 +681,28 @@ def test_what_is_not_ours_stays(stopped):
         path.write_text("mine")
     succeed(*argv, "--resume")
     assert [path.read_text() for path in mine] == ["mine"] * 3
-    assert sorted(names_in(folder)) == ["000010", "keep-000002", "notes.txt"]
-
-
-def test_numbers_of_seven_digits(stopped, whole, monkeypatch):
-    """Sorted as numbers, and kept until there is a newer one."""
-    argv, folder = stopped
-    checkpoints = folder / "checkpoints"
-    (checkpoints / "000008").rename(checkpoints / "999999")
-    (checkpoints / "000009").rename(checkpoints / "1000000")
-    with monkeypatch.context() as patch:
-        stop_at(patch, recorder.Recorder, "add_step", 1)
-        with pytest.raises(Killed):
-            run(*argv, "--resume")
-    outcome = succeed(*argv, "--resume")
-    assert any("after checkpoint 1000000" in line for line in outcome.out)
-    assert_equal_runs(folder, whole("badit"))
-
-
-def test_a_checkpoint_of_another_version_is_refused(stopped):
-    """Its sums are right: it is not damaged, and nothing is deleted."""
-    argv, folder = stopped
-    for name in names_in(folder):
-        path = folder / "checkpoints" / name
-        state = json.loads((path / "state.json").read_text())
-        checkpoint_files = {"state.json": json.dumps(state | {"more": 1}).encode(),
-                            "tensors.safetensors": (path / "tensors.safetensors").read_bytes()}
-        for file, content in checkpoint_files.items():
-            (path / file).write_bytes(content)
-        (path / "SHA256SUMS").write_text("".join(
-            f"{hashlib.sha256(content).hexdigest()}  {file}\n"
-            for file, content in checkpoint_files.items()))
-    before = snapshot(folder)
-    outcome = run(*argv, "--resume")
-    assert outcome.status == 2 and "of another version" in outcome.err[-1]
-    assert snapshot(folder) == before
-
-
-def test_a_checkpoint_that_cannot_be_read_now_is_kept(stopped, monkeypatch):
-    """It may be the disk's fault, which passes."""
-    argv, folder = stopped
-    before = snapshot(folder)
-
-    def unreadable(path):
-        raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
-
-    monkeypatch.setattr(checkpoint, "sha256_file", unreadable)
-    outcome = run(*argv, "--resume")
-    assert outcome.status == 2 and "Input/output error" in outcome.err[-1]
-    assert snapshot(folder) == before
-
-
-@pytest.mark.parametrize("name", [".lock", "log.jsonl", "results.json"])
-def test_a_pipe_in_place_of_a_record_is_refused(name, flags, tmp_path):
-    """It would be waited for."""
-    (tmp_path / "out").mkdir()
-    os.mkfifo(tmp_path / "out" / name)
-    for how in ("--resume", "--overwrite"):
-        outcome = run(*flags, "--output_dir", tmp_path / "out", how)
-        assert outcome.status == 2 and f"{name} is no file" in outcome.err[0]
+    assert names_in(folder) == ["000010", "keep-000002", "notes.txt"]
 
 
 # --- a full disk --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("file", [checkpoint.TENSORS_FILE, checkpoint.STATE_FILE])
-def test_a_full_disk_costs_no_checkpoint(file, flags, whole, tmp_path, monkeypatch):
-    """One line, status 2, the checkpoints before it whole; it goes on when there is room."""
-    argv = (*flags, *DOG, "--output_dir", tmp_path / "out")
-    real, saves = checkpoint.fsync, []
-
-    def full(path):
-        if path.name == file:
-            saves.append(path)
-        if len(saves) == 5:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-        real(path)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "fsync", full)
-        outcome = run(*argv)
-    assert outcome.status == 2 and "No space left on device" in outcome.err[-1]
-    assert "--resume" in outcome.err[-1] and not any("Traceback" in x for x in outcome.err)
-    assert names_in(tmp_path / "out") == ["000003", "000004"]
-    succeed(*argv, "--resume")
-    assert_equal_runs(tmp_path / "out", whole("badit"))
+FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 @pytest.mark.parametrize("owner, name, count", [
-    (recorder.Recorder, "add_step", 3), (adapter, "write_tensors", 1),
-    (results_file, "write_json", 1), (evaluation, "scored", 3)])
-def test_a_full_disk_while_records_are_written(owner, name, count, flags, whole, tmp_path,
-                                               monkeypatch):
-    """A step's line, an adapter, results, a prediction: one line each, and nothing is lost."""
-    argv = (*flags, *DOG, "--output_dir", tmp_path / "out")
-    with monkeypatch.context() as patch:
-        full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        stop_at(patch, owner, name, count, full)
-        outcome = run(*argv)
-    assert outcome.status == 2 and "No space left on device" in outcome.err[-1]
-    assert "--resume" in outcome.err[-1] and not any("Traceback" in x for x in outcome.err)
+    (checkpoint, "write_tensors", 5), (checkpoint.os, "rename", 5), (Recorder, "add_step", 3),
+    (adapter, "write_tensors", 1), (results_file, "write_json", 1), (evaluation, "scored", 3)])
+def test_a_full_disk_costs_nothing(owner, name, count, argv, whole):
+    """A checkpoint, a step's line, an adapter, results, a prediction: one line each, and the
+    checkpoints before it stay whole; it goes on when there is room."""
+    with failing(owner, name, count, FULL):
+        line = refused("No space left on device", *argv)
+    assert "--resume" in line
+    if owner in (checkpoint, checkpoint.os):
+        assert names_in(argv[-1]) == ["000003", "000004"]
     succeed(*argv, "--resume")
-    assert_equal_runs(tmp_path / "out", whole("badit"))
+    assert_equal_runs(argv[-1], whole())
 
 
 def test_a_limit_of_the_system_costs_nothing(stopped, whole, forks, tmp_path):
@@ -761,7 +713,7 @@ def test_a_limit_of_the_system_costs_nothing(stopped, whole, forks, tmp_path):
     assert not any("Traceback" in line for line in answer["lines"])
     assert "--resume" in answer["lines"][-1] and names_in(folder) == ["000008", "000009"]
     succeed(*argv, "--resume")
-    assert_equal_runs(folder, whole("badit"))
+    assert_equal_runs(folder, whole())
 
 
 # --- repeating a run ----------------------------------------------------------------------------
@@ -774,82 +726,41 @@ def test_from_results_repeats_a_run(method, whole, tmp_path):
     assert_equal_runs(tmp_path / "out", whole(method))
 
 
-def test_from_results_of_a_matched_lora_and_of_an_evaluation(flags, llama, suite, tmp_path):
-    """Where a flag was chosen by the model's shape, and where nothing is trained."""
-    succeed(*flags, "--method", "lora", "--rank", 1, "--output_dir", tmp_path / "one")
-    evaluate = ("--eval_only", "--adapter", tmp_path / "one" / "adapter", "--model", llama,
-                "--suite", suite, "--max_length", 64, "--max_new_tokens", 3)
-    succeed(*evaluate, "--output_dir", tmp_path / "two")
-    again = ("--from_results", tmp_path / "two" / "results.json", "--output_dir")
-    succeed(*again, tmp_path / "three")
-    assert_equal_runs(tmp_path / "two", tmp_path / "three")
-    flip = safetensors.torch.load_file(tmp_path / "one/adapter/adapter_model.safetensors")
-    safetensors.torch.save_file({key: tensor + 1 for key, tensor in flip.items()},
-                                tmp_path / "one/adapter/adapter_model.safetensors")
-    outcome = run(*again, tmp_path / "four")
-    assert outcome.status == 2 and "file of --adapter" in outcome.err[0]
+def test_from_results_of_an_evaluation(whole, tiny, tmp_path):
+    """Of the same adapter, and of no other."""
+    saved = shutil.copytree(whole("lora") / "adapter", tmp_path / "adapter")
+    succeed("--eval_only", "--adapter", saved, *tiny, *BRIEF, "--output_dir", tmp_path / "one")
+    again = ("--from_results", tmp_path / "one" / "results.json", "--output_dir")
+    succeed(*again, tmp_path / "two")
+    assert_equal_runs(tmp_path / "one", tmp_path / "two")
+    safetensors.torch.save_file(
+        {key: tensor + 1 for key, tensor in adapter_of(whole("lora")).items()},
+        saved / "adapter_model.safetensors")
+    refused("file of --adapter", *again, tmp_path / "three")
 
 
-def test_from_results_refuses_what_it_cannot_repeat(whole, tmp_path, monkeypatch):
-    """Other flags, files that are none, other versions and hostile values."""
-    file = whole("badit") / "results.json"
-    outcome = run("--from_results", file, "--epochs", 3, "--output_dir", tmp_path / "out")
-    assert outcome.status == 2 and "--epochs" in outcome.err[0]
+def test_from_results_refuses_what_it_cannot_repeat(whole, tmp_path):
+    """Other flags beside it, and results that no run of this version has written."""
+    file, bad = whole() / "results.json", tmp_path / "bad.json"
+    refused("--epochs", "--from_results", file, "--epochs", 3, "--output_dir", tmp_path / "out")
     good = json.loads(file.read_text())
-    bad = tmp_path / "bad.json"
     for change in ({"args": None}, {"args": good["args"] | {"epochs": -1}},
                    {"args": good["args"] | {"tasks": ["--help"]}},
                    {"args": good["args"] | {"speed": 1}}, {"tasks": None}, {"versions": {}},
                    {"code_sha256": 5}, {"run": None}):
         bad.write_text(json.dumps(good | change))
-        outcome = run("--from_results", bad, "--output_dir", tmp_path / "out")
-        assert outcome.status == 2 and len(outcome.err) == 1, change
-    for text in ("", "[]", "{", "[" * 100_000, "\udcff".encode("utf-8", "surrogateescape")):
-        bad.write_bytes(text if isinstance(text, bytes) else text.encode())
-        assert run("--from_results", bad, "--output_dir", tmp_path / "out").status == 2
+        refused("", "--from_results", bad, "--output_dir", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-def test_repeating_and_resuming_compare_the_model(flags, whole, llama, tmp_path, monkeypatch):
-    """A run on other weights is not gone on with, or shown, as the repetition of one."""
-    argv = (*flags, *DOG, "--output_dir", tmp_path / "out")
-    again = ("--from_results", whole("badit") / "results.json", "--output_dir", tmp_path / "out",
-             "--resume")
-    file = llama / "model.safetensors"
-    held = file.read_bytes()
-    try:
-        change_weights(file)
-        with monkeypatch.context() as patch:
-            stop_at(patch, recorder.Recorder, "add_step", 9)
-            with pytest.raises(Killed):
-                run(*argv)
-        outcomes = [run(*again)]
-        succeed(*argv, "--resume")
-        outcomes.append(run(*again))
-    finally:
-        file.write_bytes(held)
-    for outcome in outcomes:
-        assert outcome.status == 2 and "weights other than" in outcome.err[-1]
+# --- this process -------------------------------------------------------------------------------
 
 
 def test_a_closed_stream_is_no_other_file(tmp_path):
     """What would be printed there does not end up in a log."""
-    code = ("import os; from harness import early; early.print_anything(); "
-            "open('number', 'w').write(str(os.open('log', os.O_CREAT)))")
-    closed = f'{shlex.quote(sys.executable)} -c "$1" <&- >&- 2>&-'
-    path = {"PYTHONPATH": os.path.dirname(train.__file__)}
-    subprocess.run(["bash", "-c", closed, "", code], cwd=tmp_path, check=True,
-                   env=os.environ | path)
+    words = programs.words("write_first_free_handle", tmp_path / "number")
+    subprocess.run(["bash", "-c", '"$@" <&- >&- 2>&-', "bash", *words], check=True)
     assert int((tmp_path / "number").read_text()) > 2
-
-
-def test_as_argv_is_the_inverse_of_parsing():
-    """Every flag of every kind comes back."""
-    argv = ["--epochs=3", "--tasks", "a", "b", "--no_dog", "--learning_rate=0.003"]
-    kept = arguments.recorded_args(arguments.parse_flags(argv)[0])
-    words = arguments.as_argv(kept)
-    assert sorted(words) == sorted(argv)
-    assert arguments.recorded_args(arguments.parse_flags(words)[0]) == kept
 
 
 def test_deterministic_is_asked_for(flags, tmp_path, monkeypatch):
@@ -857,8 +768,7 @@ def test_deterministic_is_asked_for(flags, tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(torch, "use_deterministic_algorithms",
                         lambda mode, warn_only: asked.append(mode))
-    assert run(*flags, "--deterministic", "--max_train_per_task", 2, "--epochs", 1,
-               "--output_dir", tmp_path / "a").status == 0
-    assert run(*flags, "--max_train_per_task", 2, "--epochs", 1,
-               "--output_dir", tmp_path / "b").status == 0
-    assert asked == [True, False]
+    for more in ((), ("--deterministic",), ()):
+        succeed(*flags, "--max_train_per_task", 2, "--epochs", 1, *more, "--output_dir",
+                tmp_path / str(len(asked)))
+    assert asked == [False, True, False]
