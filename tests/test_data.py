@@ -18,10 +18,9 @@ from transformers import PreTrainedTokenizerFast
 
 import data
 from harness.checks import check_encoded
-from inputs.suites import SUPERNI, superni_manifest
+from inputs.suites import SUPERNI
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "data" / "SuperNI"
-needs_real = pytest.mark.skipif(not REAL.is_dir(), reason="needs ../shared/data/SuperNI")
 
 BY_NUMBER = {re.match(r"task(\d+)_", name)[1]: name for name in SUPERNI}
 SEED_ORDERS = {
@@ -102,9 +101,7 @@ def test_metric_by_exact_folder_name_or_key(tmp_path, name, keys, metric):
 
 
 def check_superni_heads(tasks):
-    """Three accuracy tasks; five categories of three tasks each (Table 4), two files of each."""
-    assert superni_manifest().keys() == {f"{name}/{split}.json" for name in tasks
-                                         for split in ("train", "test")}
+    """Three accuracy tasks; five categories of three tasks each (Table 4)."""
     accuracy = {name for name, task in tasks.items() if task.metric == "accuracy"}
     assert accuracy == set(names("363 875 1687"))
     groups = collections.defaultdict(set)
@@ -148,75 +145,26 @@ def test_mini_suite(tmp_path, monkeypatch):
         assert not seen & {row["input"].strip() for row in task.test}, name
 
 
-@pytest.fixture(params=["data_dir", "BADIT_DATA", "download cache"])
-def place(request, tmp_path, monkeypatch):
-    """(one of the three folders where SuperNI may be, the data_dir that goes with it)."""
-    if request.param == "download cache":
-        return tmp_path / "xdg" / "badit" / "superni", None
-    if request.param == "BADIT_DATA":
-        monkeypatch.setenv("BADIT_DATA", str(tmp_path / "there"))
-    return tmp_path / "there", str(tmp_path / "there") if request.param == "data_dir" else None
-
-
-def test_superni_with_other_content_is_refused(place):
-    """Files that parse but are not the published split fail their checksum by name."""
-    folder, data_dir = place
+@pytest.mark.skipif(not REAL.is_dir(), reason="needs ../shared/data/SuperNI")
+def test_real_superni(tmp_path, monkeypatch):
+    """11,741 train and 1,197 test instances as published; --data_dir comes before $BADIT_DATA."""
     for name in SUPERNI:
-        write_task(folder, name)
-    message = complaint(data.load_suite, "superni", data_dir)
-    assert re.search(rf"({'|'.join(SUPERNI)}).(train|test)\.json", message)
-
-
-def link_real(folder):
-    """The 30 files that are used, as links; dev.json is not among them."""
-    for name in SUPERNI:
-        (folder / name).mkdir(parents=True)
-        for split in ("train.json", "test.json"):
-            (folder / name / split).symlink_to(REAL / name / split)
-
-
-@needs_real
-def test_real_superni(place):
-    """11,741 train and 1,197 test instances pass the manifest."""
-    folder, data_dir = place
-    link_real(folder)
-    suite = data.load_suite("superni", data_dir)
+        write_task(tmp_path / "wrong", name)
+    monkeypatch.setenv("BADIT_DATA", str(tmp_path / "wrong"))
+    suite = data.load_suite("superni", str(REAL))
     assert suite.name == "superni" and set(suite.tasks) == set(SUPERNI)
-    assert sum(len(task.train) for task in suite.tasks.values()) == 11_741
-    assert sum(len(task.test) for task in suite.tasks.values()) == 1_197
     check_superni_heads(suite.tasks)
     sizes = {"073": (975, 100), "181": (338, 43), "1572": (160, 20), "639": (142, 18),
              "1590": (126, 16)}
     for number, name in BY_NUMBER.items():
         task = suite.tasks[name]
         assert (len(task.train), len(task.test)) == sizes.get(number, (1000, 100))
-    empty = [row for row in suite.tasks[BY_NUMBER["511"]].train if row["outputs"] == [""]]
-    assert len(empty) == 6
+    assert sum(len(task.train) for task in suite.tasks.values()) == 11_741
+    assert sum(len(task.test) for task in suite.tasks.values()) == 1_197
+    assert sum(row["outputs"] == [""] for row in suite.tasks[BY_NUMBER["511"]].train) == 6
     several = {name: sum(len(row["outputs"]) > 1 for row in task.test)
                for name, task in suite.tasks.items()}
-    several = {name: count for name, count in several.items() if count}
-    assert several == {BY_NUMBER["002"]: 17, BY_NUMBER["748"]: 23}
-
-
-@needs_real
-@pytest.mark.parametrize("split", ["train.json", "test.json"])
-def test_real_superni_with_one_byte_more_is_refused(tmp_path, split):
-    """Every file is checked; one blank more, still the same JSON, is named."""
-    link_real(tmp_path)
-    path = tmp_path / BY_NUMBER["875"] / split
-    content = path.read_bytes() + b"\n"
-    path.unlink()
-    path.write_bytes(content)
-    assert f"{BY_NUMBER['875']}/{split}" in complaint(data.load_suite, "superni", str(tmp_path))
-
-
-@needs_real
-def test_data_dir_comes_before_the_variable(tmp_path, monkeypatch):
-    """The flag wins over $BADIT_DATA, which here holds other content."""
-    for name in SUPERNI:
-        write_task(tmp_path / "wrong", name)
-    monkeypatch.setenv("BADIT_DATA", str(tmp_path / "wrong"))
-    assert len(data.load_suite("superni", str(REAL)).tasks) == 15
+    assert several == dict.fromkeys(SUPERNI, 0) | {BY_NUMBER["002"]: 17, BY_NUMBER["748"]: 23}
 
 
 # --- choosing and ordering tasks ----------------------------------------------------------------
@@ -693,24 +641,11 @@ def stored(folder):
             for path in folder.rglob("*") if path.is_file()}
 
 
-def test_download(server, tmp_path):
-    """Every file of the manifest and nothing else; only what is missing or wrong is asked for."""
-    manifest, target = manifest_of(server.files), tmp_path / "deep" / "superni"
-    data.download(target, server.url, manifest)
-    assert stored(target) == server.files and sorted(server.asked) == sorted(server.files)
-    (target / "alpha/test.json").write_bytes(server.files["alpha/test.json"][:1000])
-    (target / "beta/train.json").unlink()
-    for asked in (["alpha/test.json", "beta/train.json"], []):
-        server.asked.clear()
-        data.download(str(target), server.url, manifest)
-        assert sorted(server.asked) == asked and stored(target) == server.files
-
-
 @pytest.mark.parametrize("path", ["alpha/test.json", "beta/train.json"])
 @pytest.mark.parametrize("fault", ["wrong checksum", "truncated", "dropped", 404, 500,
                                    "bad redirect", "no length", "two lengths", "endless length"])
 def test_download_failure_then_retry(server, tmp_path, fault, path):
-    """A fault names the file and leaves nothing but whole files; a re-run completes."""
+    """A fault names the file and leaves nothing but whole files; a re-run fetches the rest."""
     manifest = manifest_of(server.files)
     server.faults[path] = fault
     message = complaint(data.download, tmp_path / "d", server.url, manifest)

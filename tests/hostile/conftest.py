@@ -44,7 +44,7 @@ def the_line(err):
     return line
 
 
-def refused(*argv, named=()):
+def rejected(*argv, named=()):
     """Call train.main, which must say why not in one line and change nothing -> that line."""
     before = snapshot(Path.cwd())
     outcome = run(*argv)

@@ -5,10 +5,10 @@ import shutil
 
 import pytest
 import safetensors.torch
-from conftest import SMALL, results_of, write_json
+from conftest import BRIEF, SMALL, results_of, write_json
 from suite_files import complaint
 
-from hostile.conftest import refused
+from hostile.conftest import rejected
 from registry import read_adapter_config
 
 
@@ -31,7 +31,7 @@ def test_a_broken_adapter(finished, tmp_path, change, named):
 def evaluation(finished, llama, suite, tmp_path):
     """Flags that evaluate a copy of an adapter."""
     shutil.copytree(finished / "adapter", tmp_path / "adapter")
-    return ("--eval_only", "--adapter", "adapter", "--model", llama, "--suite", suite, *SMALL[4:])
+    return ("--eval_only", "--adapter", "adapter", "--model", llama, "--suite", suite, *BRIEF)
 
 
 def test_an_adapter_of_another_base(evaluation, llama, tmp_path):
@@ -41,18 +41,18 @@ def test_an_adapter_of_another_base(evaluation, llama, tmp_path):
     state = safetensors.torch.load_file(file)
     state["model.norm.weight"][0] += 1e-3
     safetensors.torch.save_file(state, file, metadata={"format": "pt"})
-    refused(*evaluation, "--model", "model", "--output_dir", "out", named="another base model")
+    rejected(*evaluation, "--model", "model", "--output_dir", "out", named="another base model")
 
 
 def test_an_adapter_remembers_its_chat_template(evaluation, tmp_path):
     """Prompts of another form than in training are refused."""
     file = tmp_path / "adapter" / "adapter_config.json"
     write_json(file, json.loads(file.read_text()) | {"chat_template": True})
-    refused(*evaluation, named="--chat_template")
+    rejected(*evaluation, named="--chat_template")
 
 
 def test_no_adapter(no_weights, evaluation):
-    refused(*evaluation, "--adapter", "nowhere", named="no adapter at nowhere")
+    rejected(*evaluation, "--adapter", "nowhere", named="no adapter at nowhere")
 
 
 @pytest.mark.parametrize("content", [
@@ -61,8 +61,8 @@ def test_no_adapter(no_weights, evaluation):
 def test_single_task_results_that_are_none(no_weights, llama, suite, tmp_path, content):
     """Any JSON that is no results.json."""
     (tmp_path / "single.json").write_text(content)
-    refused("--model", llama, "--suite", suite, *SMALL, "--single_task_results", "single.json",
-            named="single.json")
+    rejected("--model", llama, "--suite", suite, *SMALL, "--single_task_results", "single.json",
+             named="single.json")
 
 
 @pytest.mark.parametrize("key, value, named", [
@@ -81,5 +81,5 @@ def test_single_task_results_of_another_run(no_weights, finished, llama, suite, 
     single["scores"] = {"best": [[1.0] * 3] * 3, "first": [[1.0] * 3] * 3}
     single[key] = single[key] | value if key == "args" else value
     write_json(tmp_path / "single.json", single)
-    refused("--model", llama, "--suite", suite, *SMALL, "--epochs", 1, "--max_train_per_task", 2,
-            "--single_task_results", "single.json", named=named)
+    rejected("--model", llama, "--suite", suite, *SMALL, "--epochs", 1, "--max_train_per_task", 2,
+             "--single_task_results", "single.json", named=named)

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 
 import train
 from harness import launch
-from hostile.conftest import refused
+from hostile.conftest import rejected
 
 WHOLE = ("epochs", "batch_size", "gradient_accumulation_steps", "max_train_per_task",
          "max_eval_per_task", "max_length", "max_new_tokens", "eval_batch_size", "rank",
@@ -31,7 +31,7 @@ ENDLESS = ("9" * 400, "1e400", "1_0000000000")  # neither an overflow nor an all
 
 
 @pytest.fixture
-def tiny(no_weights, llama, suite):
+def start(no_weights, llama, suite):
     """Flags of a run that nothing is wrong with."""
     return ("--model", llama, "--suite", suite, *SMALL)
 
@@ -41,7 +41,7 @@ def tiny(no_weights, llama, suite):
                          + [("batch_size", value) for value in ENDLESS])
 def test_bad_numbers(no_weights, name, value):
     """Zero, negative or non-finite where that makes no sense; the flag and the value are named."""
-    refused(f"--{name}={value}", named=(f"--{name}", repr(value), "--help"))
+    rejected(f"--{name}={value}", named=(f"--{name}", repr(value), "--help"))
 
 
 @pytest.mark.parametrize("flags, named", [
@@ -63,7 +63,7 @@ def test_bad_numbers(no_weights, name, value):
 ])
 def test_argparse_errors_are_one_line(no_weights, flags, named):
     """No usage text; the line points to --help."""
-    assert "--help" in refused(*flags.split(), named=named)
+    assert "--help" in rejected(*flags.split(), named=named)
 
 
 def test_help_tells_every_flag(capsys):
@@ -110,7 +110,7 @@ def test_help_tells_every_flag(capsys):
 def test_flags_that_would_be_ignored_are_refused(no_weights, llama, flags):
     """A flag that the method or the setting does not read, also with its default as value."""
     flags, named = flags.split(" : ")
-    refused("--model", llama, *flags.split(), named=named)
+    rejected("--model", llama, *flags.split(), named=named)
 
 
 @pytest.mark.parametrize("flags", [
@@ -119,7 +119,7 @@ def test_flags_that_would_be_ignored_are_refused(no_weights, llama, flags):
 def test_evaluation_reads_no_training_flags(no_weights, finished, flags):
     """With --eval_only the adapter's own method and settings count."""
     named = ("zero_shot", "badit") if "zero_shot" in flags else flags.split()[0]
-    refused("--eval_only", "--adapter", finished / "adapter", *flags.split(), named=named)
+    rejected("--eval_only", "--adapter", finished / "adapter", *flags.split(), named=named)
 
 
 @pytest.mark.parametrize("flags, named", [
@@ -148,9 +148,9 @@ def test_evaluation_reads_no_training_flags(no_weights, finished, flags):
     (["--chat_template"], "--chat_template"),
     (["--single_task_results", "nowhere.json"], "nowhere.json"),
 ])
-def test_unknown_names_and_impossible_sizes(tiny, flags, named):
+def test_unknown_names_and_impossible_sizes(start, flags, named):
     """What is wrong is named, with what is allowed; of flags given twice the last counts."""
-    refused(*tiny, *flags, named=named.split())
+    rejected(*start, *flags, named=named.split())
 
 
 def test_the_smallest_max_length_is_named(llama, suite):
@@ -161,7 +161,7 @@ def test_the_smallest_max_length_is_named(llama, suite):
                  for row in instances("say_both", range(12)))
     argv = ("--model", llama, "--suite", suite, *SMALL, "--tasks", "say_both", "--max_length")
     for length in (1, enough - 1):
-        line = refused(*argv, length, named=("say_both", "--max_length"))
+        line = rejected(*argv, length, named=("say_both", "--max_length"))
         assert str(enough) in re.findall(r"\d+", line)
     succeed(*argv, enough, "--epochs", 1, "--eval_tasks", "none")
 
@@ -169,40 +169,40 @@ def test_the_smallest_max_length_is_named(llama, suite):
 # --- the output folder --------------------------------------------------------------------------
 
 
-def test_an_output_folder_in_use(finished, tiny, tmp_path):
+def test_an_output_folder_in_use(finished, start, tmp_path):
     """Refused without --overwrite, for any file in it; an empty folder is free."""
-    refused(*tiny, "--output_dir", finished, named=(str(finished), "--overwrite"))
+    rejected(*start, "--output_dir", finished, named=(str(finished), "--overwrite"))
     (tmp_path / "used").mkdir()
     (tmp_path / "used" / ".hidden").write_text("mine")
-    refused(*tiny, "--output_dir", "used", named="used")
+    rejected(*start, "--output_dir", "used", named="used")
 
 
 @pytest.mark.parametrize("flags", [[], ["--overwrite"]])
 @pytest.mark.parametrize("folder", ["file", "file/below", "file/deep/below"])
-def test_an_output_folder_that_cannot_be(tiny, tmp_path, folder, flags):
+def test_an_output_folder_that_cannot_be(start, tmp_path, folder, flags):
     """A file stands in the way."""
     (tmp_path / "file").write_text("mine")
-    refused(*tiny, "--output_dir", folder, *flags, named="file")
+    rejected(*start, "--output_dir", folder, *flags, named="file")
 
 
 @pytest.mark.parametrize("flags", [["--tasks", "no_such_task"], ["--target_modules", "gate"],
                                    ["--suite", "nowhere"], ["--max_length", "1"]])
-def test_overwrite_with_bad_input_loses_nothing(finished, tiny, tmp_path, flags):
+def test_overwrite_with_bad_input_loses_nothing(finished, start, tmp_path, flags):
     """What is on disk stays until a run can start."""
     shutil.copytree(finished, tmp_path / "out")
-    refused(*tiny, "--output_dir", "out", "--overwrite", *flags, named=flags[1])
+    rejected(*start, "--output_dir", "out", "--overwrite", *flags, named=flags[1])
 
 
 # --- the launcher and the environment -----------------------------------------------------------
 
 
 @pytest.mark.parametrize("tracker", ["tensorboard", "wandb", "trackio", "mlflow"])
-def test_a_tracker_that_is_not_installed(tiny, monkeypatch, tracker):
+def test_a_tracker_that_is_not_installed(start, monkeypatch, tracker):
     """Named with what to install, before data or weights are read."""
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec",
                         lambda name, *rest: None if name == tracker else found(name, *rest))
-    refused(*tiny, "--report_to", tracker, named=(tracker, "pip install"))
+    rejected(*start, "--report_to", tracker, named=(tracker, "pip install"))
 
 
 @pytest.mark.parametrize("variables, named", [
@@ -214,12 +214,12 @@ def test_a_tracker_that_is_not_installed(tiny, monkeypatch, tracker):
         {"ACCELERATE_DYNAMO_BACKEND": "abacus"}, {"WORLD_SIZE": "2"},
         {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "some"})),
 ], ids=str)
-def test_what_the_launcher_cannot_ask_for(tiny, variables, named):
+def test_what_the_launcher_cannot_ask_for(start, variables, named):
     """Another precision, accumulation or sharding, whatever is installed; and what is no value."""
     before = dict(os.environ)  # to which Accelerate adds
     os.environ.update(variables)
     try:
-        refused(*tiny, named=named.split("|") if "|" in named else named.split())
+        rejected(*start, named=named.split("|") if "|" in named else named.split())
     finally:
         os.environ.clear()
         os.environ.update(before)

@@ -20,10 +20,22 @@ from typing import Literal, get_args, get_origin
 import pytest
 import safetensors.torch
 import torch
-from conftest import SMALL, TASKS, instances, run, snapshot, succeed, write_json, write_suite
+from conftest import (
+    SMALL,
+    TASKS,
+    Killed,
+    assert_equal_runs,
+    failing,
+    files_of,
+    instances,
+    run,
+    snapshot,
+    succeed,
+    write_json,
+    write_suite,
+)
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from test_resume import Killed, assert_equal_runs, content_of, stop_at
 
 import models
 from harness import checkpoint
@@ -467,8 +479,7 @@ def stopped(llama, suite, tmp_path_factory):
              "--max_eval_per_task", 2, "--max_new_tokens", 2, "--checkpoint_every", 1,
              "--regroup_every", 2)
     succeed(*flags, "--output_dir", root / "whole")
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
-        stop_at(patch, Recorder, "add_step", 8)
+    with failing(Recorder, "add_step", 8), pytest.raises(Killed):
         run(*flags, "--output_dir", root / "killed")
     return flags, root / "killed", root / "whole"
 
@@ -490,7 +501,7 @@ def resume(stopped, change, sealed=False):
             return
         assert contents(folder / "theirs") == before
         if sealed:
-            assert content_of(folder / "out").keys() == content_of(whole).keys()
+            assert files_of(folder / "out").keys() == files_of(whole).keys()
             check_results(folder / "out")
         else:
             assert_equal_runs(folder / "out", whole)

@@ -13,7 +13,7 @@ from suite_files import complaint
 from transformers import BertConfig
 
 import models
-from hostile.conftest import refused
+from hostile.conftest import rejected
 from inputs import embedded
 
 WEIGHT = "model.layers.1.mlp.up_proj.weight"
@@ -121,8 +121,8 @@ def test_a_library_that_panics(no_weights, llama, suite, monkeypatch):
         raise PanicException("index out of bounds:\n\n  the len is 0\x1b[31m " + "x" * 999)
 
     monkeypatch.setattr(models.AutoTokenizer, "from_pretrained", panic)
-    line = refused("--model", llama, "--suite", suite, *SMALL,
-                   named="(index out of bounds: the len is 0\\x1b[31m xxx")
+    line = rejected("--model", llama, "--suite", suite, *SMALL,
+                    named="(index out of bounds: the len is 0\\x1b[31m xxx")
     assert "x" * 300 not in line
 
 
@@ -142,14 +142,14 @@ def test_a_damaged_copy_of_the_embedded_model(no_weights, suite, tmp_path, monke
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     folder = tmp_path / "badit" / f"{models.EMBEDDED}-{embedded.SHA256[:12]}"
     folder.mkdir(parents=True)
-    line = refused("--suite", suite, named=f"delete {folder} and run again")
+    line = rejected("--suite", suite, named=f"delete {folder} and run again")
     assert "licence" not in line
 
 
 def test_a_tokenizer_without_an_end(no_weights, model, suite):
     """Nothing would end an answer."""
     setting(eos_token=None)(model / "tokenizer_config.json")
-    refused("--model", "model", "--suite", suite, *SMALL, named="EOS")
+    rejected("--model", "model", "--suite", suite, *SMALL, named="EOS")
 
 
 def test_token_ids_beyond_the_embedding(model, suite):
@@ -159,7 +159,7 @@ def test_token_ids_beyond_the_embedding(model, suite):
             "--max_eval_per_task", 1)
     succeed(*argv, "--output_dir", "out")
     setting(pad_token="never")(model / "tokenizer_config.json")
-    refused(*argv, "--output_dir", "other", named=("305", "300"))
+    rejected(*argv, "--output_dir", "other", named=("305", "300"))
 
 
 # --- weights ------------------------------------------------------------------------------------
@@ -201,8 +201,8 @@ def test_bad_weights(model, suite, tmp_path, case):
     change, named = BAD_WEIGHTS[case]
     change(model)
     write_json(tmp_path / "out" / "results.json", {"old": True})
-    refused("--model", "model", "--suite", suite, *SMALL, "--output_dir", "out", "--overwrite",
-            named=named)
+    rejected("--model", "model", "--suite", suite, *SMALL, "--output_dir", "out", "--overwrite",
+             named=named)
 
 
 def test_buffers_of_older_checkpoints(model):

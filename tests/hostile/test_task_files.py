@@ -5,7 +5,7 @@ from conftest import SMALL, write_json
 from suite_files import DEFINITION, complaint, item, write_task
 
 import data
-from hostile.conftest import refused
+from hostile.conftest import rejected
 from inputs.task_files import LONGEST
 
 GOOD = {"Definition": [DEFINITION],
@@ -144,7 +144,7 @@ def test_a_task_that_no_file_of_a_run_can_be_named_for(tmp_path, name):
 @pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
 def test_a_task_named_as_a_file_of_an_adapter(no_weights, llama, tmp_path, name):
     write_task(tmp_path / "suite", name)
-    refused("--model", llama, "--suite", "suite", *SMALL, named=name)
+    rejected("--model", llama, "--suite", "suite", *SMALL, named=name)
 
 
 def test_no_suite(tmp_path):
@@ -159,5 +159,5 @@ def test_no_suite(tmp_path):
 def test_a_whole_run_with_a_bad_file(no_weights, llama, tmp_path):
     """Status 2 and the same line; the disk stays."""
     write_task(tmp_path / "suite", "alpha", [item(5)])
-    refused("--model", llama, "--suite", "suite", *SMALL,
-            named=("suite/alpha/train.json, instance 0", "input"))
+    rejected("--model", llama, "--suite", "suite", *SMALL,
+             named=("suite/alpha/train.json, instance 0", "input"))
