@@ -3,31 +3,125 @@
 import functools
 import math
 import string
+import types
+import unicodedata
+
+import regex  # `re` knows neither categories nor scripts
+
+# What differs from the text on the left in typography alone, and counts as that text.
+_FORMS = {
+    "'": "\u2018\u2019\u201a\u201b\u02bc",  # curly, low and reversed quotes, letter apostrophe
+    '"': "\u201c\u201d\u201e\u201f",
+    "-": "\u2010\u2011\u2012\u2013\u2014\u2015\u2212\ufe58\ufe63",  # hyphens, dashes, minus sign
+    "..": "\u2025",
+    "...": "\u2026",
+    # Not to be seen: soft hyphen, zero width space and no-break space, word joiner, marks of
+    # direction, selectors of plain or coloured emoji. Tatweel only makes a word longer.
+    "": "\u00ad\u200b\ufeff\u2060\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e"
+        "\u2066\u2067\u2068\u2069\ufe0e\ufe0f\u0640",
+}
+_WIDTHS = {code: unicodedata.decomposition(chr(code)).split() for code in range(0xFF01, 0xFFEF)}
+_TO_ONE_FORM = {
+    **{ord(form): one for one, forms in _FORMS.items() for form in forms},
+    # Letters, digits and signs of full or half width: "<wide> 0041" is how Unicode writes an A.
+    **{code: int(width[1], 16) for code, width in _WIDTHS.items() if width},
+}
+
+# Full stops, commas, colons, question marks and so on of all scripts, but not # % & * @ / \ + -.
+# Unicode's own list lacks three marks of Armenian.
+_STOP = r"\p{Terminal_Punctuation}\u055b\u055c\u055e"
+_QUOTE = r"\p{Quotation_Mark}\p{Pi}\p{Pf}"
+_OPENING = rf"\s\p{{Ps}}\u00a1\u00bf\u2e18{_QUOTE}"  # with the inverted marks of Spanish
+# Stops before a digit or a symbol end no sentence: .5 is not 5, and != is not =.
+_LEFT_EDGE = regex.compile(rf"^(?:[{_OPENING}]|[{_STOP}]++(?=[\p{{L}}{_OPENING}]))+")
+# A bracket that was opened within the text is a part of it: f() is not f. The search runs from
+# the end, (?r), as it would try every run of punctuation on its way from the start.
+_RIGHT_EDGE = regex.compile(rf"(?r)(?:[\s{_STOP}{_QUOTE}]|(?<!\p{{Ps}}[^\p{{Pe}}]*)\p{{Pe}})+\Z")
+
+# Letters of scripts that put no spaces between words; the last class is of those of Thailand and
+# around it. Tibetan is not among them, since a mark ends each of its syllables.
+_UNSPACED = (r"[\p{L}&&[\p{scx=Han}\p{scx=Hiragana}\p{scx=Katakana}"
+             r"\p{Line_Break=Complex_Context}]]")
+_SPACED = rf"[[\p{{L}}\p{{N}}]--{_UNSPACED}]"
+_WORD = regex.compile(rf"(?V1){_UNSPACED}\p{{M}}*+|(?:{_SPACED}++\p{{M}}*+)++")
 
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def rouge_l(prediction, reference):
-    """Rouge-L F1 with Porter stemming, 0 to 100."""
-    return 100.0 * _rouge_scorer().score(reference, prediction)["rougeL"].fmeasure
+    """Rouge-L F1 over words of any script, with Porter stemming of English ones, 0 to 100.
+
+    Two texts without any word, such as "+" and "-", are compared whole, as `exact_match` does.
+    """
+    predicted, expected = _words(prediction), _words(reference)
+    if not predicted and not expected:
+        return exact_match(prediction, reference)
+    return 100.0 * _rouge().score(expected, predicted)["rougeL"].fmeasure
 
 
 @functools.cache
-def _rouge_scorer():
-    from rouge_score.rouge_scorer import RougeScorer  # not above: it takes most of a second to load
-    return RougeScorer(["rougeL"], use_stemmer=True)
+def _rouge():
+    from nltk.stem.porter import PorterStemmer  # here, as it doubles the start-up time
+    from rouge_score.rouge_scorer import RougeScorer  # this as well
+
+    stem = PorterStemmer().stem
+
+    def stemmed(words):  # those that rouge_score stems
+        return [stem(word) if len(word) > 3 and word.isascii() else word for word in words]
+
+    return RougeScorer(["rougeL"], tokenizer=types.SimpleNamespace(tokenize=stemmed))
+
+
+def _words(text):
+    """Runs of letters and digits with their marks; in scripts without spaces each letter."""
+    return _WORD.findall(_in_one_form(text))
+
+
+def _in_one_form(text):
+    """Text with one form of all that is the same but for Unicode form, case or typography."""
+    # Case is folded between both normal forms, since folding composed letters misses some pairs.
+    text = unicodedata.normalize("NFD", text).casefold().translate(_TO_ONE_FORM)
+    return " ".join(unicodedata.normalize("NFC", text).split())
 
 
 def exact_match(prediction, reference):
-    """100.0 if both are equal after lower-casing, dropping punctuation and folding white space."""
-    return 100.0 if _normalise(prediction) == _normalise(reference) else 0.0
+    """100.0 if both texts are the same but for case, typography and punctuation at the ends.
+
+    Punctuation that is all of a text, and any within it, counts; so do symbols everywhere: "-1" is
+    not "1", "1.5" not "15", "C#" not "C++", "." not "".
+    """
+    return 100.0 if _bare(prediction) == _bare(reference) else 0.0
 
 
-def _normalise(text):
+def _bare(text):
+    text = _in_one_form(text)
+    return _RIGHT_EDGE.sub("", _LEFT_EDGE.sub("", text)) or text
+
+
+def exact_match_paper(prediction, reference):
+    """The released scripts' rule: 100.0 if both are equal in lower case, without punctuation.
+
+    Without any ASCII punctuation, that is, and with white space folded. It takes "+" for "-",
+    "1.5" for "15" and "C#" for "C++".
+    """
+    return 100.0 if _without_punctuation(prediction) == _without_punctuation(reference) else 0.0
+
+
+def _without_punctuation(text):
     return " ".join(text.lower().translate(_NO_PUNCTUATION).split())
 
 
 SCORERS = {"rouge_l": rouge_l, "accuracy": exact_match}
+_COUNTED = {"rouge_l": _words, "accuracy": _bare}
+
+
+def counts_anything(reference, metric):
+    """Whether a reference holds what a metric counts: words for rouge_l, anything for accuracy.
+
+    Where it does not, its score is 100 or 0 by equality. Raises ValueError for an unknown metric.
+    """
+    scorer(metric)
+    return bool(_COUNTED[metric](reference))
 
 
 def scorer(metric):
@@ -54,8 +148,8 @@ def as_evaluate_metric(metric):
 
 @functools.cache
 def _evaluate_class():
-    import datasets  # not above: both are slow, and training needs neither
-    import evaluate
+    import datasets  # both here: they are slow, and training does not need them
+    import evaluate  # as above
 
     class SuperNIMetric(evaluate.Metric):
         """Mean score of predictions against the best and the first of their references."""

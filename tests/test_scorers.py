@@ -1,0 +1,410 @@
+"""The scorers on texts of any script and of symbols, against naive versions of their rules."""
+
+import itertools
+import json
+import string
+import subprocess
+import sys
+import unicodedata
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rouge_score.rouge_scorer import RougeScorer
+
+import metrics
+
+ROOT = Path(metrics.__file__).parent
+SHARED = ROOT.parent / "shared"
+SUPERNI, LONG_SEQUENCE = SHARED / "data" / "SuperNI", SHARED / "data" / "Long_Sequence"
+needs_data = pytest.mark.skipif(not SUPERNI.is_dir(), reason="needs ../shared/data/SuperNI")
+# The labels of the accuracy tasks of SuperNI.
+LABELS = {"task363_sst2_polarity_classification": ("POS", "NEG"),
+          "task875_emotion_classification": ("sadness", "joy", "love", "anger", "fear", "surprise"),
+          "task1687_sentiment140_classification": ("positive", "negative")}
+drawn = settings(max_examples=300, derandomize=True, deadline=None, database=None)
+rouge_score = RougeScorer(["rougeL"], use_stemmer=True)
+
+
+def references_of(path):
+    """All references of a file of instances, in its order."""
+    outputs = [instance["output"] for instance in json.loads(path.read_text())["Instances"]]
+    return [each for output in outputs
+            for each in (output if isinstance(output, list) else [output])]
+
+
+# Exact match
+
+EQUAL = [
+    ("(a)", "a"), ("Yes.", "yes"), ('"positive"', "positive"), ("POS", "pos"), ("[yes].", "yes"),
+    ("a)", "a"), ("a", "(a"), ("yes!?", "Yes"), ("  a\t\n b ", "A B"), ("5.", "5"), ("C#.", "c#"),
+    (": yes", "yes"), ("...yes", "yes"), (". 5", "5"), ("[(a)]", "a"), ("'.yes'", "yes"),
+    ("f(x).", "f(x)"), ("(f(x))", "f(x)"),
+    ("+.", "+"), ("+", " + "), (".", "."), ("", ""), ("", " \n"),
+    # Punctuation of other scripts and languages.
+    ("北京。", "北京"), ("「北京」", "北京"), ("『北京』！", "北京"), ("（北京）", "北京"),
+    ("北京，", "北京"), ("北京：", "北京"), ("北京；", "北京"), ("北京？", "北京"),
+    ("、北京、", "北京"), ("【是】", "是"), ("《是》", "是"), ("\u2e02a\u2e03", "a"), ("አዎ።", "አዎ"),
+    ("نعم؟", "نعم"), ("نعم،", "نعم"), ("نعم؛", "نعم"), ("हाँ।", "हाँ"),
+    ("այո։", "այո"), ("այո՞", "այո"), ("‹oui›", "oui"), ("ναι\u037e", "ναι"),
+    ("¿Sí?", "sí"), ("¡No!", "no"), ("¿5?", "5"), ("«да»", "да"), ("»ja«", "ja"), ("„ja“", "ja"),
+    # One text in two Unicode forms, cases or typographies.
+    ("caf\u00e9", "cafe\u0301"), ("\ud55c", "\u1112\u1161\u11ab"), ("\u212b", "\u00e5"),
+    ("STRASSE", "straße"), ("ΣΟΦΟΣ", "σοφος"), ("\ufb01n", "FIN"), ("\u1f80\u0301", "\u1f84"),
+    ("don’t", "don't"), ("don‘t", "don't"), ("п\u02bcять", "п’ять"), ("say “a” now", 'say "a" now'),
+    ("say „a‟ now", 'say "a" now'), ("\u22121", "-1"), ("1\u20132", "1-2"), ("a\u2014b", "a-b"),
+    ("a\u2010b", "a-b"), ("a\u2011b", "a-b"), ("a\u2012b", "a-b"), ("a\u2015b", "a-b"),
+    ("\ufe63", "-"), ("\ufe58", "-"), ("\uff0d", "-"), ("\uff0b", "+"), ("\u2212", "-"),
+    ("10\u00a0km", "10 km"), ("10\u202fkm", "10 km"), ("10\u2007km", "10 km"),
+    ("北\u3000京", "北 京"),
+    ("so…so", "so...so"), ("…", "..."), ("‥", ".."), ("ＡＢＣ１２３", "abc123"), ("Ｃ＃", "C#"),
+    ("￥5", "¥5"), ("ﾃﾞｰﾀ", "データ"), ("co\u00adop", "coop"), ("\ufeffyes", "yes"),
+    ("yes\u200b", "yes"), ("\u200fנכון", "נכון"), ("✔\ufe0f", "✔"), ("ســـلام", "سلام"),
+]
+DIFFERENT = [
+    ("+", "-"), ("1", "-1"), ("1.5", "15"), ("C#", "C++"), ("C", "C#"), ("", "+"), (".", ""),
+    ("5%", "5"), ("$5", "5"), ("#5", "5"), ("a*", "a"), ("a&b", "ab"), ("@a", "a"), ("/a", "a"),
+    ("a\\", "a"), ("a_", "a"), ("a-", "a"), ("~5", "5"), ("5°", "5"), ("<", ">"), ("<a>", "a"),
+    (".5", "5"), ("0.5", "05"), ("1,000", "1000"), ("(.5)", "5"), ("!=", "="), (":=", "="),
+    (".*", "*"), ("=)", "=("), (":-)", ":-("), (":)", ":("), ("()", "[]"), ("(", ")"), ("?", "!"),
+    (".", "..."), ("'", '"'), ("f(x)", "f(x"), ("int[]", "int"), ("f()", "f"), ("{}", ""),
+    ("e.g.", "eg"), ("U.S.", "US"), ("well-known", "wellknown"), ("a - b", "a b"),
+    ("don't", "dont"), ("5%", "5."), ("e.g. 5%", "5"),
+    ("the cat", "cat"), ("cats", "cat"), ("ab", "a b"), ("北京", "上海"), ("北京", "北 京"),
+    ("。", ""), ("。", "."), ("café", "cafe"), ("x²", "x2"), ("½", "12"), ("①", "1"), ("👍", "👎"),
+    ("👍", ""), ("नहीं", "नही"), ("か", "が"), ("←", "→"), ("≤", "≥"), ("≠", "="), ("‰", "%"),
+    ("a‰", "a"),
+]
+
+
+@pytest.mark.parametrize("one, other, expected", [(*pair, 100.0) for pair in EQUAL]
+                         + [(*pair, 0.0) for pair in DIFFERENT])
+def test_exact_match(one, other, expected):
+    """Case, typography and punctuation at the ends do not count; everything else does."""
+    for pair in ((one, other), (other, one)):
+        value = metrics.exact_match(*pair)
+        assert isinstance(value, float) and value == expected
+
+
+# The rule for ASCII and some more, character by character.
+STOPS, QUOTES, OPENING, CLOSING = ".,:;!?。，", "\"'«»", "([{（「¿", ")]}）」"
+OTHERS = "aAbé5-+=#%&*@/\\$_ \t北"
+FORMS = str.maketrans({"（": "(", "）": ")", "，": ",", "\t": " "})
+
+
+def naive_bare(text):
+    """What exact match compares, by loops over the characters of the alphabet above."""
+    chars = list(" ".join(text.lower().translate(FORMS).split()))
+
+    def comes_off_left():
+        if chars[0] in OPENING + QUOTES + " 「」":
+            return chars[0] not in ")]}"
+        rest = "".join(chars).lstrip(STOPS)
+        return chars[0] in STOPS and rest and (
+            rest[0].isalpha() or rest[0] in OPENING + QUOTES + " 」")
+
+    def comes_off_right():
+        if chars[-1] in STOPS + QUOTES + " 「」":
+            return True
+        before = [char for char in chars[:-1] if char in "()[]{}「」"]
+        return chars[-1] in ")]}" and not (before and before[-1] in "([{「")
+
+    while chars and comes_off_left():
+        del chars[0]
+    while chars and comes_off_right():
+        del chars[-1]
+    return "".join(chars) or " ".join(text.lower().translate(FORMS).split())
+
+
+texts = st.text(st.sampled_from(STOPS + QUOTES + OPENING + CLOSING + OTHERS), max_size=7)
+
+
+@drawn
+@given(texts, texts)
+def test_exact_match_against_naive_loops(one, other):
+    """Both texts as drawn; and one with its naive form, of which the match must be full."""
+    expected = 100.0 if naive_bare(one) == naive_bare(other) else 0.0
+    assert metrics.exact_match(one, other) == expected
+    assert metrics.exact_match(one, naive_bare(one)) == 100.0
+
+
+@drawn
+@given(st.text(max_size=12), st.text(max_size=12))
+def test_exact_match_is_symmetric(one, other):
+    """And every text equals itself, in each of Unicode's canonical forms."""
+    assert metrics.exact_match(one, other) == metrics.exact_match(other, one)
+    for form in ("NFC", "NFD"):
+        assert metrics.exact_match(one, unicodedata.normalize(form, one)) == 100.0
+
+
+@drawn
+@given(st.one_of(texts, st.text(max_size=12)))
+def test_normalisation_is_idempotent(text):
+    """What was taken for the same text stays as it is when it is normalised again."""
+    for normalise in (metrics._in_one_form, metrics._bare):
+        assert normalise(normalise(text)) == normalise(text)
+
+
+def test_normalisation_is_idempotent_for_every_character():
+    """Of the first two planes; also for surrogates, which a file may hold as escapes."""
+    changed = [code for code in range(0x20000)
+               if (once := metrics._bare(chr(code))) != metrics._bare(once)]
+    assert changed == []
+
+
+def test_content_is_nothing_to_strip():
+    """Of ASCII, only sentence punctuation, quotes and brackets come off the ends."""
+    stripped = {char for char in string.punctuation
+                if metrics.exact_match(f"a{char}", "a") or metrics.exact_match(f"{char}a", "a")}
+    assert stripped == set(".,:;!?\"'()[]{}")
+
+
+def test_long_runs_of_punctuation_take_no_time():
+    """A model may repeat one character as long as it likes: the edges are found in linear time."""
+    for text in (")" * 200_000 + "x", "a" + " (a" * 50_000 + ")" * 50_000, "." * 200_000 + "5"):
+        assert metrics.exact_match(text, "x") == 0.0
+
+
+@pytest.mark.parametrize("labels", LABELS.values(), ids=LABELS)
+def test_accuracy_of_superni_is_that_of_the_released_rule(labels):
+    """Its labels, in the decorations that models give them, score as they always did."""
+    before = ("", '"', "'", "(", " ", ". ", ": ", "\n", "...", "[")
+    after = ("", ".", '"', "'", '."', '".', ")", "!", "?", ",", ";", ":", " ", "\n", "...", " .")
+    cases = (str, str.upper, str.lower, str.title)
+    for label, other in itertools.product(labels, [*labels, "", "positive one", "neg"]):
+        for left, right, case in itertools.product(before, after, cases):
+            prediction = left + case(other) + right
+            assert (metrics.exact_match(prediction, label)
+                    == metrics.exact_match_paper(prediction, label)), (prediction, label)
+
+
+@needs_data
+def test_the_labels_are_those_of_the_data():
+    """All splits hold the labels above and no others."""
+    for task, labels in LABELS.items():
+        found = {each for split in ("train", "dev", "test")
+                 for each in references_of(SUPERNI / task / f"{split}.json")}
+        assert found == set(labels)
+
+
+# The rule of the released scripts
+
+
+@pytest.mark.parametrize(
+    "prediction, reference, expected",
+    [
+        ("pos", "POS", 100.0),
+        (" Pos.\n", "POS", 100.0),
+        ('"POS"', "POS", 100.0),
+        ("well-known", "wellknown", 100.0),  # punctuation is deleted, not turned into a space
+        ("well-known", "well known", 0.0),
+        ("a\t\n b", "a b", 100.0),
+        ("a - b", "a b", 100.0),  # white space is folded after punctuation is gone
+        ("the cat", "cat", 0.0),  # articles stay
+        ("cats", "cat", 0.0),  # no stemming
+        ("POS NEG", "POS", 0.0),
+        ("+", "-", 100.0),
+        ("1", "-1", 100.0),
+        ("1.5", "15", 100.0),
+        ("C#", "C++", 100.0),
+        ("", "+", 100.0),
+        ("北京。", "北京", 0.0),  # ASCII punctuation alone
+        ("", "POS", 0.0),
+        ("", "", 100.0),
+    ],
+)
+def test_exact_match_paper(prediction, reference, expected):
+    """Equality in lower case, without punctuation, with white space folded."""
+    value = metrics.exact_match_paper(prediction, reference)
+    assert isinstance(value, float) and value == expected
+
+
+@drawn
+@given(st.text(string.printable, max_size=8), st.text(string.printable, max_size=8))
+def test_exact_match_paper_against_a_naive_version(one, other):
+    """Character by character; symmetric."""
+    def normal(text):
+        return "".join(c for c in text.lower() if c not in string.punctuation).split()
+
+    expected = 100.0 if normal(one) == normal(other) else 0.0
+    assert metrics.exact_match_paper(one, other) == expected
+    assert metrics.exact_match_paper(other, one) == expected
+
+
+# Rouge-L
+
+
+@pytest.mark.parametrize(
+    "prediction, reference, expected",
+    [
+        ("北京", "北京", 100.0),
+        ("北京。", "北京", 100.0),
+        ("北京", "上海", 0.0),
+        ("北京是首都", "上海是首都", 60.0),  # three of five characters
+        ("北京 2008", "上海 2008", 100 / 3),  # one of three; the digits are one word
+        ("да", "нет", 0.0),
+        ("Москва 1", "Киев 1", 50.0),
+        ("Да, конечно!", "да конечно", 100.0),
+        ("नमस्ते दुनिया", "नमस्ते", 200 / 3),  # marks belong to their word
+        ("か", "が", 0.0),
+        ("が", "か\u3099", 100.0),
+        ("ラーメン", "ラメン", 600 / 7),
+        ("すごーーい", "すごーい", 800 / 9),  # the long vowel is of two scripts
+        ("ภาษาไทย", "ภาษาไทย", 100.0),
+        ("กา", "กี", 0.0),  # ก with the mark ี is one word, before the letter า two
+        ("서울 부산", "서울", 200 / 3),
+        ("مرحبا", "مرحبا", 100.0),
+        ("བོད་ཡིག", "བོད་སྐད", 50.0),
+        ("ปี ๒๕๖๗", "ปี ๒๕๖๘", 50.0),
+        ("café", "cafe\u0301", 100.0),
+        ("café", "caf", 0.0),
+        ("don’t stop", "don't stop", 100.0),
+        ("ＡＢＣ", "abc", 100.0),
+        ("straße", "STRASSE", 100.0),
+        ("x²", "x³", 0.0),
+        ("running cafés", "runs cafés", 100.0),  # English words are stemmed among others
+        ("cafés", "café", 0.0),  # words with other letters are not
+        # Without any word on either side, both are compared whole.
+        ("", "", 100.0),
+        ("+", "-", 0.0),
+        ("+", "+", 100.0),
+        ("−", "-", 100.0),
+        ("+.", "+", 100.0),
+        (".", "", 0.0),
+        ("👍", "👎", 0.0),
+        ("👍", "👍", 100.0),
+        ("✔\ufe0f", "✔", 100.0),
+        # With a word on one side only, they share nothing.
+        ("+", "plus", 0.0),
+        ("plus", "+", 0.0),
+        ("", "北京", 0.0),
+    ],
+)
+def test_rouge_l_of_any_script(prediction, reference, expected):
+    """The F1 over words, or characters where a script has no spaces, worked out by hand."""
+    value = metrics.rouge_l(prediction, reference)
+    assert isinstance(value, float)
+    assert value == pytest.approx(expected, abs=1e-9)
+
+
+SINGLE = ("CJK", "HIRAGANA", "KATAKANA", "KATAKANA-HIRAGANA", "THAI", "LAO", "KHMER", "MYANMAR")
+
+
+def naive_words(text):
+    """Words by the categories and names of characters, one after the other."""
+    words, open_word, base = [], False, False  # whether a letter, a mark would join the last word
+    for char in unicodedata.normalize("NFC", text.casefold()):
+        kind, script = unicodedata.category(char)[0], unicodedata.name(char).split()[0]
+        if kind == "M" and base:
+            words[-1] += char
+        elif kind == "L" and script in SINGLE:
+            words.append(char)
+            open_word, base = False, True
+        elif kind in "LN":
+            words[-1:] = [words[-1] + char] if open_word else [*words[-1:], char]
+            open_word = base = True
+        else:
+            open_word = base = False
+    return words
+
+
+@drawn
+@given(st.text(st.sampled_from("aB1é\u0301 .+’_ßд北京ーラひกี่าລກ្ខမြ한नमि٣๒²½Ⅷ་བོ👍"), max_size=14))
+def test_words_against_a_naive_version(text):
+    """Alone and in front of other words."""
+    assert metrics._words(text) == naive_words(text)
+    assert metrics._words(text + " cat") == [*naive_words(text), "cat"]
+
+
+def released(prediction, reference):
+    """Rouge-L as the package computes it, 0 to 100."""
+    return 100.0 * rouge_score.score(reference, prediction)["rougeL"].fmeasure
+
+
+phrases = st.lists(st.one_of(
+    st.sampled_from("Running runs relational RELATE happily was sses ied eed xing don't it-was a_b "
+                    "1.5 U.S. skies dying news".split()),
+    st.text(st.characters(max_codepoint=127), max_size=9)), max_size=8).map(" ".join)
+
+
+@drawn
+@given(phrases, phrases)
+def test_rouge_l_of_english_is_that_of_rouge_score(prediction, reference):
+    """To the last bit for ASCII, unless neither side has a word."""
+    for pair in ((prediction, reference), (prediction, prediction)):
+        if any(map(metrics._words, pair)):
+            assert metrics.rouge_l(*pair) == released(*pair)
+        else:
+            assert metrics.rouge_l(*pair) == metrics.exact_match(*pair)
+
+
+@needs_data
+@pytest.mark.parametrize("split", ["train", "dev", "test"])
+def test_rouge_l_of_the_data_is_that_of_rouge_score(split):
+    """To the last bit for all ASCII references of SuperNI, each against the next of its task."""
+    compared = 0
+    for path in sorted(SUPERNI.glob(f"*/{split}.json")):
+        texts = [text for text in dict.fromkeys(references_of(path))
+                 if text.isascii() and metrics.counts_anything(text, "rouge_l")]
+        for pair in itertools.pairwise(texts):
+            assert metrics.rouge_l(*pair) == released(*pair), pair
+            compared += 1
+    assert compared > 500
+
+
+# What a reference holds, and small suites that once went wrong
+
+
+@pytest.mark.parametrize(
+    "reference, metric, expected",
+    [
+        ("a word", "rouge_l", True), ("5", "rouge_l", True), ("北京", "rouge_l", True),
+        ("+", "rouge_l", False), ("**", "rouge_l", False), ("👍", "rouge_l", False),
+        ("", "rouge_l", False), (" \n", "rouge_l", False), ("\u0301", "rouge_l", False),
+        ("a word", "accuracy", True), ("+", "accuracy", True), (".", "accuracy", True),
+        ("👍", "accuracy", True), ("", "accuracy", False), (" \n", "accuracy", False),
+        ("\ufeff", "accuracy", False),
+    ],
+)
+def test_counts_anything(reference, metric, expected):
+    """A word for rouge_l, anything to be seen for accuracy."""
+    assert metrics.counts_anything(reference, metric) is expected
+
+
+@pytest.mark.parametrize("metric", ["bleu", "", "exact_match_paper", None])
+def test_counts_anything_refuses_an_unknown_metric(metric):
+    """As the scorers do; every metric that there is has an answer."""
+    with pytest.raises(ValueError, match="rouge_l, accuracy"):
+        metrics.counts_anything("a", metric)
+    assert all(metrics.counts_anything("a", known) for known in metrics.SCORERS)
+
+
+@pytest.mark.skipif(not SHARED.joinpath("cases").is_dir(), reason="needs ../shared/cases")
+@pytest.mark.parametrize("case, metric", [("plusminus", "accuracy"), ("nonlatin", "rouge_l")])
+def test_cases_that_scored_wrong(case, metric):
+    """Each reference scores 100 against itself, and 0 against another label."""
+    found = {each for path in SHARED.glob(f"cases/{case}/*/*.json") for each in references_of(path)}
+    assert found
+    for one, other in itertools.product(found, [*found, "x"]):
+        assert metrics.counts_anything(one, metric)
+        assert metrics.score(one, [other], metric)["best"] == (100.0 if one == other else 0.0)
+
+
+@pytest.mark.skipif(not LONG_SEQUENCE.is_dir(), reason="needs ../shared/data/Long_Sequence")
+def test_references_of_the_data_score_full_against_themselves():
+    """All of both suites, under both metrics, also those without any word."""
+    paths = [*SUPERNI.glob("*/test.json"), *LONG_SEQUENCE.glob("*/test.json")]
+    references = {each for path in paths for each in references_of(path)}
+    assert len(references) > 500
+    for reference, metric in itertools.product(references, metrics.SCORERS):
+        assert metrics.score(reference, [reference], metric)["first"] == 100.0
+
+
+def test_importing_metrics_is_quick():
+    """Neither the import nor a look at references loads rouge_score, which loads nltk."""
+    code = ("import sys, metrics; metrics.counts_anything('a', 'rouge_l'); "
+            "print({'nltk', 'rouge_score', 'numpy', 'torch'} & set(sys.modules))")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
+                          check=True)
+    assert done.stdout == "set()\n"
