@@ -14,6 +14,7 @@ from tiny import (
     base_model,
     learn,
     loader_of,
+    logits_of,
     randn,
     rows_of,
     stage_of,
@@ -183,6 +184,19 @@ def test_one_task_of_olora_is_lora_bit_for_bit():
         states.append([tensor for _, tensor in sorted(method.state_dict().items())])
     assert losses[0] == losses[1]
     assert len(states[0]) == len(states[1]) and all(map(torch.equal, *states))
+
+
+def test_olora_says_how_far_a_branch_is_from_all_past_ones(capsys):
+    torch.manual_seed(5)
+    method = method_class("olora")(settings_of("olora"))
+    method.wrap(base_model())
+    learn(method, 0)
+    assert "cosine" not in capsys.readouterr().out
+    learn(method, 1, 2)
+    cosines = [olora.mean_cosine(layer.lora_A[2], torch.cat([layer.lora_A[0], layer.lora_A[1]]))
+               for layer in method.layers.values()]
+    said = capsys.readouterr().out.splitlines()[-1]
+    assert said.endswith(f"after task2: {torch.stack(cosines).mean():.4f}")
 
 
 # --- GainLoRA: the gate -------------------------------------------------------------------------
@@ -487,11 +501,14 @@ def test_gain_layer_without_gates_is_refused():
 
 
 def test_the_update_of_a_gate_is_outside_old_inputs(variant):
-    """Relative to the task's start, of each of its three weights."""
-    method = adapt(variant)
+    """Relative to the task's start, of each of its three weights; all in float64."""
+    method = adapt(variant, dtype=torch.float64)
     learn(method, 0)
+    ended = logits_of(method.model)
     start(method, 1)
+    assert_close(logits_of(method.model), ended, atol=1e-6, rtol=0)
     train(method, 1)
+    assert {weight.dtype for weight in method.model.parameters()} == {torch.float64}
     gates = method.gates
     old, new = gates.tasks
     for update, bases in ((new.W1 - old.W1, gates.P1), (new.W2 - old.W2, gates.P2),

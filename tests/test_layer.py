@@ -182,6 +182,7 @@ def test_parameters_and_buffers(routing):
     assert {"residual", "lora_A0", "lora_B0"} <= set(parameters)
     assert layer.lora_A.shape == (N, IN) and layer.lora_B.shape == (OUT, N)
     assert layer.residual.shape == (OUT, IN) and layer.scaling == 2.0
+    assert fresh(linear(), alpha=7).scaling == 7 / 3
     assert dict(layer.named_buffers())["expert_of"].dtype == torch.int64
     assert layer.expert_of.tolist() == [i // R for i in range(N)]
     assert "expert_of" in layer.state_dict()
