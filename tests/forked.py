@@ -32,9 +32,7 @@ class Forks:
 
     def __init__(self):
         root = Path(__file__).resolve().parent
-        # A fork copies no thread: pyarrow's allocator must not have one.
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(root.parent),
-                                    "JE_ARROW_MALLOC_CONF": "background_thread:false"}
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(root.parent)}
         self.server = subprocess.Popen([sys.executable, root / "forked.py"], text=True,
                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                        env=environment)
