@@ -15,7 +15,14 @@ import socket
 import subprocess
 import sys
 import time
+import traceback
 from pathlib import Path
+
+import accelerate.commands.launch  # noqa: F401 (what a run would import late)
+import saboteurs
+import torch
+
+import train
 
 LIMIT = 300  # seconds; no run here takes a tenth of it where the cores are free
 
@@ -25,9 +32,7 @@ class Forks:
 
     def __init__(self):
         root = Path(__file__).resolve().parent
-        # A fork copies no thread: pyarrow's allocator must not have one.
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(root.parent),
-                                    "JE_ARROW_MALLOC_CONF": "background_thread:false"}
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(root.parent)}
         self.server = subprocess.Popen([sys.executable, root / "forked.py"], text=True,
                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                        env=environment)
@@ -52,12 +57,6 @@ def serve():
     `after` seconds, or when a path matches `seen`, so many `times` to all or to one rank. The
     answer: statuses (negative: killed by that signal) and seconds.
     """
-    # Imported here: the other end must not load the program again.
-    import accelerate.commands.launch  # noqa: F401
-    import saboteurs  # noqa: F401  (which imports torch)
-
-    import train  # noqa: F401
-
     for line in sys.stdin:
         order = json.loads(line)
         start, processes = time.perf_counter(), order.get("processes", 1)
@@ -93,10 +92,6 @@ def fork(order, rank, processes, port):
             os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_PORT": str(port),
                            "WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes),
                            "MASTER_ADDR": "127.0.0.1"}
-        import saboteurs
-        import torch
-
-        import train
         torch.set_num_threads(1)
         if "sabotage" in order:
             getattr(saboteurs, order["sabotage"])(rank)
@@ -104,7 +99,6 @@ def fork(order, rank, processes, port):
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
     except BaseException:  # noqa: BLE001 (a child must not return into the server)
-        import traceback
         traceback.print_exc()
         status = 1
     finally:

@@ -1,24 +1,14 @@
 """scripts/benchmark.py: what it compares is what it says, and its table is whole."""
 
-import importlib.util
 import json
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
+import benchmark
 import pytest
 import torch
 
-SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "benchmark.py"
-
-
-@pytest.fixture(scope="module")
-def benchmark():
-    """The script as a module."""
-    spec = importlib.util.spec_from_file_location("benchmark", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+from baselines.loramoe import LoraMoeLinear
 
 
 @pytest.fixture
@@ -27,7 +17,7 @@ def options():
                            threads=1)
 
 
-def test_variants_take_turns(benchmark):
+def test_variants_take_turns():
     """A B A B after a warm-up of each: a slow minute hurts both."""
     calls = []
     variants = {name: lambda name=name: calls.append(name) for name in "AB"}
@@ -36,17 +26,15 @@ def test_variants_take_turns(benchmark):
         "A": 3, "B": 3}
 
 
-def test_a_ratio_is_taken_within_rounds(benchmark):
+def test_a_ratio_is_taken_within_rounds():
     """The machine slows down tenfold in the second round; the ratio stays."""
     seconds = {"mine": [1.0, 20.0, 1.0], "theirs": [2.0, 40.0, 2.0]}
     row = benchmark.row("what", seconds, "mine", "theirs")
     assert row["ratio"] == row["low"] == row["high"] == 0.5 and row["seconds"] == 1.0
 
 
-def test_the_textbook_layer_is_loramoes(benchmark, options):
+def test_the_textbook_layer_is_loramoes(options):
     """With all experts active it computes what baselines.loramoe computes in two products."""
-    from baselines.loramoe import LoraMoeLinear
-
     torch.manual_seed(0)
     base = torch.nn.Linear(40, 48, bias=False)
     theirs = benchmark.TextbookMoe(base).eval()
@@ -61,7 +49,7 @@ def test_the_textbook_layer_is_loramoes(benchmark, options):
     torch.testing.assert_close(ours(x), theirs(x), rtol=1e-5, atol=1e-5)
 
 
-def test_a_step_trains_every_variant(benchmark, options):
+def test_a_step_trains_every_variant(options):
     """Each has its adapter on every gate_proj, and one step moves it."""
     model = benchmark.base_model(options)
     batch = benchmark.random_batch(model, 2, 16, 4, options.device)
@@ -78,7 +66,7 @@ def test_a_step_trains_every_variant(benchmark, options):
         assert any(not weight.equal(before[name]) for name, weight in trained.items())
 
 
-def test_the_synthetic_weight_has_its_spectrum(benchmark):
+def test_the_synthetic_weight_has_its_spectrum():
     """Its leading singular values are the given ones, and the tail follows."""
     spectrum = torch.linspace(30, 1, 80, dtype=torch.float64)
     W, leading = benchmark.weight_like(spectrum, (120, 100), torch.device("cpu"))
@@ -87,7 +75,7 @@ def test_the_synthetic_weight_has_its_spectrum(benchmark):
     assert leading[0] == 30 and found[-1] >= 0.9
 
 
-def test_the_command_writes_json_and_a_table(benchmark, tmp_path, monkeypatch, capsys):
+def test_the_command_writes_json_and_a_table(tmp_path, monkeypatch, capsys):
     """One section from end to end."""
     monkeypatch.setattr(sys, "argv", ["benchmark.py", "--only", "regroup", "--rounds", "2",
                                       "--threads", "1", "--out", str(tmp_path)])

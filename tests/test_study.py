@@ -20,6 +20,7 @@ from registry import VARIANTS, variant_of
 ROOT = Path(study.__file__).resolve().parents[1]
 SCRIPTS = sorted((ROOT / "scripts").glob("*.sh"))
 TINY = ("--launcher", "python", "--no_single", "--settings", "mixed")
+ONE = ("--models", "smollm2-135m", "--suite", "mini", "--methods", "lora", "--seeds", "1", *TINY)
 
 
 def dry(capsys, *argv):
@@ -115,9 +116,8 @@ def test_bad_input_is_one_line(argv, named, capsys):
 @pytest.mark.parametrize("launcher", ["no_such_program -x", "/tmp", "README.md"])
 def test_a_launcher_that_is_none_is_one_line(launcher, tmp_path, capsys):
     """Before anything is started; commands for another machine can be listed."""
-    argv = ("--models", "smollm2-135m", "--suite", "mini", "--methods", "lora", "--seeds", "1",
-            *TINY, "--runs", str(tmp_path / "runs"), "--launcher", launcher)
-    assert study.main([*argv]) == 2
+    argv = [*ONE, "--runs", str(tmp_path / "runs"), "--launcher", launcher]
+    assert study.main(argv) == 2
     out, err = capsys.readouterr()
     assert not out and err == f"error: --launcher {launcher!r} starts no program that is here\n"
     assert dry(capsys, *argv)[0][0][0] == launcher.split()[0]
@@ -179,8 +179,7 @@ def test_a_closed_terminal_asks_to_stop(monkeypatch):
 
 def piped(*argv, stdout=None):
     """study.py, without its stdout where none is given -> (status, lines on stderr)."""
-    command = [sys.executable, "scripts/study.py", "--models", "smollm2-135m", "--suite", "mini",
-               "--methods", "lora", "--seeds", "1", *TINY, *map(str, argv)]
+    command = [sys.executable, "scripts/study.py", *ONE, *map(str, argv)]
     if stdout is None:
         read, stdout = os.pipe()
         os.close(read)

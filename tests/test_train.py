@@ -24,6 +24,7 @@ from conftest import (
     adapter_of,
     assert_close_runs,
     assert_equal_runs,
+    failing,
     files_of,
     groupings_of,
     instances,
@@ -38,16 +39,21 @@ from conftest import (
     succeed,
     write_json,
 )
-from rouge_score.rouge_scorer import RougeScorer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import adapter
 import data
 import evaluation
 import train
-from grouping import group_components
+from grouping import (
+    component_gram,
+    gradient_angles,
+    group_components,
+    grouping_objective,
+)
 from harness.arguments import RUN_FLAGS, parse_flags
 from harness.identity import TRAINS
+from metrics import SCORERS, continual_metrics, paper_metrics, score
 from registry import method_class
 
 ROOT = Path(train.__file__).resolve().parent
@@ -196,21 +202,6 @@ def test_results_json(trained, flags, llama):
             assert event[key] == pytest.approx(sum(layer[key] for layer in layers) / 2)
 
 
-ROUGE = RougeScorer(["rougeL"], use_stemmer=True)
-
-
-def score_by_hand(task, prediction, references):
-    """(best, first) by the task's metric."""
-    if TASKS[task] == "accuracy":
-        words = [" ".join("".join(c for c in text.lower() if c.isalnum() or c.isspace()).split())
-                 for text in (prediction, *references)]
-        scores = [100.0 * (words[0] == word) for word in words[1:]]
-    else:
-        scores = [100 * ROUGE.score(reference, prediction)["rougeL"].fmeasure
-                  for reference in references]
-    return max(scores), scores[0]
-
-
 @pytest.mark.parametrize("more", [MIXED, SEQUENTIAL], ids=["mixed", "sequential"])
 def test_predictions_and_their_scores(trained, more):
     """Tasks in the run's order, items in the file's; the matrix has means by best and first."""
@@ -224,21 +215,19 @@ def test_predictions_and_their_scores(trained, more):
         rows = lines_of(folder / "predictions" / f"{number:02d}_{name}.jsonl")
         assert [(row["task"], row["id"], row["prompt"], row["references"])
                 for row in rows] == expected
-        scores = {task: [] for task in order}
         for row in rows:
-            best, first = score_by_hand(row["task"], row["prediction"], row["references"])
-            assert row["scores"][TASKS[row["task"]] or "rouge_l"] == pytest.approx(
-                {"best": best, "first": first})
-            scores[row["task"]].append((best, first))
-        for place, reference in enumerate(("best", "first")):
-            assert results["scores"][reference][number] == pytest.approx(
-                [sum(pair[place] for pair in scores[task]) / 5 for task in order])
+            assert row["scores"] == {metric: score(row["prediction"], row["references"], metric)
+                                     for metric in SCORERS}
+        for reference in ("best", "first"):
+            assert results["scores"][reference][number] == pytest.approx([
+                sum(row["scores"][TASKS[task] or "rouge_l"][reference]
+                    for row in rows if row["task"] == task) / 5 for task in order])
     assert results["metrics_first_reference"]["rouge"] == pytest.approx(
         sum(results["scores"]["first"][-1]) / 3)
 
 
 def test_sequential_run(trained):
-    """One stage per task in the seed's order; its own optimizer and schedule; metrics by hand."""
+    """One stage per task in the seed's order; its own optimizer and schedule."""
     folder, order = trained(*SEQUENTIAL), shuffled(1)
     results, log = results_of(folder), lines_of(folder / "log.jsonl")
     assert results["task_order"] == order and results["rows"] == ["before", *order]
@@ -252,12 +241,8 @@ def test_sequential_run(trained):
     assert events == {(task, step) for task in order for step in (2, 4)}
     a = results["score_matrix"][1:]
     assert len(a) == 3 and all(len(row) == 3 and None not in row for row in a)
-    expected = {
-        "rouge": sum(a[2]) / 3, "forward": None,
-        "backward": (a[2][0] - a[0][0] + a[2][1] - a[1][1]) / 2,
-        "forget_rate": (max(a[0][0], a[1][0]) - a[2][0] + a[1][1] - a[2][1]) / 2,
-        "backward_paper": (a[2][0] - a[0][0] + a[2][1] - a[1][1]) / 3,
-        "forget_rate_paper": sum(max(a[0][i], a[1][i]) - a[2][i] for i in range(2)) / 2}
+    expected = continual_metrics(a, order, None) | paper_metrics(a, order)
+    assert len(expected) == 6 and expected["forward"] is None
     assert results["metrics"] == pytest.approx(expected)
     assert expected["backward"] != 0 and expected["forget_rate"] != 0
 
@@ -329,7 +314,7 @@ def test_single_run(trained):
 
 @pytest.mark.parametrize("more", [MIXED, SEQUENTIAL], ids=["mixed", "sequential"])
 def test_forward_comes_from_a_single_run(trained, flags, tmp_path, monkeypatch, more):
-    """Forward is null beside a command; that command's results give it, recomputed by hand."""
+    """Forward is null beside a command; that command's results give it."""
     monkeypatch.chdir(tmp_path)
     results = results_of(trained(*more))
     assert results["metrics"]["forward"] is None
@@ -341,12 +326,12 @@ def test_forward_comes_from_a_single_run(trained, flags, tmp_path, monkeypatch, 
     succeed(*flags, *more, "--single_task_results", args.output_dir / "results.json",
             "--output_dir", tmp_path / "out")
     results, alone = results_of(tmp_path / "out"), results_of(args.output_dir)
-    assert alone["task_order"] == results["task_order"] and "forward_needs" not in results
+    order = alone["task_order"]
+    assert results["task_order"] == order and "forward_needs" not in results
     for reference, metrics in (("best", "metrics"), ("first", "metrics_first_reference")):
-        a, a0 = results["scores"][reference][1:], alone["scores"][reference][-3:]
-        learned = [a[min(i, len(a) - 1)][i] for i in range(3)]
-        forward = sum(learned[i] - a0[i][i] for i in range(3)) / 3
-        assert results[metrics]["forward"] == pytest.approx(forward) != 0
+        single = {task: alone["scores"][reference][i - 3][i] for i, task in enumerate(order)}
+        expected = continual_metrics(results["scores"][reference][1:], order, single)
+        assert results[metrics]["forward"] == pytest.approx(expected["forward"]) != 0
 
 
 def test_forward_takes_single_runs_of_the_same_global_batch(trained, flags, tmp_path):
@@ -385,12 +370,8 @@ def test_the_first_line_and_the_table(trained):
 
 
 def test_equal_runs_leave_equal_files(trained):
-    """In another folder, and results.json but for its key `run`."""
+    """In another folder; the seed decides order, dropout and noise."""
     assert_equal_runs(trained(*MIXED), trained(*MIXED, again=True))
-
-
-def test_another_seed_is_another_run(trained):
-    """The seed decides order, dropout and noise."""
     assert losses_of(trained("--seed", "2", *NO_EVAL)) != losses_of(trained(*MIXED))
 
 
@@ -404,27 +385,6 @@ def test_accumulation_equals_one_large_batch(trained, batch, accumulation, train
                     "--gradient_accumulation_steps", str(accumulation))
     assert len(losses_of(whole)) == EPOCHS * math.ceil(3 * train_rows / 8)
     assert_close_runs(parts, whole)
-
-
-def angle(a, b):
-    """Angle in degrees between two vectors."""
-    cosine = float(a @ b) / (float(a @ a) * float(b @ b)) ** 0.5
-    return math.degrees(math.acos(max(-1.0, min(1.0, cosine))))
-
-
-def angles_by_hand(g, grouping, when):
-    """Mean angles in degrees, and Eq. 10's objective, from gradients (N, D), pair by pair.
-
-    A component without a gradient has no direction and no angle.
-    """
-    unit = {i: row / row.norm() for i, row in enumerate(g.double()) if row.norm() > 0}
-    members = [[unit[i] for i in unit if grouping[i] == k] for k in range(K)]
-    centroids = [sum(group) for group in members if group]
-    inter = [angle(a, b) for i, a in enumerate(centroids) for b in centroids[:i]]
-    intra = [angle(a, b) for group in members for i, a in enumerate(group) for b in group[:i]]
-    return {f"inter_{when}": pytest.approx(sum(inter) / len(inter), abs=0.05),
-            f"intra_{when}": pytest.approx(sum(intra) / len(intra), abs=0.05),
-            f"objective_{when}": pytest.approx(sum(float(c @ c) for c in centroids), rel=1e-3)}
 
 
 @torch.no_grad()
@@ -495,13 +455,17 @@ def naive_training(llama, stages, peak, top_k, seed=1, warmup=0.03):
                 if step < steps:
                     layer.expert_of.copy_(group_components(mean, K, old))
                 norms = [float(mean[old == k].norm()) for k in range(K)]
-                events.append({
-                    **angles_by_hand(mean, old, "before"),
-                    **angles_by_hand(mean, layer.expert_of, "after"),
-                    "stage": stage, "step": step, "layer": name, "steps": count,
-                    "moved": int((old != layer.expert_of).sum()),
-                    "expert_share": pytest.approx(share, abs=1e-6),
-                    "gradient_norm": pytest.approx(norms, rel=1e-3, abs=1e-5)})
+                events.append({"stage": stage, "step": step, "layer": name, "steps": count,
+                               "moved": int((old != layer.expert_of).sum()),
+                               "expert_share": pytest.approx(share, abs=1e-6),
+                               "gradient_norm": pytest.approx(norms, rel=1e-3, abs=1e-5)})
+                gram = component_gram(mean)
+                for when, grouping in (("before", old), ("after", layer.expert_of)):
+                    inter, intra = gradient_angles(gram, grouping, K)
+                    objective = grouping_objective(gram, grouping, K)
+                    events[-1] |= {f"inter_{when}": pytest.approx(float(inter), abs=0.05),
+                                   f"intra_{when}": pytest.approx(float(intra), abs=0.05),
+                                   f"objective_{when}": pytest.approx(float(objective), rel=1e-3)}
     return losses, rates, events, {f"{name}.expert_of": layer.expert_of.tolist()
                                    for name, layer in method.layers.items()}
 
@@ -733,19 +697,11 @@ def test_predictions_are_greedy_and_new(trained, llama):
     assert 0 < ended
 
 
-def test_predictions_are_streamed(flags, tmp_path, monkeypatch):
+def test_predictions_are_streamed(flags, tmp_path):
     """An evaluation that is stopped leaves the answers so far, and no file that looks whole."""
-    calls, real = [], evaluation.generate
-
-    def stop_at_the_third(*args):
-        calls.append(args)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return real(*args)
-
-    monkeypatch.setattr(evaluation, "generate", stop_at_the_third)
     argv = (*flags, "--eval_before", "--eval_batch_size", 4, "--output_dir", tmp_path)
-    assert run(*argv).status == 130
+    with failing(evaluation, "generate", 3, KeyboardInterrupt):
+        assert run(*argv).status == 130
     (partial,) = (tmp_path / "predictions").iterdir()
     assert partial.name == "00_before.jsonl.partial" and len(lines_of(partial)) == 8
     assert not (tmp_path / "results.json").exists()
@@ -798,15 +754,6 @@ def test_overwrite_deletes_only_what_the_program_wrote(flags, trained, tmp_path)
     assert results["rows"] == ["before", "mixed"]
     assert files == {name: content for name, content in files_of(trained(*MIXED)).items()
                      if name != "results.json"}
-
-
-def test_overwrite_does_not_delete_what_the_run_reads(trained, tiny, tmp_path):
-    """Evaluating an adapter into the folder of its own run must not cost the adapter."""
-    folder = shutil.copytree(trained(*MIXED), tmp_path / "out")
-    before = snapshot(folder)
-    refused("could be deleted", "--eval_only", "--adapter", folder / "adapter", *tiny, *BRIEF,
-            "--overwrite", "--output_dir", folder)
-    assert snapshot(folder) == before
 
 
 # --- the start ----------------------------------------------------------------------------------
