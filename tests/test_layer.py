@@ -10,10 +10,11 @@ from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
 import data
-from badit import BaditLinear
+from badit import Badit, BaditLinear
 from decomposition import decompose
 from grouping import component_gradients, group_components
 from method import Stage
+from registry import BaditSettings
 from regrouping import Regrouper
 
 IN, OUT, K, R = 20, 24, 4, 3
@@ -561,6 +562,27 @@ def test_what_is_measured(routing):
         key: pytest.approx(value, rel=1e-5) for key, value in expected.items()}
     norms = [float(g[before["expert_of"] == k].norm()) for k in range(K)]
     assert line["gradient_norm"] == pytest.approx(norms)
+
+
+def test_a_bf16_layer_is_measured_in_float32():
+    """In bf16 the change that a regrouping makes would be rounded away in part."""
+    layer = trained(linear(87, dtype=torch.bfloat16), 88, rank=4)
+    g, _ = crossing_gradients(layer)
+    x = Lookup(layer).table[[1, 2, 3, 4]]
+    with torch.no_grad():
+        y = layer.eval()(x).float()
+        now = layer.add_bank(torch.zeros_like(y), x)
+        line = regroup(layer, g)
+        drift = float((layer.add_bank(torch.zeros_like(y), x) - now).norm() / y.norm())
+    assert line["moved"] > 0 and line["regroup_drift"] == pytest.approx(drift, rel=1e-5)
+
+
+def test_static_routing_reads_no_top_k():
+    """All experts act, so fewer of them than the default top_k make a layer as well."""
+    for settings in (BaditSettings(routing="static", num_experts=2),
+                     BaditSettings(routing="static", num_experts=2, top_k=2)):
+        layer = Badit(settings).build_layer(linear(92), fresh=True)
+        assert layer.static and layer.top_k == 2
 
 
 @pytest.mark.parametrize("routing", ["token", "static"])
