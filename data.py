@@ -18,6 +18,7 @@ from inputs.numbers import stable_seed
 from inputs.settings import Parser
 from inputs.suites import NAMED, ORDERS, SUPERNI, suite_folder
 from inputs.task_files import SPLITS, Task, listed, read_task, resolve_names, task_folders
+from metrics import counts_anything
 
 FRAME = "Now complete the following example -\nInput: {input}\nOutput: "
 PROMPT = "{definition}\n\n" + FRAME
@@ -151,6 +152,13 @@ def describe(suite, encoded, max_length):
                if name not in SUPERNI]
     if assumed:
         yield f"metrics (JSON key Metric, default rouge_l): {', '.join(assumed)}"
+    for name, task in suite.tasks.items():
+        references = [row["references"] for row in encoded.test[name]]
+        empty = sum(not any(counts_anything(text, task.metric) for text in texts)
+                    for texts in references)
+        if empty:
+            yield (f"{name}: {empty} of {len(references)} test items have no reference with "
+                   f"anything that {task.metric} counts")
     for task, name in encoded.left_out:
         yield f"left out, does not fit {max_length} tokens without input: {task} {name}"
 

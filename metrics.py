@@ -112,6 +112,7 @@ def _without_punctuation(text):
 
 
 SCORERS = {"rouge_l": rouge_l, "accuracy": exact_match}
+PAPER_SCORERS = SCORERS | {"accuracy": exact_match_paper}  # of the released scripts
 _COUNTED = {"rouge_l": _words, "accuracy": _bare}
 
 
@@ -124,16 +125,16 @@ def counts_anything(reference, metric):
     return bool(_COUNTED[metric](reference))
 
 
-def scorer(metric):
+def scorer(metric, scorers=SCORERS):
     """The function behind a metric's name. Raises ValueError for an unknown name."""
-    if metric not in SCORERS:
-        raise ValueError(f"metric {metric!r} is unknown; allowed: {', '.join(SCORERS)}")
-    return SCORERS[metric]
+    if metric not in scorers:
+        raise ValueError(f"metric {metric!r} is unknown; allowed: {', '.join(scorers)}")
+    return scorers[metric]
 
 
-def score(prediction, references, metric):
+def score(prediction, references, metric, scorers=SCORERS):
     """Score against the best and against the first of several references, 0 to 100."""
-    scores = [scorer(metric)(prediction, reference) for reference in references]
+    scores = [scorer(metric, scorers)(prediction, reference) for reference in references]
     return {"best": max(scores), "first": scores[0]}
 
 

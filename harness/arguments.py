@@ -129,9 +129,9 @@ FLAGS = (
     Flag("evaluation", "single_task_results", str | None, None, "results.json of the same run "
          "with --setting single, for the metric `forward`", metavar="FILE", of_training=True,
          is_path=True, needs_setting=("mixed", "sequential"), alone="nothing"),
-    Flag("evaluation", "paper_metrics", bool, False, "also Backward and Forget Rate as the "
-         "released scripts compute them", of_training=True, needs_setting=("sequential",),
-         alone="nothing"),
+    Flag("evaluation", "paper_metrics", bool, False, "also the mean score, Backward and "
+         "Forget Rate as the released scripts compute them", of_training=True,
+         needs_setting=("sequential",), alone="nothing"),
 )
 
 

@@ -17,7 +17,8 @@ from inputs.errors import InputError
 from inputs.files import sha256_file
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = ("torch", "transformers", "accelerate", "numpy", "scipy", "rouge_score", "safetensors")
+PACKAGES = ("torch", "transformers", "accelerate", "numpy", "scipy", "rouge_score", "regex",
+            "safetensors")
 # What trains: the paper's files, what feeds a run and what carries it. Not what shows it later.
 TRAINS = ("badit.py", "decomposition.py", "experts.py", "grouping.py", "regrouping.py", "method.py",
           "registry.py", "train.py", "data.py", "models.py", "evaluation.py", "metrics.py",

@@ -94,7 +94,21 @@ def matrix_metrics(run, reference):
     values = metrics.continual_metrics(matrix, setup.order, single)
     if args.paper_metrics:
         values |= metrics.paper_metrics(matrix, setup.order)
+        if run.accelerator.is_main_process:  # which has written the predictions
+            values |= {"rouge_paper": paper_score(run, reference)}
     return values
+
+
+def paper_score(run, reference):
+    """The mean score after all training by the rules of the released scripts."""
+    number, name = len(run.progress.rows) - run.args.eval_before, run.progress.rows[-1]["name"]
+    by_task = defaultdict(list)
+    path = run.args.output_dir / "predictions" / f"{number:02d}_{name}.jsonl"
+    for line in formats.read_lines(path, formats.Prediction):
+        metric = run.setup.tasks[line["task"]].metric
+        by_task[line["task"]].append(metrics.score(
+            line["prediction"], line["references"], metric, metrics.PAPER_SCORERS)[reference])
+    return metrics.mean(map(metrics.mean, by_task.values()))
 
 
 def write_results(run, argv):

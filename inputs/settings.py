@@ -93,13 +93,6 @@ def check_each(field, value):
             check(text)
 
 
-def add_flag(group, field):
-    """Declare the flag of one field on an argparse group."""
-    about = field.metadata
-    add_argument(group, field.name, field.type, field.default, about["help"], about["metavar"],
-                 about["check"])
-
-
 def add_argument(group, name, kind, default, help, metavar=None, check=None):
     """Declare --name, whose value is of a type: a kind of number, bool, Literal, str, or a tuple.
 

@@ -44,6 +44,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import adapter
 import data
 import evaluation
+import metrics
 import train
 from grouping import (
     component_gram,
@@ -53,7 +54,15 @@ from grouping import (
 )
 from harness.arguments import RUN_FLAGS, parse_flags
 from harness.identity import TRAINS
-from metrics import SCORERS, continual_metrics, paper_metrics, score
+from metrics import (
+    SCORERS,
+    continual_metrics,
+    exact_match_paper,
+    mean,
+    paper_metrics,
+    rouge_l,
+    score,
+)
 from registry import method_class
 
 ROOT = Path(train.__file__).resolve().parent
@@ -243,8 +252,19 @@ def test_sequential_run(trained):
     assert len(a) == 3 and all(len(row) == 3 and None not in row for row in a)
     expected = continual_metrics(a, order, None) | paper_metrics(a, order)
     assert len(expected) == 6 and expected["forward"] is None
+    expected["rouge_paper"] = released_score(folder)
     assert results["metrics"] == pytest.approx(expected)
     assert expected["backward"] != 0 and expected["forget_rate"] != 0
+
+
+def released_score(folder):
+    """The mean score of the last predictions by the released scripts' accuracy, and Rouge-L."""
+    by_task = {}
+    for line in lines_of(max((folder / "predictions").glob("*.jsonl"))):
+        rule = exact_match_paper if TASKS[line["task"]] == "accuracy" else rouge_l
+        by_task.setdefault(line["task"], []).append(
+            max(rule(line["prediction"], reference) for reference in line["references"]))
+    return mean(mean(scores) for scores in by_task.values())
 
 
 BY_HAND = ["which_is", "say_both", "colour_name"]
@@ -835,3 +855,26 @@ def test_two_processes_refuse_wrong_flags_once():
     done = launch("--rank", "0", processes=2)
     assert done.returncode != 0 and not done.stdout
     assert sum("error: " in line for line in done.stderr.splitlines()) == 1
+
+
+def test_references_that_nothing_counts_are_named(tmp_path, llama):
+    """A task in which Rouge-L finds no word to count says so when it is loaded."""
+    for split, outputs in (("train", ["a", "b"]), ("test", ["**", "blue"])):
+        write_json(tmp_path / "s" / "symbols" / f"{split}.json", {
+            "Definition": ["x"], "Instances": [
+                {"input": f"{split} {i}", "output": [text]} for i, text in enumerate(outputs)]})
+    outcome = succeed("--method", "zero_shot", "--model", llama, "--suite", tmp_path / "s",
+                      "--max_length", 64, "--max_new_tokens", 2, "--output_dir", tmp_path / "out")
+    assert ("symbols: 1 of 2 test items have no reference with anything that rouge_l counts"
+            in outcome.out)
+
+
+def test_the_released_rules_have_scorers_of_their_own(llama, suite, tmp_path, monkeypatch):
+    """--paper_metrics scores each task by the released rule of its metric, and no other."""
+    assert score("1", ["-1"], "accuracy", metrics.PAPER_SCORERS)["best"] == 100
+    assert score("1", ["-1"], "accuracy")["best"] == 0
+    monkeypatch.setattr(metrics, "PAPER_SCORERS", {"rouge_l": lambda *_: 30.0,
+                                                   "accuracy": lambda *_: 60.0})
+    succeed("--model", llama, "--suite", suite, "--setting", "sequential", *SMALL, "--epochs", 1,
+            "--paper_metrics", "--output_dir", tmp_path / "out")
+    assert results_of(tmp_path / "out")["metrics"]["rouge_paper"] == 40.0  # of three tasks
