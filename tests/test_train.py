@@ -348,10 +348,10 @@ def test_forward_comes_from_a_single_run(trained, flags, tmp_path, monkeypatch, 
     results, alone = results_of(tmp_path / "out"), results_of(args.output_dir)
     order = alone["task_order"]
     assert results["task_order"] == order and "forward_needs" not in results
-    for reference, metrics in (("best", "metrics"), ("first", "metrics_first_reference")):
+    for reference, key in (("best", "metrics"), ("first", "metrics_first_reference")):
         single = {task: alone["scores"][reference][i - 3][i] for i, task in enumerate(order)}
         expected = continual_metrics(results["scores"][reference][1:], order, single)
-        assert results[metrics]["forward"] == pytest.approx(expected["forward"]) != 0
+        assert results[key]["forward"] == pytest.approx(expected["forward"]) != 0
 
 
 def test_forward_takes_single_runs_of_the_same_global_batch(trained, flags, tmp_path):
