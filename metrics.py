@@ -247,6 +247,11 @@ def _highest(values):
     return None if any(value is None for value in values) else max(values)
 
 
+def headline(tasks):
+    """What the mean over `tasks`, as results.json has them, is: rouge where all are Rouge-L."""
+    return "rouge" if all(task["metric"] == "rouge_l" for task in tasks) else "mean score"
+
+
 def score_table(results):
     """Lines: scores per task, before (if evaluated) and after training, then the metrics.
 
@@ -267,6 +272,7 @@ def score_table(results):
     yield (f"{'mean':{width}}  {'':8}  "
            + "  ".join(f"{'' if cell is None else f'{cell:.2f}':>7}" for cell in means))
     for name, value in results["metrics"].items():
+        name = headline(results["tasks"].values()) if name == "rouge" else name
         yield f"{name}: {'not measured' if value is None else f'{value:.2f}'}"
     if "forward_needs" in results:
         yield f"forward needs the single-task scores: {results['forward_needs']}"

@@ -120,6 +120,12 @@ def beside_paper(records, paper, table, model, variant, columns):
     return made
 
 
+def score_name(records):
+    """What the mean over tasks is called: Rouge only where all tasks are Rouge-L."""
+    tasks = [about for record in records for about in record.results["tasks"].values()]
+    return METRICS["rouge"] if metrics.headline(tasks) == "rouge" else "score"
+
+
 def variants(records):
     """{(model, variant): {setting: runs}}, in a fixed order."""
     found = {}
@@ -143,7 +149,8 @@ def table1(records, paper):
                                 for kind in ("trainable", "stored"))
         rows.append([model, label(variant), counts, n, *numbers])
     header = ["model", "method", "trained / stored", "seeds"]
-    header += [f"{setting} {METRICS[name]}" for setting, name in
+    named = METRICS | {"rouge": score_name(records)}
+    header += [f"{setting} {named[name]}" for setting, name in
                (column.split("/") for column in columns)]
     return Table("table1", "Table 1: all methods", "Against the first reference, 0 to 100: mean ± "
                  "standard deviation over seeds (mixed + sequential); weights that are trained and "
@@ -170,7 +177,8 @@ def table2(records, paper):
             rows.append([model, label(variant), *mine, Cell(
                 (sum(lost),) if complete else (),
                 paper_figure(paper, "table2", model, variant, "degradation", runs))])
-    header = ["model", "variant", "sequential Rouge", "sequential Forget", "mixed Rouge", "Δ"]
+    score = score_name(records)
+    header = ["model", "variant", f"sequential {score}", "sequential Forget", f"mixed {score}", "Δ"]
     return Table("table2", "Table 2: ablations", "Without BAD, DOG or both, and the control that "
                  "regroups at random. Δ: what the three scores lose together against BADIT, empty "
                  "unless all three are there.", header, rows)

@@ -364,7 +364,7 @@ def test_a_finished_run_prints_its_result(flags, whole):
     outcome = succeed(*flags, *DOG, "--output_dir", whole(), "--resume")
     assert f"{whole()} is finished already" in outcome.out
     rouge = results_of(whole())["metrics"]["rouge"]
-    assert f"rouge: {rouge:.2f}" in outcome.out and snapshot(whole()) == before
+    assert f"mean score: {rouge:.2f}" in outcome.out and snapshot(whole()) == before
 
 
 def test_numbers_of_seven_digits(stopped, whole):
