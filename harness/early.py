@@ -6,7 +6,7 @@ import sys
 
 from harness import output_folder
 from harness.arguments import parse_flags
-from inputs.errors import InputError, one_line
+from inputs.errors import InputError, error_lines
 
 
 def print_anything():
@@ -26,6 +26,9 @@ def end_on_bad_flags(argv):
     Of several processes one says why.
     """
     print_anything()
+    if sys.platform == "win32":
+        sys.exit("error: badit needs Linux or macOS (on Windows: WSL), for its checkpoints rely on "
+                 "their signals, locks and renames")
     try:
         args, _ = parse_flags(argv)
         output_folder.check(args)
@@ -34,5 +37,5 @@ def end_on_bad_flags(argv):
         if several:
             from harness.processes import FirstToSay  # not above: it takes torch
         if not several or FirstToSay()():
-            print(one_line(f"error: {error}"), file=sys.stderr)
+            print(error_lines(error), file=sys.stderr)
         sys.exit(2)

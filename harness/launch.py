@@ -6,16 +6,19 @@ import os
 import shlex
 import signal
 import sys
+from pathlib import Path
 
 import torch
+import yaml
 from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.commands.config.config_args import default_config_file
 
 from harness import checkpoint, output_folder, processes
 from harness.arguments import PAPER_BATCH, parse_flags
 from harness.early import print_anything
 from harness.run import say
 from harness.signals import StopSignals
-from inputs.errors import InputError, Interrupted, one_line
+from inputs.errors import InputError, Interrupted, error_lines, one_line
 
 # Of the disk, not of this program: one line, no traceback.
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
@@ -35,7 +38,7 @@ def carry_out(argv, execute):
 
     def end(status, reason):
         if first_to_say():
-            print(one_line(reason), file=sys.stderr)
+            print(reason, file=sys.stderr)
         return status
 
     with StopSignals() as stop:
@@ -46,22 +49,40 @@ def carry_out(argv, execute):
             execute(args, argv, stop, first_to_say)
             return 0
         except InputError as error:
-            return end(2, f"error: {error}")
+            return end(2, error_lines(error))
         except OSError as error:
             full = (f"; what was saved before is whole: make room there, then "
                     f"{command(argv, stop)}") if error.errno in DISK_ERRORS else ""
-            return end(2, f"error: {error}{full}")
+            return end(2, one_line(f"error: {error}{full}"))
         except (Interrupted, KeyboardInterrupt) as error:
             number = stop.received or signal.SIGINT
             whole = isinstance(error, Interrupted) and checkpoint.checkpoints_in(
                 args.output_dir / checkpoint.FOLDER)
             saved = "saved" if whole else "nothing more was saved"
-            return end(128 + number, f"stopped by {number.name}, {saved}; go on with: "
-                                     f"{command(argv, stop)}")
-        except Exception:
+            return end(128 + number, one_line(f"stopped by {number.name}, {saved}; go on with: "
+                                              f"{command(argv, stop)}"))
+        except Exception as error:
+            if is_out_of_memory(error):
+                return end(2, one_line(f"error: {out_of_memory(args, stop)} ({error})"))
             if first_to_say():
                 raise
             return 1
+
+
+def is_out_of_memory(error):
+    """Whether an exception says so, of a GPU's memory or of the machine's."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
+        isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate" in str(error))
+
+
+def out_of_memory(args, stop):
+    """What to do where memory is short; a run cannot change its batches once it has begun."""
+    kept = (f"; what was saved stays in {args.output_dir}, --resume goes on with it where there is "
+            "more memory") if stop.deferred else ""
+    return (f"out of memory with --batch_size {args.batch_size}, --gradient_accumulation_steps "
+            f"{args.gradient_accumulation_steps}, --max_length {args.max_length}, "
+            f"--eval_batch_size {args.eval_batch_size}: halve the first and double the second for "
+            "the same result, add --gradient_checkpointing, or lower the others" + kept)
 
 
 def command(argv, stop):
@@ -77,7 +98,8 @@ def make_accelerator(args):
     """The Accelerator, and a batch size for every process. Raises InputError."""
     precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")  # what the launcher sets
     if precision not in ("no", "bf16"):
-        raise InputError(f"--mixed_precision {precision} is not supported; allowed: no, bf16")
+        raise InputError(f"--mixed_precision {precision} is not supported; allowed: no, bf16"
+                         f"{launcher_file('mixed_precision', precision)}")
     refuse_sharding()
     if args.report_to != "none" and importlib.util.find_spec(args.report_to) is None:
         raise InputError(f"--report_to {args.report_to}: not installed, run `pip install "
@@ -113,7 +135,18 @@ def refuse_sharding():
         if os.environ.get(variable, "false").lower() not in ("false", "0", ""):
             raise InputError(f"{name} is not supported, only DDP ({variable} is set): sharded "
                              "gradients would make Eq. 8 wrong, and the trainable state is small "
-                             "enough for every process; launch with --multi_gpu")
+                             "enough for every process; launch with --multi_gpu"
+                             f"{launcher_file('distributed_type', variable[15:])}")
+
+
+def launcher_file(key, value):
+    """Where Accelerate's default file is what asks for a value: its path, in words."""
+    file = Path(default_config_file)
+    said = yaml.safe_load(file.read_text(encoding="utf-8")) if file.exists() else None
+    if not isinstance(said, dict) or str(said.get(key)).upper() != value.upper():
+        return ""
+    return (f"; {default_config_file}, which accelerate launch reads, asks for it: change that, or "
+            "give --config_file")
 
 
 def share_of_batch(accelerator):

@@ -4,6 +4,7 @@ import contextlib
 import os
 import signal
 import stat
+import threading
 import time
 
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -47,7 +48,12 @@ class StopSignals:
 
 
 def receive_stops(handler):
-    """Let `handler` receive what asks to stop -> the handlers before, by signal."""
+    """Let `handler` receive what asks to stop -> the handlers before, by signal.
+
+    In a thread that is not the main one Python has no handlers: what runs there is not asked.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return {}
     return {number: signal.signal(number, handler) for number in STOPPING
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN}  # by nohup
 

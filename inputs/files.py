@@ -9,6 +9,8 @@ import stat
 import tempfile
 from pathlib import Path
 
+from inputs.errors import InputError
+
 LARGEST_TEXT = 2**30  # bytes
 
 
@@ -95,5 +97,9 @@ def git_blob_file(path):
 
 
 def cache_dir():
-    """The folder for converted models, downloads and tokenised data."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "badit"
+    """The folder for converted models and downloads. Raises InputError for a user without one."""
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "badit"
+    except RuntimeError:  # no such user is known here
+        raise InputError(f"the user {os.getuid()} has no home folder: set HOME, or XDG_CACHE_HOME"
+                         ) from None
