@@ -13,6 +13,7 @@ from torch import nn
 from tqdm import tqdm
 
 from inputs.errors import InputError
+from registry import ALL_LINEAR
 
 
 class Stage(NamedTuple):
@@ -156,16 +157,18 @@ class Method:
 def find_targets(model, target_modules):
     """All nn.Linear modules whose last name component is in `target_modules`, by full name.
 
-    Raises InputError for a name that no linear layer of the model has.
+    ("all-linear",) means all of them. Raises InputError for a name that none of them has.
     """
     # Not the output layer: it sees only the positions whose logits are kept.
     linears = {name: module for name, module in model.named_modules()
                if isinstance(module, nn.Linear) and module is not model.get_output_embeddings()}
+    if tuple(target_modules) == (ALL_LINEAR,):
+        return linears
     existing = {name.rpartition(".")[2] for name in linears}
     for target in target_modules:
         if target not in existing:
             raise InputError(f"--target_modules {target}: the model has no such linear layer; "
-                             f"it has {', '.join(sorted(existing))}")
+                             f"it has {', '.join(sorted(existing)) or 'none'}")
     return {name: linear for name, linear in linears.items()
             if name.rpartition(".")[2] in target_modules}
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from pathlib import Path
 
 import huggingface_hub
@@ -21,9 +22,11 @@ from inputs.model_folders import (
 )
 from registry import EMBEDDED, MODELS
 
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+
 
 def load(name_or_path, dtype=None):
-    """Load (model, tokenizer) by a name in MODELS or from a local folder.
+    """Load (model, tokenizer) by a name in MODELS, from a local folder, or by a hub id.
 
     `dtype` is that of the weights, float32 by default. The tokenizer has a pad token (its own, or
     EOS), the model's generation config nothing but special tokens: generation is greedy unless the
@@ -80,7 +83,7 @@ def config_sha256(model, tokenizer):
 
 
 def locate(name_or_path):
-    """A local folder, or the hub's name of a model in MODELS."""
+    """A local folder, or the hub's id of a model."""
     if name_or_path == EMBEDDED:
         return embedded_folder(EMBEDDED)
     if name_or_path in MODELS:
@@ -90,8 +93,11 @@ def locate(name_or_path):
         with reading(name_or_path, name_or_path):
             check_folder(Path(name_or_path))
         return str(name_or_path)
-    raise InputError(f"model {str(name_or_path)!r} is unknown: allowed are {', '.join(MODELS)} and "
-                     "the path of a folder with a checkpoint")
+    if HUB_ID.fullmatch(str(name_or_path)) and not Path(name_or_path).exists():
+        check_hub(name_or_path, name_or_path)
+        return name_or_path
+    raise InputError(f"model {str(name_or_path)!r} is unknown: allowed are {', '.join(MODELS)}, "
+                     "the path of a folder with a checkpoint, and a hub id such as Qwen/Qwen3-0.6B")
 
 
 def check_hub(name, repository):
@@ -107,7 +113,8 @@ def reading(name, source):
     advice = "the folder must hold config.json, tokenizer and safetensors"
     if name == EMBEDDED:
         advice = f"delete {source} and run again: it is made anew"
-    elif name in MODELS:
+    elif HUB_ID.fullmatch(str(source)) and not Path(source).exists():
         advice = (f"if it is gated, accept its licence at https://huggingface.co/{source} and run "
-                  "`hf auth login`; offline, pass --model the path of a folder that holds it")
+                  "`hf auth login`; offline, pass --model the path of a folder that holds it"
+                  + ("" if name in MODELS else f"; there is no folder {name} here"))
     return one_line_errors(f"cannot load model {name} from {source}", advice)

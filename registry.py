@@ -17,6 +17,7 @@ from inputs.numbers import Fraction, NonNegative, Positive, PositiveInt, Seed
 from inputs.settings import Settings, setting
 
 ADAPTER_FORMAT, ADAPTER_CONFIG = 1, "adapter_config.json"
+ALL_LINEAR = "all-linear"  # of --target_modules: all but the output layer
 
 # --- settings of several methods ----------------------------------------------------------------
 
@@ -26,7 +27,8 @@ class Targets(Settings):
     """Which linear layers are adapted."""
 
     target_modules: tuple[str, ...] = setting(
-        ("gate_proj",), "last name component of the linear layers to adapt (default: gate_proj)",
+        ("gate_proj",), f"last name components of the linear layers to adapt, or {ALL_LINEAR} "
+        "(default: gate_proj)",
         metavar="NAME", names_variant=False, table=True)
 
 

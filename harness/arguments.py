@@ -53,8 +53,8 @@ class Flag:
 FLAGS = (
     Flag("run", "method", str, "badit", f"one of {', '.join(METHODS)} (default: badit)",
          of_study=True),
-    Flag("run", "model", str, EMBEDDED, f"one of {', '.join(MODELS)}, or a checkpoint's folder "
-         f"(default: {EMBEDDED})", is_path=True, of_study=True),
+    Flag("run", "model", str, EMBEDDED, f"one of {', '.join(MODELS)}, a checkpoint's folder, or a "
+         f"hub id such as Qwen/Qwen3-0.6B (default: {EMBEDDED})", is_path=True, of_study=True),
     Flag("run", "setting", Literal["mixed", "sequential", "single"], "mixed",
          "train all tasks together, one after the other, or each alone from the base model "
          "(default: mixed)", of_training=True, alone="nothing", of_study=True),
@@ -93,6 +93,8 @@ FLAGS = (
          needs_setting=("sequential",), alone="nothing"),
     Flag("data", "max_train_per_task", PositiveInt | None, None, "the first N (default: all)",
          metavar="N", of_training=True, table="trained"),
+    Flag("data", "sample", bool, False, "of --max_train_per_task: N drawn by the seed, not the "
+         "first", of_training=True, table="trained"),
     Flag("data", "max_eval_per_task", PositiveInt | None, None, "the first N (default: all)",
          metavar="N", table=True),
     Flag("data", "max_length", PositiveInt, 1024, "tokens of prompt + target in training, of the "
@@ -131,7 +133,7 @@ FLAGS = (
          is_path=True, needs_setting=("mixed", "sequential"), alone="nothing"),
     Flag("evaluation", "paper_metrics", bool, False, "also the mean score, Backward and "
          "Forget Rate as the released scripts compute them", of_training=True,
-         needs_setting=("sequential",), alone="nothing"),
+         needs_setting=("mixed", "sequential"), alone="nothing"),
 )
 
 
@@ -324,6 +326,8 @@ def refuse_unread_flags(args, typed):
         if settings and args.setting not in settings:
             raise InputError(f"--{name} is not read with --setting {args.setting}, "
                              f"only with {' or '.join(settings)}")
+    if args.sample and args.max_train_per_task is None:
+        raise InputError("--sample draws the rows of --max_train_per_task N: give both")
     if args.paper_metrics and args.eval_tasks != "all":
         raise InputError("--paper_metrics needs all rows of the score matrix: --eval_tasks all")
 

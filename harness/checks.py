@@ -1,12 +1,20 @@
 """What the model's shape rules out, refused before its weights are loaded."""
 
 import math
+import re
+from collections import Counter
+
+from torch import nn
 
 import models
 from data import SPLITS
 from harness.identity import refuse_another_model
 from harness.run import say
 from inputs.errors import InputError
+from registry import ALL_LINEAR
+
+# The linear layers that are slices of one tensor of all experts, by its name.
+FUSED = {"gate_up_proj": {"gate_proj", "up_proj"}, "down_proj": {"down_proj"}}
 
 
 def check_model(setup, method):
@@ -25,11 +33,40 @@ def check_model(setup, method):
     if method is not None:
         asked = method.settings
         method.check_tasks(setup.order)
+        check_architecture(skeleton, getattr(asked, "target_modules", ()))
         method.check_model(skeleton)
         for name in asked.names():
             value = getattr(method.settings, name)
             if value != getattr(asked, name):  # chosen by the model's shape
                 say(setup.accelerator, f"{name} {value}")
+
+
+def check_architecture(model, target_modules):
+    """Raise InputError where layers that are meant, by their names, are no nn.Linear modules.
+
+    Those are GPT-2's, which are transposed, and a mixture's experts in one tensor.
+    """
+    kinds = {name.rpartition(".")[2]: type(module).__name__ for name, module in
+             model.named_modules() if not isinstance(module, nn.Linear)}
+    transposed = sorted(name for name, kind in kinds.items() if kind == "Conv1D")
+    if transposed:
+        raise InputError(f"model type {model.config.model_type}: its layers "
+                         f"{', '.join(transposed)} are Conv1D modules, which keep their weights "
+                         "transposed; only nn.Linear is adapted")
+    wanted = set(target_modules)
+    for name, weight in model.named_parameters():
+        last = name.rpartition(".")[2]
+        if weight.ndim == 3 and (wanted == {ALL_LINEAR} or wanted & FUSED.get(last, set())):
+            raise InputError(f"model type {model.config.model_type} is a mixture of experts, with "
+                             f"all of them in one tensor, {name} {list(weight.shape)}, which would "
+                             "stay frozen; --target_modules can name its attention's layers, such "
+                             "as q_proj")
+
+
+def adapted_layers(method):
+    """A line with the names of the adapted layers by pattern, and the number of each."""
+    patterns = Counter(re.sub(r"\d+", "*", name) for name in method.layers)
+    return "adapted layers: " + ", ".join(f"{name} ({count})" for name, count in patterns.items())
 
 
 def check_frame(args, method):

@@ -9,11 +9,12 @@ from transformers import AutoConfig
 from transformers.utils import logging as hf_logging
 
 from inputs.errors import InputError, library_errors
-from inputs.files import read_text
+from inputs.files import open_file, read_text
 
 # Largest sizes of a model that is built at all: more is a damaged file, and would take for ever.
 SIZES = {"num_hidden_layers": 1000, "hidden_size": 10**6, "intermediate_size": 10**7,
          "vocab_size": 10**8, "num_attention_heads": 10**5, "head_dim": 10**5}
+LFS_POINTER = b"version https://git-lfs"
 ATTENTION = (None, "eager", "sdpa")  # others may be fetched from a hub, as code
 
 
@@ -34,6 +35,11 @@ def check_folder(folder):
     for path in sorted(folder.iterdir()):
         if not path.is_file() and not path.is_dir():
             raise ValueError(f"{path.name} is no file")
+    for path in folder.glob("*.safetensors"):
+        with open_file(path) as file:
+            if file.read(len(LFS_POINTER)) == LFS_POINTER:
+                raise ValueError(f"{path.name} is a git-lfs pointer, not the weights: run `git lfs "
+                                 "pull` in that folder")
     if (folder / "adapter_config.json").exists():
         raise ValueError("adapter_config.json makes it an adapter for another model, not a base; "
                          "merge the adapter into the weights, or delete the file")

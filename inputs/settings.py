@@ -79,6 +79,13 @@ class Parser(argparse.ArgumentParser):
         raise InputError(f"{message}; see `python {self.prog} --help`")
 
 
+class Words(argparse.Action):
+    """Takes several words, or one with commas: `a b` is `a,b`."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        setattr(namespace, self.dest, [part for word in values for part in word.split(",")])
+
+
 def check_each(field, value):
     """Refuse a value of the right type that the field's flag could not have been given.
 
@@ -109,6 +116,8 @@ def add_argument(group, name, kind, default, help, metavar=None, check=None):
         options["metavar"] = metavar
     if origin is tuple:
         options["nargs"] = "+"
+        if check is None:
+            options["action"] = Words
         kind = typing.get_args(kind)[0]
         origin = typing.get_origin(kind)
     if origin is Literal:

@@ -87,7 +87,6 @@ def test_help_tells_every_flag(capsys):
     "--eval_only : --adapter",
     "--task_order T1 : --task_order",
     "--setting single --task_order T1 : --task_order",
-    "--paper_metrics : --paper_metrics",
     "--setting single --paper_metrics : --paper_metrics",
     "--setting sequential --paper_metrics --eval_tasks seen : --paper_metrics",
     "--setting single --single_task_results x.json : --single_task_results",

@@ -74,6 +74,8 @@ def unloadable(model):
     ("chat_template.jinja", os.mkfifo, "chat_template.jinja"),
     ("vocab.json", lambda file: file.symlink_to("/dev/zero"), "vocab.json"),
     ("adapter_config.json", writing("{}"), "adapter_config.json"),
+    ("model.safetensors", writing("version https://git-lfs.github.com/spec/v1\noid sha256:0\n"),
+     ("model.safetensors", "git lfs pull")),
     *(("model.safetensors.index.json", writing(json.dumps({"weight_map": {WEIGHT: name}})), named)
       for name, named in (("../w.safetensors", "'../w.safetensors'"),
                           ("/tmp/w.safetensors", "'/tmp/w.safetensors'"), (5, ()))),

@@ -1,0 +1,160 @@
+"""What a run meets outside: little memory, other threads, users, systems, models of other kinds."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import torch
+from conftest import BRIEF, SMALL, TRAINED, failing, lines_of, refused, run, succeed
+from suite_files import complaint
+from transformers import AutoModelForCausalLM, GPT2Config, MixtralConfig
+
+import models
+from harness import checks, early, launch
+from harness.recorder import Recorder
+from inputs.files import cache_dir
+from method import find_targets
+from registry import ALL_LINEAR
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+# --- memory, threads, users, systems ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError(),
+                                   RuntimeError("DefaultCPUAllocator: can't allocate memory")],
+                         ids=lambda error: type(error).__name__)
+def test_out_of_memory_is_one_line_and_keeps_the_checkpoint(tiny, tmp_path, error):
+    """It names what takes memory; the run goes on from its checkpoint where there is more."""
+    argv = [*tiny, *SMALL, "--epochs", 1, "--checkpoint_every", 2, "--output_dir", tmp_path / "out"]
+    with failing(Recorder, "add_step", 4, error):
+        line = refused("out of memory", *argv)
+    for flag in ("batch_size 8", "gradient_accumulation_steps 1", "max_length 64",
+                 "eval_batch_size 16", "gradient_checkpointing", "resume"):
+        assert f"--{flag}" in line
+    succeed(*argv, "--resume")
+    assert len(lines_of(tmp_path / "out" / "log.jsonl")) == 5
+
+
+def test_memory_that_the_machine_does_not_have():
+    """What PyTorch raises in earnest."""
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**60, dtype=torch.uint8)
+    assert launch.is_out_of_memory(caught.value)
+    assert not launch.is_out_of_memory(RuntimeError("shapes do not fit"))
+
+
+def test_a_run_in_another_thread(tiny, tmp_path):
+    """It has no signal handlers there, and gives what it gives in the main one."""
+    statuses = []
+    argv = [*tiny, *BRIEF, "--method", "zero_shot", "--output_dir", tmp_path / "out"]
+    thread = threading.Thread(target=lambda: statuses.append(run(*argv).status))
+    thread.start()
+    thread.join()
+    assert statuses == [0] and (tmp_path / "out" / "results.json").exists()
+
+
+def test_a_user_without_a_home(monkeypatch):
+    """The variables that help are named, and do."""
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
+    message = complaint(cache_dir)
+    assert str(os.getuid()) in message and "HOME" in message and "XDG_CACHE_HOME" in message
+    monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
+    assert cache_dir() == Path("/somewhere/badit")
+
+
+def test_windows_gets_one_line(monkeypatch):
+    monkeypatch.setattr(sys, "platform", "win32")
+    with pytest.raises(SystemExit, match="^error: badit needs Linux or macOS"):
+        early.end_on_bad_flags([])
+
+
+@pytest.mark.parametrize("content, variables", [
+    ("mixed_precision: fp16", {"ACCELERATE_MIXED_PRECISION": "fp16"}),
+    ("distributed_type: DEEPSPEED", {"ACCELERATE_USE_DEEPSPEED": "true"}),
+])
+@pytest.mark.parametrize("there", [True, False])
+def test_the_launchers_default_file_is_named(tmp_path, content, variables, there):
+    """Where it says what is refused; a file that says otherwise is not."""
+    file = tmp_path / "accelerate" / "default_config.yaml"
+    file.parent.mkdir()
+    file.write_text(f"compute_environment: LOCAL_MACHINE\n{content if there else 'debug: false'}\n")
+    outcome = subprocess.run(
+        [sys.executable, "-c", "from harness import launch; from types import SimpleNamespace\n"
+         "launch.make_accelerator(SimpleNamespace())"], cwd=ROOT, capture_output=True, text=True,
+        env=os.environ | variables | {"HF_HOME": str(tmp_path)}, check=False)
+    last = outcome.stderr.splitlines()[-1]
+    assert "InputError" in last and "is not supported" in last
+    assert (str(file) in last) == there
+
+
+# --- models -------------------------------------------------------------------------------------
+
+
+def test_adapted_layers_are_named_by_pattern(tiny, tmp_path):
+    outcome = succeed(*tiny, *SMALL, "--epochs", 1, "--eval_tasks", "none", "--target_modules",
+                      "gate_proj,q_proj", "--output_dir", tmp_path / "out")
+    assert ("adapted layers: model.layers.*.self_attn.q_proj (2), model.layers.*.mlp.gate_proj (2)"
+            in outcome.out)
+
+
+@pytest.mark.parametrize("method", TRAINED)
+def test_all_linear_layers_but_the_output(tiny, tmp_path, method):
+    outcome = succeed(*tiny, *SMALL, "--method", method, "--epochs", 1, "--eval_tasks", "none",
+                      "--max_train_per_task", 2, "--target_modules", ALL_LINEAR, "--output_dir",
+                      tmp_path / "out")
+    (line,) = (line for line in outcome.out if line.startswith("adapted layers"))
+    assert line.count("(2)") == 7 and "lm_head" not in line
+    assert json.loads((tmp_path / "out" / "adapter" / "adapter_config.json").read_text())[
+        "settings"]["target_modules"] == [ALL_LINEAR]
+
+
+def test_all_linear_stands_alone(llama):
+    model, _ = models.load(llama)
+    assert ALL_LINEAR in complaint(find_targets, model, (ALL_LINEAR, "gate_proj"))
+
+
+def skeleton(config):
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+def test_transposed_layers_are_named(llama):
+    """GPT-2's: what they are, and that only others are adapted."""
+    model = skeleton(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=9))
+    for names in (("gate_proj",), (ALL_LINEAR,), ("c_fc",)):
+        message = complaint(checks.check_architecture, model, names)
+        assert "Conv1D" in message and "gpt2" in message and "c_fc" in message
+
+
+@pytest.mark.parametrize("names, fits", [
+    (("gate_proj",), False), (("down_proj",), False), ((ALL_LINEAR,), False), (("q_proj",), True),
+    (("q_proj", "up_proj"), False), ((), True)])
+def test_fused_experts_do_not_stay_frozen_in_silence(names, fits):
+    """A mixture keeps its experts in one tensor; its attention can be adapted."""
+    model = skeleton(MixtralConfig(num_hidden_layers=1, hidden_size=8, intermediate_size=16,
+                                   num_attention_heads=2, num_key_value_heads=2, vocab_size=9,
+                                   num_local_experts=2))
+    if fits:
+        checks.check_architecture(model, names)
+    else:
+        message = complaint(checks.check_architecture, model, names)
+        assert "mixtral" in message and "frozen" in message and "q_proj" in message
+
+
+def test_a_hub_id_is_asked_for_and_no_code_of_it(monkeypatch):
+    """With the libraries' own loaders, trust_remote_code off; what goes wrong is one line."""
+    asked = []
+    monkeypatch.setattr(huggingface_hub, "auth_check", asked.append)
+    assert models.locate("Some/model-0.5B") == "Some/model-0.5B" and asked == ["Some/model-0.5B"]
+    message = complaint(models.load_tokenizer, "Some/model-0.5B")
+    assert "no folder Some/model-0.5B" in message and "--model" in message
+    for name in ("nowhere", "a/b/c", "/a", "a/", "../a"):
+        assert "hub id" in complaint(models.locate, name)
