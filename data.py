@@ -5,6 +5,7 @@
 """
 
 import random
+import re
 import sys
 from typing import NamedTuple
 
@@ -13,15 +14,24 @@ import torch
 from inputs import convert
 from inputs.bars import Bar
 from inputs.download import download
-from inputs.errors import InputError, library_errors, one_line
+from inputs.errors import InputError, error_lines, library_errors, one_line
 from inputs.numbers import stable_seed
 from inputs.settings import Parser
 from inputs.suites import NAMED, ORDERS, SUPERNI, suite_folder
-from inputs.task_files import SPLITS, Task, listed, read_task, resolve_names, task_folders
+from inputs.task_files import (
+    SPLITS,
+    Task,
+    listed,
+    read_task,
+    resolve_names,
+    task_folders,
+    unread_files,
+)
 from metrics import counts_anything
 
 FRAME = "Now complete the following example -\nInput: {input}\nOutput: "
 PROMPT = "{definition}\n\n" + FRAME
+MARKER = "\N{OBJECT REPLACEMENT CHARACTER}"  # stands for a text in a chat template
 MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids", "labels", "logits_to_keep",
                 "num_items_in_batch")
 
@@ -29,6 +39,7 @@ MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids", "labels", "logits
 class Suite(NamedTuple):
     name: str
     tasks: dict[str, Task]
+    unread: tuple[str, ...] = ()  # data files that are there and not read, such as TASK/dev.json
 
 
 # --- suites and orders --------------------------------------------------------------------------
@@ -49,20 +60,33 @@ def load_suite(name_or_path, data_dir=None):
         raise InputError(f"--data_dir is read with --suite {' or '.join(NAMED)} only, not "
                          f"{name_or_path}")
     folder = suite_folder(name_or_path)
-    return Suite(folder.resolve().name,
-                 {name: read_task(folder / name) for name in task_folders(folder)})
+    names = task_folders(folder)
+    unread = (f"{name}/{file}" for name in names for file in unread_files(folder / name))
+    return Suite(folder.resolve().name, {name: read_task(folder / name) for name in names},
+                 tuple(unread))
 
 
 def select_tasks(suite, names):
     """The suite cut to some tasks, by folder name or T-number. Raises InputError."""
     resolved = resolve_names(names, list(suite.tasks))
-    return Suite(suite.name, {name: suite.tasks[name] for name in resolved})
+    return suite._replace(
+        tasks={name: suite.tasks[name] for name in resolved},
+        unread=tuple(file for file in suite.unread if file.partition("/")[0] in resolved))
 
 
-def cut(suite, max_train, max_test):
-    """The suite with the first so many rows of each task; None for all."""
-    return suite._replace(tasks={name: task._replace(train=task.train[:max_train],
-                                                     test=task.test[:max_test])
+def cut(suite, max_train, max_test, sample_seed=None):
+    """The suite with the first so many rows of each task; None for all.
+
+    With `sample_seed` the training rows are drawn by it in place of the first; their order stays.
+    """
+
+    def chosen(task):
+        if sample_seed is None or max_train is None or max_train >= len(task.train):
+            return task.train[:max_train]
+        draw = random.Random(stable_seed("sample", sample_seed, task.name))
+        return [task.train[row] for row in sorted(draw.sample(range(len(task.train)), max_train))]
+
+    return suite._replace(tasks={name: task._replace(train=chosen(task), test=task.test[:max_test])
                                  for name, task in suite.tasks.items()})
 
 
@@ -101,7 +125,8 @@ class Encoded(NamedTuple):
     train: dict[str, list]  # rows of task, id, input_ids (prompt + target), num_targets
     test: dict[str, list]  # rows of task, id, prompt, input_ids, references
     left_out: list[tuple[str, str]]  # (task, id) of training instances
-    shortened: dict[str, int]  # instances with a cut input field, by split
+    shortened: dict[str, dict[str, int]]  # instances with a cut input field, by split and task
+    answer_tokens: dict[str, list]  # of the shortest reference of every test row, by task
 
 
 def build_prompt(definition, input_text):
@@ -110,25 +135,86 @@ def build_prompt(definition, input_text):
     return frame.format(definition=definition, input=input_text)
 
 
+class Framer:
+    """Texts as tokens: special ones come from frame and chat template alone, never from a text.
+
+    A "<|im_end|>" in an input is the characters that it is written with. Raises InputError for a
+    tokenizer without EOS, or without the chat template that is asked for.
+    """
+
+    def __init__(self, tokenizer, chat_template=False):
+        if tokenizer.eos_token_id is None:
+            raise InputError("the tokenizer has no EOS token: nothing would end an answer")
+        if chat_template and not tokenizer.chat_template:
+            raise InputError("--chat_template: this tokenizer has no chat template")
+        self.tokenizer, self.chat_template = tokenizer, chat_template
+        special = {id: token.content for id, token in tokenizer.added_tokens_decoder.items()
+                   if token.special}
+        self.special_ids = set(special)
+        if chat_template:
+            self.before, _, self.after = self._in_template(MARKER).partition(MARKER)
+            spelt = re.compile("|".join(map(re.escape, special.values())) or "(?!)")
+            # Around a text stand what the template has between its special tokens and it.
+            last = max((match.end() for match in spelt.finditer(self.before)), default=0)
+            first = next((match.start() for match in spelt.finditer(self.after)), len(self.after))
+            self.head, self.left = self.before[:last], self.before[last:]
+            self.right, self.tail = self.after[:first], self.after[first:]
+            self.num_special = self._count_special(self._ids(self.head) + self._ids(self.tail))
+
+    def text(self, text):
+        """The ids of a text, such as an answer; nothing is added."""
+        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
+
+    def prompt(self, definition, text):
+        """(prompt, ids) of an instance."""
+        prompt = build_prompt(definition, text)
+        if not self.chat_template:
+            encoding = self.tokenizer(prompt, return_special_tokens_mask=True,
+                                      split_special_tokens=True)
+            ids, added = encoding.input_ids, encoding.special_tokens_mask
+            while added and added.pop():  # at its end, such as an EOS: the answer comes there
+                ids.pop()
+            return prompt, ids
+        whole = self._in_template(prompt)
+        ids = self._ids(whole)
+        if self._count_special(ids) == self.num_special:
+            return whole, ids
+        if not (whole.startswith(self.before) and whole.endswith(self.after)):
+            raise InputError("--chat_template: the text spells a special token, and this "
+                             f"tokenizer's template takes it apart: {prompt!r:.60}")
+        inner = whole[len(self.head):len(whole) - len(self.tail)]
+        return whole, self._ids(self.head) + self.text(inner) + self._ids(self.tail)
+
+    def _in_template(self, prompt):
+        """The prompt as the user's turn of a dialogue, with the beginning of the answer's."""
+        with library_errors("--chat_template: this tokenizer's template fails"):
+            return self.tokenizer.apply_chat_template(
+                [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True,
+                enable_thinking=False)  # Qwen3 would think aloud before a label; others ignore it
+
+    def _ids(self, text):
+        return self.tokenizer(text, add_special_tokens=False).input_ids
+
+    def _count_special(self, ids):
+        return sum(id in self.special_ids for id in ids)
+
+
 def encode_suite(suite, tokenizer, max_length, chat_template=False, splits=SPLITS):
     """Tokenise all tasks of a suite -> Encoded; of other `splits` there are no rows.
 
     `max_length` bounds prompt + target in training and the prompt alone in evaluation. Too long an
     instance loses the end of its input field, never of definition, frame or target; a training
     instance that still does not fit is left out, an evaluation instance never. Raises InputError
-    for a task left without training instances, or a tokenizer without EOS or chat template where
-    one is needed.
+    for a task left without training instances, and as Framer does.
     """
-    if tokenizer.eos_token_id is None:
-        raise InputError("the tokenizer has no EOS token: nothing would end an answer")
-    if chat_template and not tokenizer.chat_template:
-        raise InputError("--chat_template: this tokenizer has no chat template")
-    encoded = Encoded({}, {}, [], {split: 0 for split in SPLITS})
+    framer = Framer(tokenizer, chat_template)
+    encoded = Encoded({}, {}, [], {split: {} for split in SPLITS}, {})
     total = sum(len(getattr(task, split)) for task in suite.tasks.values() for split in splits)
     with Bar(total=total, desc="tokenise", unit="row", delay=2, leave=False) as bar:
         for name, task in suite.tasks.items():
-            train, test = (_encode_split(task, split, tokenizer, max_length, chat_template, bar)
-                           if split in splits else [] for split in SPLITS)
+            with library_errors(f"the tokenizer fails on {name}"):
+                train, test = (_encode_split(task, split, framer, max_length, bar)
+                               if split in splits else [] for split in SPLITS)
             fits = [row for row in train if len(row["input_ids"]) <= max_length]
             if train and not fits:
                 needed = min(len(row["input_ids"]) for row in train)
@@ -137,85 +223,90 @@ def encode_suite(suite, tokenizer, max_length, chat_template=False, splits=SPLIT
             encoded.left_out.extend((name, row["id"]) for row in train
                                     if len(row["input_ids"]) > max_length)
             encoded.train[name], encoded.test[name] = fits, test
+            encoded.answer_tokens[name] = [row.pop("answer_tokens") for row in test]
             for split, rows in (("train", fits), ("test", test)):
-                encoded.shortened[split] += sum(row.pop("shortened") for row in rows)
+                encoded.shortened[split][name] = sum(row.pop("shortened") for row in rows)
     return encoded
 
 
-def describe(suite, encoded, max_length):
-    """Lines about what of a suite is used, and how."""
+def describe(suite, encoded, max_length, max_new_tokens):
+    """Lines about what of a suite is used and how, and what of it no score can show."""
     counts = [sum(map(len, split.values())) for split in (encoded.train, encoded.test)]
+    shortened = [sum(encoded.shortened[split].values()) for split in SPLITS]
     yield (f"suite {suite.name}: {len(suite.tasks)} tasks, {counts[0]} training and {counts[1]} "
            f"test instances; input shortened to fit {max_length} tokens: "
-           f"{encoded.shortened['train']} and {encoded.shortened['test']}")
-    assumed = [f"{name} {task.metric}" for name, task in suite.tasks.items()
-               if name not in SUPERNI]
-    if assumed:
-        yield f"metrics (JSON key Metric, default rouge_l): {', '.join(assumed)}"
-    for name, task in suite.tasks.items():
-        references = [row["references"] for row in encoded.test[name]]
-        empty = sum(not any(counts_anything(text, task.metric) for text in texts)
-                    for texts in references)
-        if empty:
-            yield (f"{name}: {empty} of {len(references)} test items have no reference with "
-                   f"anything that {task.metric} counts")
+           f"{shortened[0]} and {shortened[1]}")
+    own = [f"{name} {task.metric}" for name, task in suite.tasks.items()
+           if SUPERNI.get(name, (None, None))[1] != task.metric]
+    if own:
+        yield f"metrics (JSON key Metric, default rouge_l): {', '.join(own)}"
+    if suite.unread:
+        yield f"not read: {listed(suite.unread)}"
+    for task in suite.tasks.values():
+        yield from _describe_task(task, encoded, max_length, max_new_tokens)
     for task, name in encoded.left_out:
         yield f"left out, does not fit {max_length} tokens without input: {task} {name}"
 
 
-def _encode_split(task, split, tokenizer, max_length, chat_template, bar):
+def _describe_task(task, encoded, max_length, max_new_tokens):
+    """A line for each thing that a reader of the task's score should know."""
+    train, test = encoded.train[task.name], encoded.test[task.name]
+    shortened = [encoded.shortened[split][task.name] for split in SPLITS]
+    if any(shortened):
+        yield (f"{task.name}: input shortened to fit {max_length} tokens in {shortened[0]} of "
+               f"{len(train)} training and {shortened[1]} of {len(test)} test items")
+    too_long = sum(length > max_new_tokens for length in encoded.answer_tokens[task.name])
+    if too_long:
+        yield (f"{task.name}: {too_long} of {len(test)} test items have no reference of at most "
+               f"{max_new_tokens} tokens (--max_new_tokens): no answer reaches it")
+    seen = {row["input"] for row in task.train} if train else ()
+    known = sum(row["input"] in seen for row in task.test)
+    if known:
+        yield f"{task.name}: {known} of {len(test)} test inputs stand in its training data too"
+    empty = sum(not any(counts_anything(text, task.metric) for text in row["references"])
+                for row in test)
+    if empty:
+        yield (f"{task.name}: {empty} of {len(test)} test items have no reference with anything "
+               f"that {task.metric} counts")
+
+
+def _encode_split(task, split, framer, max_length, bar):
     """Rows of one split."""
     rows = []
-    with library_errors(f"the tokenizer fails on {task.name}"):
-        for instance in getattr(task, split):
-            target = []
-            if split == "train":
-                ids = tokenizer(instance["outputs"][0], add_special_tokens=False).input_ids
-                target = [*ids, tokenizer.eos_token_id]
-            prompt, ids, shortened = _fit_prompt(task.definition, instance["input"], tokenizer,
-                                                 max_length - len(target), chat_template)
-            row = {"task": task.name, "id": instance["id"], "input_ids": ids + target,
-                   "shortened": shortened}
-            rows.append(row | ({"num_targets": len(target)} if split == "train" else
-                               {"prompt": prompt, "references": instance["outputs"]}))
-            bar.update()
+    for instance in getattr(task, split):
+        row = {"task": task.name, "id": instance["id"]}
+        if split == "train":
+            target = [*framer.text(instance["outputs"][0]), framer.tokenizer.eos_token_id]
+            _, ids, shortened = _fit_prompt(framer, task.definition, instance["input"],
+                                            max_length - len(target))
+            row |= {"input_ids": ids + target, "num_targets": len(target)}
+        else:
+            prompt, ids, shortened = _fit_prompt(framer, task.definition, instance["input"],
+                                                 max_length)
+            answers = [len(framer.text(output)) for output in instance["outputs"]]
+            row |= {"prompt": prompt, "input_ids": ids, "references": instance["outputs"],
+                    "answer_tokens": min(answers)}
+        rows.append(row | {"shortened": shortened})
+        bar.update()
     return rows
 
 
-def _fit_prompt(definition, text, tokenizer, budget, chat_template):
+def _fit_prompt(framer, definition, text, budget):
     """The longest prompt of at most `budget` tokens -> (prompt, ids, whether it was shortened).
 
     Cuts characters off the end of `text` by bisection; an empty input may exceed the budget.
     """
-
-    def encode(length):
-        prompt = build_prompt(definition, text[:length])
-        if not chat_template:
-            encoding = tokenizer(prompt, return_special_tokens_mask=True)
-            ids, added = encoding.input_ids, encoding.special_tokens_mask
-            while added and added.pop():  # at its end, such as an EOS: the answer comes there
-                ids.pop()
-            return prompt, ids
-        try:
-            prompt = tokenizer.apply_chat_template(
-                [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True,
-                enable_thinking=False)  # Qwen3 would think aloud before a label; others ignore it
-            return prompt, tokenizer(prompt, add_special_tokens=False).input_ids
-        except Exception as error:  # noqa: BLE001 (a template is a program)
-            raise InputError(f"--chat_template: this tokenizer's template fails "
-                             f"({type(error).__name__}: {error})") from error
-
-    prompt, ids = encode(len(text))
+    prompt, ids = framer.prompt(definition, text)
     if len(ids) <= budget:
         return prompt, ids, False
     fits, exceeds = 0, len(text)
     while exceeds - fits > 1:
         middle = (fits + exceeds) // 2
-        if len(encode(middle)[1]) <= budget:
+        if len(framer.prompt(definition, text[:middle])[1]) <= budget:
             fits = middle
         else:
             exceeds = middle
-    return *encode(fits), True
+    return *framer.prompt(definition, text[:fits]), True
 
 
 # --- batching -----------------------------------------------------------------------------------
@@ -343,7 +434,7 @@ def main(argv=None):
         for line in lines:
             print(one_line(line))
     except (InputError, OSError) as error:
-        print(f"error: {one_line(str(error))}", file=sys.stderr)
+        print(error_lines(error), file=sys.stderr)
         return 2
     return 0
 

@@ -263,7 +263,8 @@ def prepare(args, accelerator, stop, seconds):
     made = identity.provenance(args)
     suite = data.load_suite(args.suite, args.data_dir)
     suite = data.select_tasks(suite, args.tasks) if args.tasks else suite
-    suite = data.cut(suite, args.max_train_per_task, args.max_eval_per_task)
+    suite = data.cut(suite, args.max_train_per_task, args.max_eval_per_task,
+                     args.seed if args.sample else None)
     output_folder.check_names(suite.tasks)
     order = data.task_order(suite.tasks, args.seed, args.task_order)
     trains = METHODS[args.method].trains and not args.eval_only
@@ -271,7 +272,7 @@ def prepare(args, accelerator, stop, seconds):
         tokenizer = models.load_tokenizer(args.model)
         encoded = data.encode_suite(suite, tokenizer, args.max_length, args.chat_template,
                                     data.SPLITS if trains else ("test",))
-    for line in data.describe(suite, encoded, args.max_length):
+    for line in data.describe(suite, encoded, args.max_length, args.max_new_tokens):
         say(accelerator, line)
     stages = make_stages(args, accelerator, order, encoded)
     batch = args.batch_size * accelerator.num_processes * args.gradient_accumulation_steps
@@ -342,6 +343,8 @@ def execute(args, argv, stop, first_to_say):
     counts = results_file.parameter_counts(run)
     say(accelerator, f"parameters: {counts['trainable']:,} trainable, {counts['stored']:,} stored, "
         f"{counts['active']:,} active per token, {counts['total']:,} in the base model")
+    if run.method.layers:
+        say(accelerator, checks.adapted_layers(run.method))
     with output_folder.reserved(run, there):
         return carry_out(run, argv, resumed, first_to_say)
 

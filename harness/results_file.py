@@ -131,7 +131,8 @@ def write_results(run, argv):
                          "train": len(setup.encoded.train[name]), "test": len(task.test),
                          "sha256": identity.task_sha256(task)}
                   for name, task in setup.tasks.items()},
-        "shortened": setup.encoded.shortened,
+        "shortened": {split: sum(counts.values())
+                      for split, counts in setup.encoded.shortened.items()},
         "left_out": setup.encoded.left_out,
         "settings": asdict(run.method.settings),
         "parameters": parameter_counts(run),

@@ -4,7 +4,14 @@ import contextlib
 
 
 class InputError(ValueError):
-    """Bad input. The message names the offending value and what is allowed instead."""
+    """Bad input. The message names the offending value and what is allowed instead.
+
+    `example` holds further lines that show how it should look.
+    """
+
+    def __init__(self, message, example=()):
+        super().__init__(message)
+        self.example = tuple(example)
 
 
 class Interrupted(Exception):
@@ -15,6 +22,11 @@ def one_line(text):
     """`text` as a terminal can show it in one line, whatever names and values it quotes."""
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode()
                    for char in text)
+
+
+def error_lines(error):
+    """What is printed of an InputError or OSError: one line, and perhaps an example below it."""
+    return "\n".join(map(one_line, (f"error: {error}", *getattr(error, "example", ()))))
 
 
 @contextlib.contextmanager

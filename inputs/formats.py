@@ -24,15 +24,22 @@ class Instance(Struct):
 
     input: str
     output: str | Annotated[list[str], Meta(min_length=1)]
-    id: str | UnsetType = UNSET
+    id: str | int | UnsetType = UNSET
 
 
 class TaskHead(Struct):
     """What a task file says beside its Instances; other keys are not read."""
 
     Definition: str | list[str]
-    Category: str = "other"
-    Metric: str = "rouge_l"
+    Category: str | UnsetType = UNSET
+    Categories: str | Annotated[list[str], Meta(min_length=1)] | UnsetType = UNSET
+    Metric: str | UnsetType = UNSET
+
+
+class TaskLine(Instance):
+    """A line of a task file of JSON lines: an instance, with the definition that all share."""
+
+    instruction: str = ""
 
 
 class AdapterConfig(Struct, forbid_unknown_fields=True):

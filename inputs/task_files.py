@@ -1,5 +1,6 @@
 """Task folders in the natural-instructions layout: read once, refused in one line."""
 
+import contextlib
 import re
 from typing import NamedTuple
 
@@ -11,6 +12,14 @@ from inputs.suites import SUPERNI
 
 SPLITS = ("train", "test")
 METRICS = ("rouge_l", "accuracy")
+# How a task looks, for whoever has it otherwise.
+LAYOUT = (
+    "a suite is a folder of tasks: SUITE/TASK/train.json and SUITE/TASK/test.json, each with",
+    '{"Definition": "what to do", "Metric": "rouge_l or accuracy", "Instances": [{"input": "text", '
+    '"output": "answer"}, ...]}',
+    'or train.jsonl and test.jsonl, each with lines {"instruction": "what to do", "input": "text", '
+    '"output": "answer"}; other layouts: `python data.py convert --help`',
+)
 LONGEST = {"Definition": 10**5, "input": 10**6, "output": 10**6}  # characters; more takes minutes
 
 
@@ -29,8 +38,9 @@ def task_folders(folder):
     """Names of the task folders in a suite's folder, sorted. Raises InputError for odd ones."""
     names = sorted(path.name for path in folder.iterdir()
                    if path.is_dir() and not path.name.startswith((".", "_")))
-    if not names:
-        raise InputError(f"{folder} holds no task folders")
+    with showing_layout():
+        if not names:
+            raise InputError(f"{folder} holds no task folders")
     for name in names:  # files of a run bear these names
         if not re.fullmatch(r"[\w.-]{1,200}", name, flags=re.ASCII):
             raise InputError(f"{folder}: a task folder's name may hold up to 200 letters, digits, "
@@ -64,32 +74,77 @@ def listed(names):
 def read_task(folder, about=None):
     """The Task in one folder, of the (category, metric) that its suite may know.
 
+    What its files say as Metric and Category wins; for the rest SUPERNI knows its own tasks.
     Raises InputError naming file and instance.
     """
+    files = {split: _find(folder, split) for split in SPLITS}
     heads, instances = {}, {}
-    for split in SPLITS:
-        heads[split], instances[split] = _read_split(folder / f"{split}.json")
-    head, file = heads["train"], folder / "train.json"
-    for key in ("Definition", "Category", "Metric"):
+    for split, file in files.items():
+        heads[split], instances[split] = _read_split(file)
+    head, file = heads["train"], files["train"]
+    for key in ("Definition", "Category", "Categories", "Metric"):
         if getattr(heads["test"], key) != getattr(head, key):
-            raise InputError(f"{folder / 'test.json'}: {key} differs from that of {file}")
+            raise InputError(f"{files['test']}: {key} differs from that of {file}")
     definition = head.Definition
     definition = definition if isinstance(definition, str) else "\n".join(definition)
     _check_length(definition, "Definition", f"{file}: Definition")
-    category, metric = about or SUPERNI.get(folder.name, (head.Category, head.Metric))
+    categories = [head.Categories] if isinstance(head.Categories, str) else head.Categories
+    fallback = ("other" if categories is UNSET else categories[0], METRICS[0])
+    category, metric = (said if known is UNSET else known for known, said in zip(
+        (head.Category, head.Metric), about or SUPERNI.get(folder.name, fallback), strict=True))
     _check_length(category, "Definition", f"{file}: Category")
     if metric not in METRICS:
         raise InputError(f"{file}: Metric {metric!r} is unknown; allowed: {', '.join(METRICS)}")
     return Task(folder.name, definition.strip(), category, metric, **instances)
 
 
+def unread_files(folder):
+    """Names of the data files in a task's folder that no run reads, such as dev.json."""
+    read = {_find(folder, split) for split in SPLITS}
+    return sorted(path.name for path in folder.iterdir()
+                  if path.suffix in (".json", ".jsonl") and path not in read)
+
+
+def _find(folder, split):
+    """The file of a split: JSON, or JSON lines where there is no JSON."""
+    file, lines = folder / f"{split}.json", folder / f"{split}.jsonl"
+    return lines if lines.exists() and not file.exists() else file
+
+
 def _read_split(file):
     """(the TaskHead of a task file, its instances)."""
-    content = formats.load(file)
-    rows = content.pop("Instances", None) if isinstance(content, dict) else None
-    if not isinstance(rows, list) or not rows:
-        raise InputError(f"{file} is no object with Definition and a list of Instances")
-    return formats.convert(content, formats.TaskHead, file, verdict=""), _instances(rows, file)
+    if file.suffix == ".jsonl":
+        return _read_lines(file)
+    with showing_layout():
+        content = formats.load(file)
+        rows = content.pop("Instances", None) if isinstance(content, dict) else None
+        if not isinstance(rows, list) or not rows:
+            raise InputError(f"{file} is no object with Definition and a list of Instances")
+        head = formats.convert(content, formats.TaskHead, file, verdict="")
+        return head, _instances(rows, file)
+
+
+def _read_lines(file):
+    """The same of a file of JSON lines, whose definition is the instruction of all of them."""
+    with showing_layout():
+        rows = formats.read_lines(file, formats.TaskLine)
+        if not rows:
+            raise InputError(f"{file} holds no line")
+        instructions = {row.get("instruction", "") for row in rows}
+        if len(instructions) > 1:
+            raise InputError(f"{file}: its lines have {len(instructions)} different instructions, "
+                             f"a task has one; `python data.py convert {file.parent} --to FOLDER` "
+                             "puts each before its input")
+        return formats.TaskHead(*instructions), _instances(rows, file)
+
+
+@contextlib.contextmanager
+def showing_layout():
+    """A context in which bad input is shown beside how a task looks."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(str(error), LAYOUT) from None
 
 
 def _instances(rows, file):
@@ -99,8 +154,8 @@ def _instances(rows, file):
         named = f" (id {row['id']!r:.60})" if isinstance(row, dict) and "id" in row else ""
         where = f"{file}, instance {index}{named}"
         instance = formats.convert(row, formats.Instance, where, verdict="")
-        name = instance.id
-        if name is UNSET:
+        name = str(instance.id)
+        if instance.id is UNSET:
             name = f"{file.parent.name}-{file.stem}-{index}"
         outputs = [instance.output] if isinstance(instance.output, str) else instance.output
         if name in seen:

@@ -9,6 +9,7 @@ import pytest
 import study
 from conftest import succeed
 
+import data
 import train
 from registry import METHODS, Entry, Targets
 
@@ -89,6 +90,17 @@ def test_commands_parse(flags):
     """The README's training commands are accepted."""
     args, typed = train.parse_flags(flags)
     assert args.method in METHODS and typed
+
+
+def test_example_task_loads(tmp_path):
+    """The file under "Your own data" is a whole one, and needs no more."""
+    text = re.search(r"```json\n(.*?)```", section("Your own data"), flags=re.DOTALL)[1]
+    for split in ("train", "test"):
+        file = tmp_path / "suite" / "reviews" / f"{split}.json"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text, encoding="utf-8")
+    (task,) = data.load_suite(tmp_path / "suite").tasks.values()
+    assert task.metric == "accuracy" and task.test[1]["outputs"] == ["bad", "poor"]
 
 
 def test_example_method_trains(llama, suite, tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ import pytest
 from conftest import SMALL, run, snapshot, succeed
 
 import models
+from inputs.task_files import LAYOUT
 
 # tqdm's bars may come before the one line.
 BAR = re.compile(r"\d+%\||\dit/s|\?(it|item|step)/s")
@@ -35,8 +36,13 @@ def finished(llama, suite, tmp_path_factory):
 
 
 def the_line(err):
-    """The one line of a refusal, which a terminal shows as it is; below nothing but bars."""
+    """The one line of a refusal, which a terminal shows as it is; above it nothing but bars.
+
+    Below it a task's layout may stand.
+    """
     lines = [line for line in err if line.strip() and not BAR.search(line)]
+    if tuple(lines[1:]) == LAYOUT:
+        lines, err = lines[:1], err[:-len(LAYOUT)]
     assert len(lines) == 1, lines
     (line,) = lines
     assert line == err[-1] and line.startswith("error: ") and len(line) > 20

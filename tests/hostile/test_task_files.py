@@ -102,7 +102,7 @@ def test_a_bad_instance_among_good_ones(file, key, value):
     assert "instance 4 (id 'odd')" in message and key in message
 
 
-@pytest.mark.parametrize("row", ["text", None, 5, ["a", "b"], item("a", id=5), item("a", id=None),
+@pytest.mark.parametrize("row", ["text", None, 5, ["a", "b"], item("a", id=5.5), item("a", id=None),
                                  item("a", id="good-b")], ids=str)
 def test_a_bad_instance_without_an_id(file, row):
     """One that is no object, whose id is none, or another's; named by its index."""

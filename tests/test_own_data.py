@@ -1,0 +1,240 @@
+"""Data as people have it: other layouts, what texts may spell, and what no score can show."""
+
+import json
+
+import pytest
+from conftest import NO_EVAL, SMALL, succeed, write_json
+from suite_files import DEFINITION, complaint, item, write_task
+from test_data import BOS, CHAT, EOS, FRAME, HEAD, TAIL, byte_tokenizer, encode, load
+
+import data
+from inputs.errors import InputError
+from inputs.suites import SUPERNI
+from inputs.task_files import LAYOUT
+
+KNOWN = "task073_commonsenseqa_answer_generation"
+
+
+def described(root, max_length=1000, max_new_tokens=50, suite=None):
+    """The lines about a suite, without the first, as the byte tokenizer sees it."""
+    suite = suite or load(root)
+    encoded = data.encode_suite(suite, byte_tokenizer(), max_length)
+    return list(data.describe(suite, encoded, max_length, max_new_tokens))[1:]
+
+
+# --- layouts ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("keys, category, metric", [
+    ({}, *SUPERNI[KNOWN]),
+    ({"Metric": "accuracy", "Category": "mine"}, "mine", "accuracy"),
+    ({"Categories": ["Finer"]}, *SUPERNI[KNOWN]),
+])
+def test_what_a_file_says_wins(tmp_path, keys, category, metric):
+    """Over the table of SuperNI's tasks; Categories is of the publishers and finer than that."""
+    task = load(write_task(tmp_path / "s", KNOWN, **keys)).tasks[KNOWN]
+    assert (task.category, task.metric) == (category, metric)
+
+
+@pytest.mark.parametrize("categories", ["Toys", ["Toys"], ["Toys", "Games"]])
+def test_categories_where_nothing_else_is_known(tmp_path, categories):
+    task = load(write_task(tmp_path / "s", "alpha", Categories=categories)).tasks["alpha"]
+    assert task.category == "Toys"
+
+
+def test_metrics_that_are_not_the_papers_are_named(tmp_path):
+    write_task(tmp_path / "s", KNOWN, Metric="accuracy")
+    write_task(tmp_path / "s", "task363_sst2_polarity_classification")
+    (line,) = described(write_task(tmp_path / "s", "mine"))
+    assert line.endswith(f": mine rouge_l, {KNOWN} accuracy")
+
+
+def test_whole_numbers_as_ids(tmp_path):
+    """They become text, so 1 and "1" are one id."""
+    rows = [item("a", id=0), item("b", id=10**12)]
+    task = load(write_task(tmp_path / "s", "alpha", rows)).tasks["alpha"]
+    assert [row["id"] for row in task.train] == ["0", str(10**12)]
+    write_task(tmp_path / "s", "alpha", [item("a", id=1), item("b", id="1")])
+    assert "twice" in complaint(load, tmp_path / "s")
+
+
+def write_lines(file, rows):
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_json_lines(tmp_path):
+    """An instance a line; the definition is the instruction that all lines share."""
+    folder = tmp_path / "s" / "alpha"
+    for split in ("train", "test"):
+        write_lines(folder / f"{split}.jsonl", [
+            {"instruction": "Do it.", "input": split, "output": ["a", "b"], "id": 7, "extra": None},
+            {"instruction": "Do it.", "input": "", "output": "c"}])
+    task = load(tmp_path / "s").tasks["alpha"]
+    assert (task.definition, task.metric) == ("Do it.", "rouge_l")
+    assert task.test == [{"id": "7", "input": "test", "outputs": ["a", "b"]},
+                         {"id": "alpha-test-1", "input": "", "outputs": ["c"]}]
+    write_json(folder / "train.json", {"Definition": "Do it.", "Instances": [item("json")]})
+    suite = load(tmp_path / "s")
+    assert suite.tasks["alpha"].train[0]["input"] == "json"
+    assert suite.unread == ("alpha/train.jsonl",)
+
+
+@pytest.mark.parametrize("rows, named", [
+    ([{"instruction": "a", "input": "", "output": "x"},
+      {"instruction": "b", "input": "", "output": "x"}], "2 different instructions"),
+    ([{"input": "a"}], "output"), ([], "no line"), ([["a", "b"]], "array"),
+])
+def test_json_lines_that_are_no_task(tmp_path, rows, named):
+    for split in ("train", "test"):
+        write_lines(tmp_path / "s" / "alpha" / f"{split}.jsonl", rows)
+    message = complaint(load, tmp_path / "s")
+    assert "alpha/train.jsonl" in message and named in message
+
+
+@pytest.mark.parametrize("content", [[{"prompt": "p", "answer": "a"}], {"Instances": []}, "{"])
+def test_a_wrong_layout_is_answered_with_the_right_one(tmp_path, content):
+    """Three lines below the message, which `error_lines` prints."""
+    write_task(tmp_path / "s", "alpha")
+    file = tmp_path / "s" / "alpha" / "train.json"
+    file.write_text(content if isinstance(content, str) else json.dumps(content))
+    (tmp_path / "hollow").mkdir()
+    for folder in (tmp_path / "s", tmp_path / "hollow"):
+        with pytest.raises(InputError) as caught:
+            load(folder)
+        assert caught.value.example == LAYOUT and len(LAYOUT) == 3
+
+
+def test_the_layout_shown_is_one(tmp_path):
+    """What a user copies from it loads."""
+    text = LAYOUT[1].replace(", ...]", "]").replace("rouge_l or accuracy", "accuracy")
+    line = LAYOUT[2].partition("lines ")[2].partition(";")[0]
+    for split in ("train", "test"):
+        for file, content in (("a", text), ("b", line)):
+            path = tmp_path / "s" / file / f"{split}.json{'l' * (file == 'b')}"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(content)
+    tasks = load(tmp_path / "s").tasks
+    assert {task.definition for task in tasks.values()} == {"what to do"}
+    assert [task.metric for task in tasks.values()] == ["accuracy", "rouge_l"]
+
+
+def test_files_that_are_not_read_are_named(tmp_path):
+    for name in ("alpha", "beta"):
+        write_task(tmp_path / "s", name)
+        (tmp_path / "s" / name / "dev.json").write_text("no JSON")
+    assert described(tmp_path / "s")[1] == "not read: alpha/dev.json, beta/dev.json"
+    suite = data.select_tasks(load(tmp_path / "s"), ["beta"])
+    assert described(None, suite=suite)[1] == "not read: beta/dev.json"
+
+
+# --- special tokens -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("chat", [False, True])
+@pytest.mark.parametrize("text", [f"a {EOS} b", EOS, f"{BOS}{EOS}x", f"{EOS[:2]} ab", "plain"])
+def test_no_text_becomes_a_special_token(tmp_path, chat, text):
+    """Neither in definition and input nor in the answer, which ends where it ends."""
+    template = BOS + CHAT.replace("[/]", EOS) if chat else None
+    tokenizer = byte_tokenizer(bos=True, chat=template)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["[user]"]})
+    root = write_task(tmp_path / "s", "alpha", [item(text, text)], [item(text)], Definition=text)
+    encoded = encode(root, tokenizer, chat_template=chat)
+    (train_row,), (test_row,) = encoded.train["alpha"], encoded.test["alpha"]
+    num, user = train_row["num_targets"], tokenizer.convert_tokens_to_ids("[user]")
+    target = train_row["input_ids"][-num:]
+    assert target[-1] == 1 and 0 not in target and target.count(1) == 1
+    assert tokenizer.decode(target[:-1]) == text
+    prompt = data.build_prompt(text, text)
+    for ids in (train_row["input_ids"][:-num], test_row["input_ids"]):
+        if not chat:
+            assert ids[0] == 0 and not {0, 1, user} & set(ids[1:])
+            assert tokenizer.decode(ids[1:]) == prompt
+            continue
+        # The template's own: BOS, the user's turn and its end.
+        places = [i for i, id in enumerate(ids) if id in (0, 1, user)]
+        assert [ids[i] for i in places] == [0, user, 1]
+        assert tokenizer.decode(ids[places[1] + 1:places[2]]) == prompt
+        assert tokenizer.decode(ids[places[2] + 1:]) == "[bot]"
+
+
+def test_a_template_that_takes_a_special_text_apart_is_refused(tmp_path):
+    """Where the text is not found again, nothing says which tokens are the template's."""
+    tokenizer = byte_tokenizer(chat="{{ messages[0]['content'] | upper | replace('X', '') }}"
+                                    "{{ messages[0]['content'] | length }}")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["AB"]})
+    root = write_task(tmp_path / "s", "alpha", [item("ab")])
+    assert "template" in complaint(encode, root, tokenizer, chat_template=True)
+
+
+def test_ordinary_texts_keep_their_tokens_in_a_template(tmp_path):
+    """Also those that merge over the seams between template and text."""
+    merges = [("]", "N"), ("Ġ", "["), ("d", "]"), ("a", "a")]
+    tokenizer = byte_tokenizer(chat=EOS + CHAT, merges=merges)
+    root = write_task(tmp_path / "s", "alpha", [item("aaa")])
+    row = encode(root, tokenizer, chat_template=True).test["alpha"][0]
+    assert row["input_ids"] == tokenizer(row["prompt"], add_special_tokens=False).input_ids
+    assert tokenizer.convert_tokens_to_ids("]N") in row["input_ids"]
+
+
+# --- what no score can show ---------------------------------------------------------------------
+
+
+def test_references_that_no_answer_can_reach_are_counted(tmp_path):
+    """By the shortest reference; one of exactly --max_new_tokens tokens fits."""
+    test = [item("a", "x" * 9), item("b", ["x" * 9, "y"]), item("c", "x" * 8), item("d", "x" * 99)]
+    root = write_task(tmp_path / "s", "alpha", [item("e")], test)
+    assert described(root, max_new_tokens=8)[1:] == [
+        "alpha: 2 of 4 test items have no reference of at most 8 tokens (--max_new_tokens): no "
+        "answer reaches it"]
+    assert described(root, max_new_tokens=99)[1:] == []
+
+
+def test_shortened_inputs_and_known_ones_are_counted_by_task(tmp_path):
+    """A test input that stands in training, of its own task."""
+    root = write_task(tmp_path / "s", "alpha", [item("a"), item("b")],
+                      [item("b"), item("c"), item("a", "other")])
+    write_task(root, "beta", [item("x" * 30), item("c")], [item("y" * 20), item("z"), item("b")])
+    assert described(root, FRAME + 15)[1:] == [
+        "alpha: 2 of 3 test inputs stand in its training data too",
+        f"beta: input shortened to fit {FRAME + 15} tokens in 1 of 2 training and 1 of 3 test "
+        "items"]
+
+
+def test_an_empty_definition_leaves_the_frame_alone(tmp_path):
+    root = write_task(tmp_path / "s", "alpha", [item("a")], Definition=[])
+    row = encode(root, byte_tokenizer()).test["alpha"][0]
+    assert row["prompt"] == HEAD.removeprefix(f"{DEFINITION}\n\n") + "sea" + TAIL
+
+
+# --- choosing rows ------------------------------------------------------------------------------
+
+
+def test_a_sample_is_drawn_by_the_seed(tmp_path):
+    """Every row may be in it; the same each time, in the file's order, of the train split alone."""
+    rows = [item(str(i)) for i in range(20)]
+    suite = load(write_task(tmp_path / "s", "alpha", rows, rows))
+
+    def inputs(*arguments):
+        task = data.cut(suite, *arguments).tasks["alpha"]
+        assert [row["input"] for row in task.test] == ["0", "1", "2"]
+        return [int(row["input"]) for row in task.train]
+
+    assert inputs(5, 3) == [0, 1, 2, 3, 4]
+    samples = [inputs(5, 3, seed) for seed in range(30)]
+    assert samples == [inputs(5, 3, seed) for seed in range(30)]
+    assert all(len(set(each)) == 5 and each == sorted(each) for each in samples)
+    assert set(sum(samples, [])) == set(range(20))
+    assert inputs(20, 3, 1) == inputs(None, 3, 1) == list(range(20))
+
+
+def test_a_run_on_a_sample(tmp_path, llama, suite):
+    """--sample decides which rows train, by the run's seed; commas separate names."""
+    out = tmp_path / "out"
+    succeed("--model", llama, "--suite", suite, *SMALL, *NO_EVAL, "--epochs", 1, "--sample",
+            "--max_train_per_task", 3, "--tasks", "say_both,which_is", "--target_modules",
+            "gate_proj,up_proj", "--output_dir", out)
+    results = json.loads((out / "results.json").read_text())
+    assert results["args"]["tasks"] == ["say_both", "which_is"]
+    assert results["settings"]["target_modules"] == ["gate_proj", "up_proj"]
+    assert {about["train"] for about in results["tasks"].values()} == {3}
