@@ -372,9 +372,10 @@ class EpochPlan(torch.utils.data.Dataset):
 def collate(rows, pad_token_id, num_target_tokens):
     """Left-padded tensors of training rows, with logits only where there are targets.
 
-    Returns input_ids, attention_mask, position_ids (batch, seq), labels (batch, k), and the ints
-    logits_to_keep = k = longest target + 1 and num_items_in_batch = num_target_tokens. A row that
-    is None is a filler: no attention, no target. Masks come from lengths, never from token ids.
+    Returns input_ids, attention_mask, position_ids (batch, seq), labels (batch, k) of the last
+    k = longest target + 1 columns, logits_to_keep (k,), which are these columns, and the int
+    num_items_in_batch = num_target_tokens. A row that is None is a filler: no attention, no target.
+    Masks come from lengths, never from token ids.
     """
     rows = [row or {"input_ids": [], "num_targets": 0} for row in rows]
     batch = pad_left([row["input_ids"] for row in rows], pad_token_id)
@@ -383,7 +384,10 @@ def collate(rows, pad_token_id, num_target_tokens):
     labels = batch["input_ids"][:, -k:].clone()  # (batch, k)
     for label, row in zip(labels, rows, strict=True):
         label[:k - row["num_targets"]] = -100
-    return batch | {"labels": labels, "logits_to_keep": k,
+    # Named one by one: the k last as a slice give the output layer a strided input, whose product
+    # takes several times as long.
+    width = batch["input_ids"].shape[1]
+    return batch | {"labels": labels, "logits_to_keep": torch.arange(width - k, width),
                     "num_items_in_batch": num_target_tokens}
 
 

@@ -159,7 +159,8 @@ def random_batch(model, batch, length, targets, device):
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(10, model.config.vocab_size, (batch, length), generator=generator)
     ids = ids.to(device)
-    kept = {"logits_to_keep": targets + 1, "labels": ids[:, -targets - 1:]}
+    kept = {"logits_to_keep": torch.arange(length - targets - 1, length, device=device),
+            "labels": ids[:, -targets - 1:]}
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), **kept}
 
 

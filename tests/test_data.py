@@ -557,7 +557,8 @@ def test_collate(case):
     rows, batch = ROWS[case], data.collate(ROWS[case], PAD, 17)
     k = 1 + max((row["num_targets"] for row in rows if row), default=0)
     width = max((len(row["input_ids"]) for row in rows if row), default=1)
-    assert batch.pop("logits_to_keep") == k and batch.pop("num_items_in_batch") == 17
+    assert batch.pop("num_items_in_batch") == 17
+    assert batch.pop("logits_to_keep").tolist() == list(range(width - k, width))
     assert batch.keys() == {"input_ids", "attention_mask", "position_ids", "labels"}
     assert all(tensor.dtype == torch.int64 for tensor in batch.values())
     assert batch["labels"].shape == (len(rows), k)

@@ -566,7 +566,7 @@ def test_loss_at_the_targets_is_the_full_loss(name, architecture):
         loss, _ = backward(method, batch)
         assert loss == pytest.approx(total / 13, rel=1e-5)
         logits = method.model(**data.model_inputs(batch), use_cache=False).logits
-        assert logits.shape[1] == batch["logits_to_keep"] == 4 and torch.isfinite(logits).all()
+        assert logits.shape[1] == len(batch["logits_to_keep"]) == 4 and torch.isfinite(logits).all()
         seen.append({name: weight.grad for name, weight in trainable(method.model).items()})
     for name, gradient in seen[0].items():
         assert_close(seen[1][name], gradient, rtol=1e-4, atol=1e-6, msg=name)
