@@ -8,22 +8,40 @@ the layer and the method. Axis names as in those files.
 
 import torch
 import torch.nn.functional as F
+from accelerate import PartialState
+from accelerate.utils import reduce
 from torch import nn
 
 from baselines.loramoe import LoraMoeLinear
 from decomposition import InitialBank, check_bank_size, decompose
-from experts import Bank, BankLinear, Routing, select_experts
+from experts import Bank, BankLinear, RoutedBank, Routing, select_experts
 from grouping import group_components
 from inputs.errors import InputError
 from regrouping import ExpertMethod, Regrouper
 
 __all__ = ["Badit", "BaditLinear", "decompose", "group_components", "routing_weights"]
+PROMPT_KEYS = ("input_ids", "attention_mask", "position_ids")
+ENERGY_ROWS = 64  # on which mean energies are measured
 ALPHA_RATIO = (0.1, 10.0)  # static routing: |alpha_p / alpha_q| outside it is not compensated
 
 
 def routing_weights(logits):
     """Eq. (7) with alpha = K softmax(z): logits (..., K) -> (..., K), all 1 for equal logits."""
     return logits.shape[-1] * logits.softmax(dim=-1)
+
+
+def activation_energy(x, A0, B0):
+    """e_i = (a0_i x)^2 |b0_i|^2, what each initial component adds to the output, squared.
+
+    x (..., in), A0 (N, in), B0 (out, N) -> (..., N). Beyond the paper.
+    """
+    return (x @ A0.T).square() * B0.square().sum(0)
+
+
+def relative_energy(energy, mean_energy, expert_of, K):
+    """That of each expert over its mean: energy (..., N), mean_energy (N,) -> (..., K)."""
+    of_expert = F.one_hot(expert_of, K).to(energy.dtype)  # (N, K)
+    return (energy @ of_expert) / (mean_energy @ of_expert)
 
 
 class BaditLinear(InitialBank, BankLinear):
@@ -35,45 +53,70 @@ class BaditLinear(InitialBank, BankLinear):
 
     `router` (K, in) starts at zero, so alpha = 1 and the layer starts as `base`. In training the
     selection sees Gaussian noise of std `router_noise` (default 1 / K) on z. `inactive="drop"`
-    leaves the last sum out. Static routing: all experts act, weighted by the Parameter `alpha`
-    (K,). `svd=None` decomposes nothing and awaits `restore`. Raises InputError for bad values.
+    leaves the last sum out; "initial" takes it over the initial components, B0_k A0_k x: then what
+    an expert has learnt acts on no token that does not select it. Energy routing does that with
+    alpha = 1 and S by `relative_energy`, over `mean_energy` (N,) of some training tokens, 1 until
+    it is measured. Static routing: all experts act, weighted by the Parameter `alpha` (K,).
+    `svd=None` decomposes nothing and awaits `restore`. Raises InputError for bad values.
     """
 
     def __init__(self, base, num_experts=8, rank=4, alpha=32, dropout=0.05, top_k=4,
                  routing="token", inactive="keep", router_noise=None, svd="exact"):
         super().__init__(base, num_experts, rank, alpha, dropout, top_k)
-        if routing not in ("token", "static") or inactive not in ("keep", "drop"):
-            raise InputError(f"routing {routing!r} must be token or static, "
-                             f"inactive {inactive!r} must be keep or drop")
-        self.inactive = inactive
+        if routing not in ("token", "static", "energy") or inactive not in (
+                "keep", "drop", "initial"):
+            raise InputError(f"routing {routing!r} must be token, static or energy, "
+                             f"inactive {inactive!r} must be keep, drop or initial")
+        self.routing, self.inactive = routing, "initial" if routing == "energy" else inactive
         self.router_noise = 1 / num_experts if router_noise is None else router_noise
         if routing == "token":
             self.router = nn.Parameter(self.lora_A.new_zeros(num_experts, base.in_features))
-        else:
+        elif routing == "static":
             self.alpha = nn.Parameter(self.lora_A.new_ones(num_experts))
-        self.static = routing == "static"
+        else:
+            self.register_buffer("mean_energy", self.lora_A.new_ones(len(self.lora_A)))
         self.add_initial_bank()
         if svd is not None:
             bank = decompose(base.weight.detach(), num_experts, rank, self.scaling, svd)
             self.start_from(bank.lora_A, bank.lora_B, bank.residual)
 
-    def route(self, x):
-        """x (..., in) -> Routing over (..., K)."""
-        if self.static:
+    def route(self, x, expert_of=None):
+        """x (..., in) -> Routing over (..., K), under a grouping (N,), by default its own."""
+        if self.routing == "static":
             alpha = self.alpha.expand(*x.shape[:-1], -1)  # (..., K)
             return Routing(alpha, alpha, None)
-        with torch.autocast(x.device.type, enabled=False):  # the router is float32 always
-            logits = F.linear(x.to(self.router.dtype), self.router)  # (..., K)
-            alpha = routing_weights(logits)
+        if self.routing == "energy":
+            scores = self.energies(x, self.expert_of if expert_of is None else expert_of)
+            alpha = torch.ones_like(scores)
+        else:
+            with torch.autocast(x.device.type, enabled=False):  # the router is float32 always
+                scores = F.linear(x.to(self.router.dtype), self.router)  # (..., K)
+                alpha = routing_weights(scores)
         if self.top_k == self.num_experts:
             return Routing(alpha, alpha, None)
-        if self.training and self.router_noise > 0:
+        if self.training and self.routing == "token" and self.router_noise > 0:
             # Equal logits at init would always pick the same experts; from the global generator,
             # so that gradient checkpointing draws the same noise again.
-            logits = logits + self.router_noise * torch.randn_like(logits)
-        active = select_experts(logits, self.top_k)
+            scores = scores + self.router_noise * torch.randn_like(scores)
+        active = select_experts(scores, self.top_k)
         kept = 1.0 if self.inactive == "keep" else 0.0
         return Routing(alpha, torch.where(active, alpha, kept), active)
+
+    @torch.no_grad()
+    def energies(self, x, expert_of):
+        """`relative_energy` of tokens x (..., in): (..., K), float32 always."""
+        with torch.autocast(x.device.type, enabled=False):
+            energy = activation_energy(x.to(self.lora_A0.dtype), self.lora_A0, self.lora_B0)
+            return relative_energy(energy, self.mean_energy, expert_of, self.num_experts)
+
+    def add_inactive(self, y, x, routing, expert_of):
+        """y (tokens, out) plus the initial components of the experts that a token leaves out."""
+        if self.inactive != "initial" or routing.active is None:
+            return y
+        left_out = ~routing.active.reshape(-1, self.num_experts).index_select(1, expert_of)
+        weight = self.scaling * left_out.to(self.lora_A0.dtype)  # (tokens, N)
+        return RoutedBank.apply(y, x.reshape(-1, x.shape[-1]), self.lora_A0, self.lora_B0, weight,
+                                None)
 
     def _ratios(self, grouping):
         """rho (N,): alpha of each component's expert now, over that of its expert to be."""
@@ -83,7 +126,7 @@ class BaditLinear(InitialBank, BankLinear):
     def obstacle(self, grouping):
         """Why this layer cannot adopt a grouping (N,), or None."""
         low, high = ALPHA_RATIO
-        if self.static:
+        if self.routing == "static":
             size = self._ratios(grouping).abs()
             if not ((size >= low) & (size <= high)).all():  # also for NaN: 0 / 0
                 return f"a ratio of routing weights is outside {low} to {high}"
@@ -96,7 +139,7 @@ class BaditLinear(InitialBank, BankLinear):
         a *= sqrt|rho| leave the output as it was.
         """
         bank = super().regrouped(grouping)
-        if not self.static:
+        if self.routing != "static":
             return bank
         rho = self._ratios(grouping)
         root = rho.abs().sqrt()
@@ -122,8 +165,53 @@ class Badit(ExpertMethod):
         return BaditLinear(linear, **shared, routing=read.routing, inactive=read.inactive,
                            router_noise=read.router_noise, svd=read.svd if fresh else None)
 
+    def start_stage(self, stage, loader):
+        layers = self.layers.values()
+        if self.by_energy and all((layer.mean_energy == 1).all() for layer in layers):
+            self._measure_energies(loader)
+        super().start_stage(stage, loader)
+
+    @property
+    def by_energy(self):
+        return self.settings.routing == "energy" and not self.settings.no_bad
+
+    @torch.no_grad()
+    def _measure_energies(self, loader):
+        """Set every layer's mean_energy from the first rows of the first stage, of all processes.
+
+        Once: what is relative to it must not change its meaning later.
+        """
+        sums = {name: torch.zeros_like(layer.mean_energy) for name, layer in self.layers.items()}
+        count, tokens = torch.zeros((), device=self.model.device), None  # (batch, seq)
+
+        def hook_of(name):
+            def hook(layer, inputs):
+                x = inputs[0][tokens].to(layer.lora_A0.dtype)  # (tokens, in)
+                with torch.autocast(x.device.type, enabled=False):
+                    sums[name] += activation_energy(x, layer.lora_A0, layer.lora_B0).sum(0)
+            return hook
+
+        handles = [layer.register_forward_pre_hook(hook_of(name))
+                   for name, layer in self.layers.items()]
+        training = self.model.training
+        self.model.eval()
+        left = ENERGY_ROWS // PartialState().num_processes
+        for batch in loader:  # to its end: Accelerate's loaders must not be left half-way
+            tokens = batch["attention_mask"].bool()
+            if left > 0:
+                left -= int(tokens.any(dim=1).sum())
+                count += tokens.sum()
+                self.model(**{key: batch[key] for key in PROMPT_KEYS}, logits_to_keep=1,
+                           use_cache=False)
+        self.model.train(training)
+        for handle in handles:
+            handle.remove()
+        count = reduce(count, "sum")
+        for name, layer in self.layers.items():
+            layer.mean_energy.copy_(reduce(sums[name], "sum") / count)
+
     def active_parameters(self):
-        drops = self.settings.no_bad or self.settings.inactive == "drop"
+        drops = self.settings.no_bad or self.by_energy or self.settings.inactive != "keep"
         return sum(layer.active_parameters(drops) for layer in self.layers.values())
 
     def wrap(self, model, fresh=True):

@@ -61,8 +61,10 @@ class RoutedBank(torch.autograd.Function):
             if ctx.needs_input_grad[4]:
                 grad_w = grad_c * h
             trained_w = w if active is None else w * active
-            grad_A = (grad_c * trained_w).T @ u.to(A.dtype)  # (N, in)
-            grad_B = (grad_y.T @ (h * trained_w).to(grad_y.dtype)).to(B.dtype)  # (out, N)
+            grad_A = grad_B = None
+            if ctx.needs_input_grad[2]:  # not of an initial bank
+                grad_A = (grad_c * trained_w).T @ u.to(A.dtype)  # (N, in)
+                grad_B = (grad_y.T @ (h * trained_w).to(grad_y.dtype)).to(B.dtype)  # (out, N)
         return grad_y, grad_u, grad_A, grad_B, grad_w, None
 
 
@@ -85,8 +87,8 @@ class Bank(NamedTuple):
 class BankLinear(nn.Module):
     """A frozen linear layer plus a routed bank of N rank-1 components owned by K experts.
 
-    Subclasses define `route(x) -> Routing`. Raises InputError for a bank that does not fit the
-    layer or top_k outside 1 .. num_experts.
+    Subclasses define `route(x, expert_of) -> Routing`, under a grouping (default: its own). Raises
+    InputError for a bank that does not fit the layer or top_k outside 1 .. num_experts.
     """
 
     base_tensors = ("residual", "bias")
@@ -117,11 +119,17 @@ class BankLinear(nn.Module):
     def add_bank(self, y, x, bank=None):
         """y (tokens, out) plus what the experts make of x (..., in), by another Bank if given."""
         A, B, expert_of = bank or self.bank
-        weight, active = self.per_component(self.route(x), expert_of)  # (tokens, N)
+        routing = self.route(x, expert_of)
+        y = self.add_inactive(y, x, routing, expert_of)
+        weight, active = self.per_component(routing, expert_of)  # (tokens, N)
         u = self.dropout(x).reshape(-1, x.shape[-1])  # (tokens, in): one mask for all experts
         if not torch.is_grad_enabled():
             return add_components(y, u, A, B, weight)[0]
         return RoutedBank.apply(y, u, A, B, weight, active)
+
+    def add_inactive(self, y, x, routing, expert_of):
+        """y (tokens, out) plus what acts in the place of experts that a token does not select."""
+        return y
 
     def per_component(self, routing, expert_of):
         """Expand a Routing from experts to components: s * weight and active, (tokens, N)."""

@@ -73,15 +73,16 @@ class Decomposed(Settings):
 class BaditSettings(Decomposed, Experts):
     """BADIT, its ablations and its controls."""
 
-    routing: Literal["token", "static"] = setting(
-        "token", "a router for every token, or one learnable scalar per layer and expert with all "
-        "experts active (Eq. 7)")
+    routing: Literal["token", "static", "energy"] = setting(
+        "token", "a router for every token; one learnable scalar per layer and expert with all "
+        "experts active (Eq. 7); or, beyond the paper, the experts whose initial components a "
+        "token activates most, the others acting on it as pre-trained")
     router_noise: NonNegative | None = setting(
         None, "std of the Gaussian noise on the logits that select experts in training (default: "
         "1 / num_experts)", metavar="STD")
-    inactive: Literal["keep", "drop"] = setting(
+    inactive: Literal["keep", "drop", "initial"] = setting(
         "keep", "experts that a token does not select keep acting on it without learning from it, "
-        "or drop out (which breaks the base model)")
+        "drop out (which breaks the base model), or act on it as pre-trained")
     grouping: Literal["dog", "random", "fixed"] = setting(
         "dog", "regroup by gradients, or a control on the same schedule")
     refine: bool = setting(False, "beyond the paper: improve each grouping by pairwise swaps")
@@ -90,13 +91,14 @@ class BaditSettings(Decomposed, Experts):
     seed: Seed = setting(1, "also decides the task order (default: 1)", names_variant=False)
 
     def check(self):
-        if self.routing == "token" or self.no_bad:
+        if self.routing != "static" or self.no_bad:
             super().check()
 
     def unread(self):
         noise = {"router_noise", "inactive"}
         causes = {f"--top_k {self.top_k}": (self.top_k == self.num_experts, noise),
                   "--routing static": (self.routing == "static", {"top_k"} | noise),
+                  "--routing energy": (self.routing == "energy", noise),
                   "--no_bad": (self.no_bad, {"routing", "svd"} | noise),
                   "--no_dog": (self.no_dog, {"grouping", "refine"}),
                   f"--grouping {self.grouping}": (self.grouping != "dog", {"refine"})}
@@ -252,6 +254,10 @@ VARIANTS = {
     "badit-no_bad-no_dog": "badit --no_bad --no_dog",
     "badit-random": "badit --grouping random", "badit-refine": "badit --refine",
     "badit-static": "badit --routing static",
+    # What a token's experts have learnt acts on no other token.
+    "badit-energy": "badit --routing energy", "badit-initial": "badit --inactive initial",
+    "badit-energy-random": "badit --routing energy --grouping random",
+    "badit-energy-no_dog": "badit --routing energy --no_dog",
     # Half of the experts active and alpha / rank = 8, as at K = 8 and r = 4.
     "badit-K2": "badit --num_experts 2 --top_k 1", "badit-K4": "badit --num_experts 4 --top_k 2",
     "badit-K16": "badit --num_experts 16 --top_k 8",

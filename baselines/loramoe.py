@@ -32,8 +32,8 @@ class LoraMoeLinear(BankLinear):
         nn.init.kaiming_uniform_(self.router, a=math.sqrt(5))
         self.gates = None
 
-    def route(self, x):
-        """x (..., in) -> Routing over (..., K)."""
+    def route(self, x, expert_of=None):
+        """x (..., in) -> Routing over (..., K), whoever owns which component."""
         with torch.autocast(x.device.type, enabled=False):  # the router is float32 always
             logits = F.linear(x.to(self.router.dtype), self.router)  # (..., K)
             if self.top_k == self.num_experts:

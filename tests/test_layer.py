@@ -19,7 +19,7 @@ from regrouping import Regrouper
 
 IN, OUT, K, R = 20, 24, 4, 3
 TOKEN_CASES = [dict(top_k=top_k, inactive=inactive) for top_k in (1, 2, 3, 4)
-               for inactive in ("keep", "drop")]
+               for inactive in ("keep", "drop", "initial")]
 
 
 def linear(seed=0, n=IN, m=OUT, bias=True, dtype=torch.float64):
@@ -42,6 +42,8 @@ def trained(base, seed=0, regrouped=True, **options):
     layer.lora_B.add_(0.3 * randn(seed + 2, *layer.lora_B.shape))
     if options.get("routing") == "static":
         layer.alpha.copy_(0.5 + 1.5 * randn(seed + 3, len(layer.alpha)).sigmoid())
+    elif options.get("routing") == "energy":
+        layer.mean_energy.copy_(randn(seed + 3, N).exp())
     else:
         layer.router.copy_(0.4 * randn(seed + 3, *layer.router.shape))
     if regrouped:
@@ -61,7 +63,22 @@ def selected(logits, top_k):
     return sorted(range(len(logits)), key=logits.__getitem__, reverse=True)[:top_k]
 
 
-def token_output(x, residual, bias, A, B, gates, expert_of, s, top_k, inactive, static):
+def energy_output(x, residual, bias, A, B, initial, mean, expert_of, s, top_k):
+    """The formula of energy routing for one token: no gate, the others act as pre-trained."""
+    A0, B0 = initial
+    y = residual @ x + (0 if bias is None else bias)
+    size = [float((A0[i] @ x.detach()) ** 2 * (B0[:, i] @ B0[:, i])) for i in range(len(A0))]
+    energies = [sum(size[i] for i, k in enumerate(expert_of.tolist()) if k == expert)
+                / sum(float(mean[i]) for i, k in enumerate(expert_of.tolist()) if k == expert)
+                for expert in range(K)]
+    chosen = selected(energies, top_k)
+    for i, k in enumerate(expert_of.tolist()):
+        a, b = (A[i], B[:, i]) if k in chosen else (A0[i], B0[:, i])
+        y = y + s * b * (a @ x)
+    return y
+
+
+def token_output(x, residual, bias, A, B, initial, gates, expert_of, s, top_k, inactive, static):
     """The formula for one token, expert by expert and component by component."""
     y = residual @ x + (0 if bias is None else bias)
     num_experts = len(gates)
@@ -76,6 +93,8 @@ def token_output(x, residual, bias, A, B, gates, expert_of, s, top_k, inactive, 
             y = y + s * alpha[k] * B[:, i] * (A[i] @ x)
         elif inactive == "keep":
             y = y + s * B[:, i].detach() * (A[i].detach() @ x)
+        elif inactive == "initial":
+            y = y + s * initial[1][:, i] * (initial[0][i] @ x)
     return y
 
 
@@ -85,7 +104,8 @@ def naive(layer, bias, x, top_k, inactive="keep", s=2.0):
     leaves = [t.detach().double().clone().requires_grad_()
               for t in (x, layer.lora_A, layer.lora_B, gates)]
     x64, A, B, gates64 = leaves
-    rows = [token_output(t, layer.residual.detach().double(), bias, A, B, gates64,
+    initial = layer.lora_A0.detach().double(), layer.lora_B0.detach().double()
+    rows = [token_output(t, layer.residual.detach().double(), bias, A, B, initial, gates64,
                          layer.expert_of, s, top_k, inactive, name == "alpha")
             for t in x64.reshape(-1, x.shape[-1])]
     return torch.stack(rows).reshape(*x.shape[:-1], -1), leaves
@@ -220,7 +240,8 @@ def test_impossible_sizes_are_refused(options, named):
 @pytest.mark.parametrize(("dtype", "tolerance"),
                          [(torch.float32, 1e-4), (torch.float64, 1e-10), (torch.bfloat16, 2e-2)])
 @pytest.mark.parametrize(("routing", "top_k"),
-                         [("token", 1), ("token", 2), ("token", 4), ("static", 4)])
+                         [("token", 1), ("token", 2), ("token", 4), ("static", 4), ("energy", 1),
+                          ("energy", 3), ("energy", 4)])
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
 def test_output_at_init_is_the_base_layers(dtype, tolerance, routing, top_k, training, bias):
@@ -264,7 +285,61 @@ def test_a_layer_is_its_formula(options, bias):
     assert_close(layer.eval()(x), expected)
 
 
-@pytest.mark.parametrize("options", [{}, dict(inactive="drop"), dict(routing="static")])
+@pytest.mark.parametrize("top_k", [1, 2, 4])
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_layer_routed_by_energy_is_its_formula(top_k, bias):
+    """Outputs and gradients equal the loop's; exactly none for what a token does not select."""
+    base = linear(6, bias=bias)
+    layer = trained(base, 7, routing="energy", top_k=top_k)
+    assert {name for name, weight in layer.named_parameters() if weight.requires_grad} == {
+        "lora_A", "lora_B"}
+    x, weights = randn(8, 2, 4, IN), randn(9, 2, 4, OUT)
+    leaves = [t.detach().clone().requires_grad_() for t in (x, layer.lora_A, layer.lora_B)]
+    rows = [energy_output(t, layer.residual.detach(), bias_of(base), *leaves[1:],
+                          (layer.lora_A0.detach(), layer.lora_B0.detach()), layer.mean_energy,
+                          layer.expert_of, 2.0, top_k) for t in leaves[0].reshape(-1, IN)]
+    expected = torch.stack(rows).reshape(2, 4, OUT)
+    (expected * weights).sum().backward()
+    mine = x.clone().requires_grad_()
+    y = layer.train()(mine)
+    (y * weights).sum().backward()
+    assert_close(y, expected.detach())
+    for got, leaf in zip((mine, layer.lora_A, layer.lora_B), leaves, strict=True):
+        assert_close(got.grad, leaf.grad)
+    assert_close(layer.eval()(x), expected.detach())
+    layer.zero_grad()
+    (layer(x[0, 0]) * weights[0, 0]).sum().backward()
+    assert len(touched_experts(layer)) == top_k
+
+
+@pytest.mark.parametrize("options", [dict(routing="energy"), dict(inactive="initial")])
+def test_what_is_learnt_acts_on_no_other_token(options):
+    """A token whose experts have learnt nothing is treated as the base treats it."""
+    base = linear(30)
+    layer = fresh(base, **options).eval()
+    if "inactive" in options:
+        with torch.no_grad():  # the smallest router that tells tokens apart
+            layer.router.copy_(1e-9 * randn(31, K, IN))
+    x = randn(32, 64, IN)
+    active = layer.route(x).active  # (tokens, K)
+    with torch.no_grad():
+        layer.lora_B[:, layer.expert_of == 0] += 1
+        layer.lora_A[layer.expert_of == 0] *= 2
+    moved = ~torch.isclose(layer(x), base(x), atol=1e-6).all(1)
+    assert torch.equal(moved, active[:, 0]) and moved.any() and not moved.all()
+
+
+def test_energies_follow_a_regrouping():
+    """They are kept by component: who owns one does not change what it is relative to."""
+    layer = trained(linear(33), 34, routing="energy", regrouped=False)
+    x, grouping = randn(35, 9, IN), layer.expert_of[torch.randperm(K * R)]
+    then = layer.route(x, grouping).active
+    layer.take_grouping(grouping)
+    assert torch.equal(layer.route(x).active, then)
+
+
+@pytest.mark.parametrize("options", [{}, dict(inactive="drop"), dict(inactive="initial"),
+                                     dict(routing="static"), dict(routing="energy")])
 @pytest.mark.parametrize("lead", [(), (1,), (5,), (2, 3), (2, 1, 2, 2), (0,), (2, 0)])
 def test_tokens_are_independent(options, lead):
     """One token, a batch, sequences, or none at all: each is treated as if alone."""
@@ -280,6 +355,8 @@ def test_tokens_are_independent(options, lead):
     ("token", "keep", 2, ["x", "router"]),  # stopgrad: a numeric gradient of the bank differs
     ("token", "keep", 3, ["x", "lora_A", "lora_B", "router"]),
     ("token", "drop", 2, ["x", "lora_A", "lora_B", "router"]),
+    ("token", "initial", 2, ["x", "lora_A", "lora_B", "router"]),
+    ("energy", "keep", 2, ["x", "lora_A", "lora_B"]),
     ("static", "keep", 3, ["x", "lora_A", "lora_B", "alpha"]),
 ])
 def test_gradcheck(routing, inactive, top_k, leaves):
@@ -304,7 +381,7 @@ def test_gradcheck(routing, inactive, top_k, leaves):
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 3])
-@pytest.mark.parametrize("inactive", ["keep", "drop"])
+@pytest.mark.parametrize("inactive", ["keep", "drop", "initial"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_unselected_experts_get_exactly_no_gradient(top_k, inactive, dtype):
     """Zero in lora_A and lora_B from a token that does not select them."""
@@ -582,7 +659,7 @@ def test_static_routing_reads_no_top_k():
     for settings in (BaditSettings(routing="static", num_experts=2),
                      BaditSettings(routing="static", num_experts=2, top_k=2)):
         layer = Badit(settings).build_layer(linear(92), fresh=True)
-        assert layer.static and layer.top_k == 2
+        assert layer.routing == "static" and layer.top_k == 2
 
 
 @pytest.mark.parametrize("routing", ["token", "static"])

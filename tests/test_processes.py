@@ -38,11 +38,11 @@ def two(forks, tmp_path):
     return lambda *argv, **order: forks(*argv, out=tmp_path / "printed", processes=2, **order)
 
 
-@pytest.mark.parametrize("method", TRAINED)
+@pytest.mark.parametrize("method", [*TRAINED, "badit --routing energy"])
 def test_two_processes_are_one(method, flags, two, tmp_path, monkeypatch):
     """In float64, sequentially: every loss, the adapter, all groupings and all predictions."""
     noise = QUIET if method == "badit" else QUIET[:2]
-    argv = (*flags[:-1], tmp_path / "one", *noise, "--method", method)
+    argv = (*flags[:-1], tmp_path / "one", *noise, "--method", *method.split())
     real = models.load
     monkeypatch.setattr(models, "load", lambda name, dtype=None: real(name, torch.float64))
     succeed(*argv)

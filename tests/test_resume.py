@@ -140,7 +140,8 @@ def test_a_resumed_run_is_the_undisturbed_one(method, flags, whole, tmp_path):
 
 @pytest.mark.parametrize("more", [
     "--setting single", "--setting mixed --eval_before --regroup_every 1",
-    "--routing static --no_dog", "--grouping random", "--no_bad", "--svd fast",
+    "--routing static --no_dog", "--routing energy", "--inactive initial", "--grouping random",
+    "--no_bad", "--svd fast",
     "--gradient_checkpointing --eval_tasks none", "--method gainlora --branches olora"])
 def test_variants_resume(more, flags, tmp_path):
     """The settings, BADIT's ablations, and a method with other parts."""
