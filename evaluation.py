@@ -5,10 +5,11 @@ import os
 from collections import defaultdict
 
 import torch
+import torch.nn.functional as F
 from accelerate.utils import gather_object
 from transformers import LogitsProcessor
 
-from data import pad_left
+from data import Framer, collate, pad_left
 from harness.recorder import stream
 from inputs.bars import Bar
 from inputs.errors import InputError, Interrupted, library_errors
@@ -71,6 +72,30 @@ def generate(model, tokenizer, batch, max_new_tokens):
 
 
 @torch.no_grad()
+def answer_losses(model, framer, rows):
+    """[(summed cross-entropy, number of tokens)] of the first reference and EOS of test rows.
+
+    As in training: after the prompt, in float32. Raises InputError for a loss that is not finite.
+    """
+    eos, answers = framer.tokenizer.eos_token_id, []
+    for row in rows:
+        target = [*framer.text(row["references"][0]), eos]
+        answers.append({"input_ids": row["input_ids"] + target, "num_targets": len(target)})
+    batch = collate(answers, framer.tokenizer.pad_token_id, 1)
+    batch = {key: value.to(model.device) if torch.is_tensor(value) else value
+             for key, value in batch.items()}
+    model.adapted_by.before_forward(batch)
+    labels = batch.pop("labels")  # (batch, k); the model itself would give one mean
+    del batch["num_items_in_batch"]
+    logits = model(**batch, use_cache=False).logits  # (batch, k, vocabulary)
+    losses = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(),
+                             reduction="none").view_as(labels[:, 1:]).sum(1)  # (batch,)
+    if not torch.isfinite(losses).all():
+        raise InputError("the loss of a test answer is NaN or infinite")
+    return list(zip(losses.tolist(), (row["num_targets"] for row in answers), strict=True))
+
+
+@torch.no_grad()
 def evaluate(run, rows, path):
     """Predict all test `rows`, write them to the file `path` and return the predicted rows.
 
@@ -90,9 +115,9 @@ def evaluate(run, rows, path):
                 raise Interrupted
             # One batch for each process; the last round may have none for some of them.
             mine = batches[first:first + processes][accelerator.process_index:][:1]
-            texts = [pair for batch in mine for pair in _predict(run, rows, batch)]
-            for index, text in gather_object(texts):
-                predicted[index] = scored(rows[index], text)
+            texts = [each for batch in mine for each in _predict(run, rows, batch)]
+            for index, text, loss in gather_object(texts):
+                predicted[index] = scored(rows[index], text) | loss
                 file.write(json.dumps(predicted[index], ensure_ascii=False) + "\n")
                 bar.update()
             file.flush()
@@ -105,14 +130,18 @@ def evaluate(run, rows, path):
 
 
 def _predict(run, rows, batch):
-    """(row number, text) for one batch of row numbers."""
+    """(row number, text, {"loss": (sum, tokens)} if it is asked for) for a batch of row numbers."""
     tokenizer = run.setup.tokenizer
     prompts = pad_left([rows[index]["input_ids"] for index in batch], tokenizer.pad_token_id)
     prompts = {key: tensor.to(run.accelerator.device) for key, tensor in prompts.items()}
     run.method.before_forward(prompts)
     with run.accelerator.autocast():
         texts = generate(run.model, tokenizer, prompts, run.args.max_new_tokens)
-    return list(zip(batch, texts, strict=True))
+        losses = [{}] * len(batch)
+        if run.args.eval_loss:
+            losses = [{"loss": loss} for loss in answer_losses(
+                run.model, Framer(tokenizer), [rows[index] for index in batch])]
+    return list(zip(batch, texts, losses, strict=True))
 
 
 def scored(row, prediction):
@@ -120,6 +149,16 @@ def scored(row, prediction):
     kept = {key: row[key] for key in ("task", "id", "prompt", "references")}
     scores = {metric: score(prediction, row["references"], metric) for metric in SCORERS}
     return kept | {"prediction": prediction, "scores": scores}
+
+
+def task_losses(predictions):
+    """Mean loss per task over the tokens of its answers, from predictions that have it."""
+    sums = defaultdict(lambda: [0.0, 0])
+    for row in predictions:
+        loss, tokens = row["loss"]
+        sums[row["task"]][0] += loss
+        sums[row["task"]][1] += tokens
+    return {task: loss / tokens for task, (loss, tokens) in sums.items()}
 
 
 def task_scores(predictions, metric_of, reference):

@@ -225,6 +225,23 @@ def continual_metrics(score_matrix, order, single_task_scores):
     }
 
 
+def loss_metrics(loss_matrix, order, single_task_losses):
+    """The same of losses, in nats per token: loss, forward, forget_rate and backward.
+
+    Forward and Backward above zero are lower losses, as with scores; a Forget Rate above zero is
+    loss that has come back.
+    """
+
+    def negated(values):
+        return [None if value is None else -value for value in values]
+
+    single = single_task_losses and dict(zip(single_task_losses, negated(
+        single_task_losses.values()), strict=True))
+    values = continual_metrics([negated(row) for row in loss_matrix], order, single)
+    (loss,) = negated([values.pop("rouge")])
+    return {"loss": loss, **values}
+
+
 def paper_metrics(score_matrix, order):
     """Backward and Forget Rate as the released scripts compute them, for sequential training.
 
@@ -274,6 +291,9 @@ def score_table(results):
     for name, value in results["metrics"].items():
         name = headline(results["tasks"].values()) if name == "rouge" else name
         yield f"{name}: {'not measured' if value is None else f'{value:.2f}'}"
+    for name, value in results.get("loss_metrics", {}).items():
+        name = name if name == "loss" else f"{name} of the loss"
+        yield f"{name}: {'not measured' if value is None else f'{value:.4f}'}"
     if "forward_needs" in results:
         yield f"forward needs the single-task scores: {results['forward_needs']}"
         yield "and then --single_task_results with its results.json"

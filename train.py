@@ -240,7 +240,7 @@ def evaluated_tasks(run, done):
 
 def evaluate_row(run, number, name, tasks):
     """Add a row of the score matrix, by best and by first reference; None where not evaluated."""
-    setup, scores = run.setup, {}
+    setup, scores, losses = run.setup, {}, {}
     if tasks:
         rows = [row for task in tasks for row in setup.encoded.test[task]]
         path = run.args.output_dir / "predictions" / f"{number:02d}_{name}.jsonl"
@@ -250,7 +250,8 @@ def evaluate_row(run, number, name, tasks):
         metric_of = {task: about.metric for task, about in setup.tasks.items()}
         scores = {reference: evaluation.task_scores(predictions, metric_of, reference)
                   for reference in ("best", "first")}
-    run.progress.rows.append({"name": name, **{
+        losses = evaluation.task_losses(predictions) if run.args.eval_loss else {}
+    run.progress.rows.append({"name": name, "loss": [losses.get(task) for task in setup.order], **{
         reference: [scores.get(reference, {}).get(task) for task in setup.order]
         for reference in ("best", "first")}})
 

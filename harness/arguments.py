@@ -124,6 +124,8 @@ FLAGS = (
     Flag("evaluation", "eval_batch_size", PositiveInt, 16, "per process (default: 16)",
          alone="differ"),
     Flag("evaluation", "max_new_tokens", PositiveInt, 50, "per answer (default: 50)", table=True),
+    Flag("evaluation", "eval_loss", bool, False, "also the mean loss of the test items' answers, "
+         "which tells methods apart where few items' scores cannot"),
     Flag("evaluation", "eval_only", bool, False, "evaluate --adapter DIR; nothing is trained",
          of_study=True),
     Flag("evaluation", "adapter", str | None, None, "adapter folder of a finished run, for "

@@ -203,7 +203,8 @@ def check_state(setup, state):
     stage, step = state["position"]
     stages, first = setup.stages, 0 if setup.args.eval_before else 1
     names = ["before"][first:] + [each.name for each in stages[:stage]]
-    scores = [row[reference] for row in state["rows"] for reference in ("best", "first")]
+    scores = [row[reference] for row in state["rows"]
+              for reference in ("best", "first", "loss")]
     predicted = {f"predictions/{number:02d}_{row['name']}.jsonl"
                  for number, row in enumerate(state["rows"], start=first)
                  if any(score is not None for score in row["best"])}

@@ -99,6 +99,19 @@ def matrix_metrics(run, reference):
     return values
 
 
+def measured_losses(run):
+    """The losses of results.json, and the metrics over them; nothing where none was measured."""
+    args, order, rows = run.args, run.setup.order, [row["loss"] for row in run.progress.rows]
+    if not args.eval_loss:
+        return {}
+    matrix = rows[args.eval_before:]
+    if args.setting == "single":
+        over_tasks = {"loss": metrics.mean(row[i] for i, row in enumerate(matrix))}
+    else:
+        over_tasks = metrics.loss_metrics(matrix, order, None)
+    return {"losses": rows, "loss_metrics": over_tasks}
+
+
 def paper_score(run, reference):
     """The mean score after all training by the rules of the released scripts."""
     number, name = len(run.progress.rows) - run.args.eval_before, run.progress.rows[-1]["name"]
@@ -140,6 +153,7 @@ def write_results(run, argv):
         "score_matrix": [row["best"] for row in rows],
         "scores": {key: [row[key] for row in rows] for key in ("best", "first")},
         "metrics": values,
+        **measured_losses(run),
         "metrics_first_reference": matrix_metrics(run, "first"),
         "regroupings": summarise_regroupings(args.output_dir / "regroup.jsonl"),
         "run": {"output_dir": str(args.output_dir), "argv": argv,

@@ -66,6 +66,7 @@ class Row(Struct, forbid_unknown_fields=True):
     name: str
     best: list[Score | None]
     first: list[Score | None]
+    loss: list[Amount | None]
 
 
 class CheckpointState(Struct, forbid_unknown_fields=True):
@@ -133,7 +134,7 @@ class Regrouping(Struct):
     alpha_max: Amount | None
 
 
-class ReportedResults(Struct):
+class ReportedResults(Struct, kw_only=True):
     """results.json of a finished run, as far as a report reads it; other keys are kept, unread."""
 
     args: RunArgs
@@ -152,12 +153,13 @@ class ReportedResults(Struct):
     parameters: Parameters
     rows: Annotated[list[str], Meta(min_length=1)]
     scores: dict[str, list[list[Score | None]]]
+    losses: list[list[Amount | None]] | None = None  # of answers, as the scores; if measured
     metrics: dict[str, Amount | None]
     regroupings: list[Regrouping]
     run: RunInfo
 
 
-class Results(ReportedResults):
+class Results(ReportedResults, kw_only=True):
     """results.json of a finished run, as far as another run reads it."""
 
     args: dict[str, Any]  # of any flags: what a run repeats, it checks

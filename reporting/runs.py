@@ -115,6 +115,9 @@ def check_scores(record):
         if not len(matrix) == len(results["rows"]) == rows or any(
                 len(row) != len(order) for row in matrix):
             raise InputError("its score matrix does not fit its tasks")
+        if results.get("losses") is not None and [len(row) for row in results["losses"]] != [
+                len(row) for row in matrix]:
+            raise InputError("its losses do not fit its tasks")
         if None in record.final(reference).values():
             raise InputError("it was not evaluated on all of its tasks at its end")
 

@@ -97,7 +97,7 @@ def all_tables(records):
     """Every table for which there is a run."""
     paper = json.loads(PAPER.read_text(encoding="utf-8"))
     made = [table1(records, paper), table2(records, paper), table3(records, paper),
-            categories(records), references(records), tasks(records)]
+            losses(records), categories(records), references(records), tasks(records)]
     return [table for table in made if table.rows]
 
 
@@ -218,13 +218,14 @@ def training_seconds(run):
 # --- tables with a row for each setting ---------------------------------------------------------
 
 
-def by_setting(records, columns):
+def by_setting(records, columns, digits=2):
     """(header, rows) of a column for each number, {title: its function of a run, or None}."""
     rows = []
     for (model, variant, setting), runs in cells(records).items():
         values = ([number(run) for run in runs] for number in columns.values())
         rows.append([model, label(variant), setting, *(
-            Cell(tuple(value for value in each if value is not None)) for each in values)])
+            Cell(tuple(value for value in each if value is not None), digits=digits)
+            for each in values)])
     return ["model", "method", "setting", *columns], rows
 
 
@@ -239,6 +240,25 @@ def categories(records):
     header, rows = by_setting(records, {name: score_of(name) for name in sorted(names)})
     return Table("categories", "Scores by category", "Mean over the tasks of a category after all "
                  "training, first reference.", header, rows if names else [])
+
+
+def losses(records):
+    def measure(name):
+        def number(run):
+            matrix = run.results.get("losses")
+            if matrix is None or run.setting == "single":
+                return None
+            matrix = matrix[run.results["args"]["eval_before"]:]
+            return metrics.loss_metrics(matrix, run.order, None)[name]
+        return number
+
+    header, rows = by_setting(records, {
+        "loss": measure("loss"), "loss come back": measure("forget_rate"),
+        "Backward of the loss": measure("backward")}, digits=3)
+    return Table("losses", "Loss of the test answers", "Mean over tasks, in nats per token of the "
+                 "first reference (--eval_loss), after all training; how far it is above the "
+                 "lowest that it was, and what later tasks took off it.",
+                 header, [row for row in rows if row[3].values])
 
 
 def references(records):

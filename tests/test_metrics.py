@@ -382,3 +382,15 @@ def test_evaluate_metric(monkeypatch, tmp_path, metric, predictions, references,
         assert value == approx({"best": best, "first": first})
     value = built.compute(predictions=predictions[-1:], references=references[-1:])
     assert value == approx({"best": 100.0, "first": 100.0})
+
+
+def test_losses_have_the_same_metrics_with_better_above_zero():
+    """By hand: what is lower is better, what came back is forgotten."""
+    losses = [[1.0, 3.0, 4.0], [0.5, 2.0, 3.0], [1.5, 2.5, 1.0]]
+    alone = {"beta": 1.25, "alpha": 2.5, "gamma": 1.0}
+    assert metrics.loss_metrics(losses, ORDER, alone) == approx({
+        "loss": 5 / 3, "forward": (0.25 + 0.5 + 0.0) / 3,
+        "forget_rate": ((1.5 - 0.5) + (2.5 - 2.0)) / 2,
+        "backward": ((1.0 - 1.5) + (2.0 - 2.5)) / 2})
+    assert metrics.loss_metrics([[1.0, None, 3.0]], ORDER, None) == {
+        "loss": None, "forward": None, "forget_rate": None, "backward": None}

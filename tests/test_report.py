@@ -279,6 +279,22 @@ def test_table1(study):
                if name.startswith("sequential"))
 
 
+def test_losses(study):
+    """Of the runs that measured them, by hand."""
+    kept, _ = runs.collect([study])
+    assert "losses" not in {made.name for made in tables.all_tables(kept)}
+    matrix = [[2.0, 3.5, 4.5], [2.5, 1.0, 4.0], [2.25, 1.5, 0.5]]
+    put(study / "badit-sequential-1", "losses", matrix)
+    _, rows = table(study, "losses")
+    row = rows["badit", "sequential"]
+    assert len(rows) == 1 and row["loss"].values == pytest.approx([4.25 / 3])
+    assert row["loss come back"].values == pytest.approx([((2.25 - 2.0) + (1.5 - 1.0)) / 2])
+    assert row["Backward of the loss"].values == pytest.approx([((2.0 - 2.25) + (1.0 - 1.5)) / 2])
+    put(study / "badit-sequential-1", "losses", matrix[1:])
+    _, left_out = runs.collect([study])
+    assert any("losses do not fit" in reason for reason in dict(left_out).values())
+
+
 @pytest.mark.parametrize("change_one", [
     lambda run: set_flags(run, learning_rate=1.0), lambda run: set_flags(run, regroup_every=3),
     lambda run: set_flags(run, seed=7), shutil.rmtree], ids=["protocol", "schedule", "seed", "no"])

@@ -45,6 +45,7 @@ import adapter
 import data
 import evaluation
 import metrics
+import models
 import train
 from grouping import (
     component_gram,
@@ -879,3 +880,44 @@ def test_the_released_rules_have_scorers_of_their_own(llama, suite, tmp_path, mo
     succeed("--model", llama, "--suite", suite, "--setting", "sequential", *SMALL, "--epochs", 1,
             "--paper_metrics", "--output_dir", tmp_path / "out")
     assert results_of(tmp_path / "out")["metrics"]["rouge_paper"] == 40.0  # of three tasks
+
+
+@pytest.mark.parametrize("method", ["badit", "gainlora"])
+@pytest.mark.parametrize("template", [False, True])
+def test_losses_of_answers(llama, suite, tmp_path, method, template):
+    """--eval_loss: row by row what the model itself gives, and its metrics; scores stay."""
+    model_folder = shutil.copytree(llama, tmp_path / "model")
+    if template:
+        (model_folder / "chat_template.jinja").write_text(
+            "<s>{{ messages[0]['content'] }}</s>")
+    argv = ["--model", model_folder, "--suite", suite, "--method", method, "--setting",
+            "sequential", "--eval_before", "--max_length", 64, "--max_new_tokens", 5, "--rank", 2,
+            "--epochs", 1, *(["--chat_template"] if template else [])]
+    succeed(*argv, "--eval_loss", "--output_dir", tmp_path / "with")
+    succeed(*argv, "--output_dir", tmp_path / "without")
+    results, plain = results_of(tmp_path / "with"), results_of(tmp_path / "without")
+    assert results["scores"] == plain["scores"] and "losses" not in plain
+    model, tokenizer = models.load(model_folder)
+    model = adapter.load(model, tmp_path / "with" / "adapter").eval()
+    *_, last = sorted((tmp_path / "with" / "predictions").iterdir())
+    sums = {}
+    for line in lines_of(last):
+        prompt = tokenizer(line["prompt"], add_special_tokens=not template).input_ids
+        target = [*tokenizer(line["references"][0], add_special_tokens=False).input_ids, 2]
+        ids = torch.tensor([prompt + target])
+        labels = torch.tensor([[-100] * len(prompt) + target])
+        model.adapted_by.before_forward({"input_ids": ids, "labels": labels,
+                                         "attention_mask": torch.ones_like(ids)})
+        with torch.no_grad():
+            log_probs = model(input_ids=ids).logits[0].log_softmax(-1)  # (seq, vocabulary)
+        places = range(len(prompt), len(prompt) + len(target))
+        by_hand = -sum(float(log_probs[place - 1, ids[0, place]]) for place in places)
+        assert line["loss"] == [pytest.approx(by_hand, rel=1e-4), len(target)]
+        task = sums.setdefault(line["task"], [0, 0])
+        task[0] += by_hand
+        task[1] += len(target)
+    assert results["losses"][-1] == [pytest.approx(sums[task][0] / sums[task][1], rel=1e-4)
+                                     for task in results["task_order"]]
+    assert results["loss_metrics"] == metrics.loss_metrics(
+        results["losses"][1:], results["task_order"], None)
+    assert len(results["losses"]) == 4 and results["losses"][0] != results["losses"][1]
