@@ -4,6 +4,7 @@
 `python data.py convert SOURCE --to FOLDER` makes a suite of files in another layout.
 """
 
+import math
 import random
 import sys
 from typing import NamedTuple
@@ -108,6 +109,12 @@ def build_prompt(definition, input_text):
     """The prompt of one instance; the answer follows it directly."""
     frame = PROMPT if definition else FRAME
     return frame.format(definition=definition, input=input_text)
+
+
+def encode_prompt(definition, text, tokenizer, chat_template=False):
+    """The prompt of one instance, whatever its length -> (prompt, token ids)."""
+    with library_errors("the tokenizer fails on the prompt"):
+        return _fit_prompt(definition, text, tokenizer, math.inf, chat_template)[:2]
 
 
 def encode_suite(suite, tokenizer, max_length, chat_template=False, splits=SPLITS):

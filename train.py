@@ -303,6 +303,7 @@ def load_model(run, resumed=None):
             method = new_method(args)
             method.chat_template = args.chat_template
             method.wrap(model, fresh=resumed is None)
+        model.adapted_by.base_name = args.model
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     run.model = model

@@ -36,7 +36,7 @@ class TaskHead(Struct):
 
 
 class AdapterConfig(Struct, forbid_unknown_fields=True):
-    """adapter_config.json of this program."""
+    """adapter_config.json of this program; before format 2 without what has a default."""
 
     format: int
     method: str
@@ -44,6 +44,8 @@ class AdapterConfig(Struct, forbid_unknown_fields=True):
     base_sha256: str
     model_type: str
     chat_template: bool
+    peft_type: str | None = None
+    model: str | None = None
 
 
 class FileSum(Struct, forbid_unknown_fields=True):
