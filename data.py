@@ -4,9 +4,9 @@
 `python data.py convert SOURCE --to FOLDER` makes a suite of files in another layout.
 """
 
-import math
 import random
 import sys
+from itertools import zip_longest
 from typing import NamedTuple
 
 import torch
@@ -111,10 +111,25 @@ def build_prompt(definition, input_text):
     return frame.format(definition=definition, input=input_text)
 
 
-def encode_prompt(definition, text, tokenizer, chat_template=False):
-    """The prompt of one instance, whatever its length -> (prompt, token ids)."""
-    with library_errors("the tokenizer fails on the prompt"):
-        return _fit_prompt(definition, text, tokenizer, math.inf, chat_template)[:2]
+def encode_turns(turns, tokenizer, chat_template=False):
+    """A dialogue of prompts and answers in turn, up to a last prompt -> (its text, token ids)."""
+    if not chat_template:
+        pairs = zip_longest(turns[::2], turns[1::2], fillvalue="")
+        text = "\n\n".join(prompt + answer for prompt, answer in pairs)
+        encoding = tokenizer(text, return_special_tokens_mask=True)
+        ids, added = encoding.input_ids, encoding.special_tokens_mask
+        while added and added.pop():  # at its end, such as an EOS: the answer comes there
+            ids.pop()
+        return text, ids
+    try:
+        text = tokenizer.apply_chat_template(
+            [{"role": "assistant" if number % 2 else "user", "content": content}
+             for number, content in enumerate(turns)], tokenize=False, add_generation_prompt=True,
+            enable_thinking=False)  # Qwen3 would think aloud before a label; others ignore it
+        return text, tokenizer(text, add_special_tokens=False).input_ids
+    except Exception as error:  # noqa: BLE001 (a template is a program)
+        raise InputError(f"--chat_template: this tokenizer's template fails "
+                         f"({type(error).__name__}: {error})") from error
 
 
 def encode_suite(suite, tokenizer, max_length, chat_template=False, splits=SPLITS):
@@ -196,21 +211,7 @@ def _fit_prompt(definition, text, tokenizer, budget, chat_template):
     """
 
     def encode(length):
-        prompt = build_prompt(definition, text[:length])
-        if not chat_template:
-            encoding = tokenizer(prompt, return_special_tokens_mask=True)
-            ids, added = encoding.input_ids, encoding.special_tokens_mask
-            while added and added.pop():  # at its end, such as an EOS: the answer comes there
-                ids.pop()
-            return prompt, ids
-        try:
-            prompt = tokenizer.apply_chat_template(
-                [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True,
-                enable_thinking=False)  # Qwen3 would think aloud before a label; others ignore it
-            return prompt, tokenizer(prompt, add_special_tokens=False).input_ids
-        except Exception as error:  # noqa: BLE001 (a template is a program)
-            raise InputError(f"--chat_template: this tokenizer's template fails "
-                             f"({type(error).__name__}: {error})") from error
+        return encode_turns([build_prompt(definition, text[:length])], tokenizer, chat_template)
 
     prompt, ids = encode(len(text))
     if len(ids) <= budget:

@@ -186,6 +186,13 @@ class Prediction(Struct):
     scores: ItemScores
 
 
+class Question(Struct):
+    """A line of generate.py's --prompts; other keys are handed through."""
+
+    prompt: Annotated[str, Meta(min_length=1)]
+    definition: str | UnsetType = UNSET
+
+
 class LogLine(Struct):
     """A line of log.jsonl, as far as a report reads it."""
 
@@ -217,12 +224,32 @@ def read(path, kind):
 
 def read_lines(path, kind):
     """The lines of a JSON-lines file, as plain values. Raises InputError as `read` does."""
+    values = [_parse(line, where) for _, where, line in _lines(path)]
+    convert(values, list[kind], path)
+    return values
+
+
+def try_lines(path, kind):
+    """(number, a line of a JSON-lines file as plain values, None) for every line.
+
+    Or (number, None, the InputError that says what is wrong with it). Raises InputError where the
+    file cannot be read.
+    """
+    for number, where, line in _lines(path):
+        try:
+            value = _parse(line, where)
+            convert(value, kind, where, verdict="")
+            yield number, value, None
+        except InputError as error:
+            yield number, None, error
+
+
+def _lines(path):
+    """(number, words that name it, text) of every line of a file."""
     lines = _text(path).split("\n")  # not splitlines: texts hold other line breaks
     if lines[-1] == "":
         lines.pop()
-    values = [_parse(line, f"{path}, line {number}") for number, line in enumerate(lines, start=1)]
-    convert(values, list[kind], path)
-    return values
+    return [(number, f"{path}, line {number}", line) for number, line in enumerate(lines, start=1)]
 
 
 def load(path):
