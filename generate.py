@@ -34,6 +34,8 @@ def build_parser():
     parser.add_argument("--base", action="store_true", help="the bare base model's answer, too")
     parser.add_argument("--max_new_tokens", type=from_text(PositiveInt), default=50, metavar="N",
                         help="per answer (default: 50)")
+    parser.add_argument("--bf16", action="store_true", help="hold the base model in bfloat16, as a "
+                        "run under --mixed_precision bf16 does")
     parser.add_argument("--temperature", type=from_text(Positive), metavar="T",
                         help="draw tokens with their probabilities, at this temperature")
     parser.add_argument("--top_p", type=from_text(Fraction), metavar="P",

@@ -12,12 +12,10 @@ from registry import ADAPTER_CONFIG, MODELS, read_adapter_config
 
 
 def add_model_flags(parser, adapter, **options):
-    """--model and --bf16, and the flag or word `adapter`."""
+    """--model, and the flag or word `adapter`."""
     parser.add_argument(adapter, type=Path, metavar="ADAPTER", **options)
     parser.add_argument("--model", help="its base model, where that has moved, or is not named in "
                         f"it: one of {', '.join(MODELS)}, or a checkpoint's folder")
-    parser.add_argument("--bf16", action="store_true", help="hold the base model in bfloat16, as a "
-                        "run under --mixed_precision bf16 does")
 
 
 def newest_adapter(folder=Path("runs")):
