@@ -296,8 +296,8 @@ def load_model(run, resumed=None):
         model.to(accelerator.device)
     with seconds.timed("decompose"):
         set_seed(args.seed)
-        if args.eval_only and args.adapter:
-            adapter.load(model, args.adapter)
+        if args.adapter and (args.eval_only or resumed is None):  # else a checkpoint holds it
+            adapter.load(model, args.adapter, None if args.eval_only else settings_of(args))
             checks.check_frame(args, model.adapted_by)
         else:
             method = new_method(args)

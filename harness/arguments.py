@@ -124,8 +124,9 @@ FLAGS = (
     Flag("evaluation", "max_new_tokens", PositiveInt, 50, "per answer (default: 50)", table=True),
     Flag("evaluation", "eval_only", bool, False, "evaluate --adapter DIR; nothing is trained",
          of_study=True),
-    Flag("evaluation", "adapter", str | None, None, "adapter folder of a finished run, for "
-         "--eval_only", metavar="DIR", is_path=True, of_study=True),
+    Flag("evaluation", "adapter", str | None, None, "adapter folder of a finished run: to be "
+         "evaluated with --eval_only, or to be trained on, with its method and settings",
+         metavar="DIR", is_path=True, of_study=True),
     Flag("evaluation", "single_task_results", str | None, None, "results.json of the same run "
          "with --setting single, for the metric `forward`", metavar="FILE", of_training=True,
          is_path=True, needs_setting=("mixed", "sequential"), alone="nothing"),
@@ -192,11 +193,13 @@ def parse_flags(argv):
         raise InputError("--allow_other is read with --resume or --from_results only")
     if args.from_results is not None:
         args, typed = repeated_flags(args, typed), set()
-    if args.eval_only and args.adapter is not None:
-        config, _ = read_adapter_config(args.adapter)
+    if args.adapter is not None:
+        config, settings = read_adapter_config(args.adapter)
         if "method" in typed and args.method != config.method:
             raise InputError(f"--method {args.method}: the adapter was made by {config.method}")
         args.method = config.method
+        if not args.eval_only:
+            take_settings(args, typed, settings)
     if args.method not in METHODS:
         raise InputError(f"--method {args.method!r} is unknown; allowed: {', '.join(METHODS)}")
     refuse_unread_flags(args, typed)
@@ -204,6 +207,20 @@ def parse_flags(argv):
         settings_of(args).refuse_unread(typed)
     args.output_dir = Path(args.output_dir or default_output_dir(args))
     return args, typed
+
+
+def take_settings(args, typed, settings):
+    """Go on with the `settings` of an adapter; the seed is the run's own.
+
+    Raises InputError for a typed flag that says otherwise.
+    """
+    for name in sorted(set(settings.names()) & names(of_method=True)):
+        value = getattr(settings, name)
+        value = list(value) if isinstance(value, tuple) else value
+        if name in typed and getattr(args, name) != value:
+            raise InputError(f"--{name} {getattr(args, name)}: the adapter goes on with the "
+                             f"settings that it was made with, here {value}")
+        setattr(args, name, value)
 
 
 def refuse_odd_words(argv):
@@ -301,6 +318,8 @@ def comparable(args, trained):
             values[f"--{name}{place}"] = getattr(args, name)
     if trained and args.setting == "sequential":
         values["--task_order"] = args.task_order
+    if trained and args.adapter is not None:  # a run that went on stands in no table with others
+        values["--adapter"] = args.adapter
     return values
 
 
@@ -313,7 +332,7 @@ def refuse_unread_flags(args, typed):
         if entry.trains and args.adapter is None:
             raise InputError("--eval_only needs --adapter DIR (or --method zero_shot)")
     else:
-        unread = of_methods - set(entry.settings.names()) | {"adapter"}
+        unread = of_methods - set(entry.settings.names())
         why = f"by --method {args.method} in training"
         if not entry.trains:
             unread, why = unread | TRAINING_FLAGS, f"by --method {args.method}"
@@ -330,4 +349,5 @@ def refuse_unread_flags(args, typed):
 
 def default_output_dir(args):
     setting = "eval" if args.eval_only or not METHODS[args.method].trains else args.setting
+    setting += "-on" if args.adapter is not None and not args.eval_only else ""
     return f"runs/{args.method}-{setting}-{Path(args.model).name}-seed{args.seed}"
