@@ -222,7 +222,8 @@ METHODS = {
 def method_class(name):
     """The class of a method; its module, and torch, are imported now: flags must not wait."""
     module, _, cls = METHODS[name].where.partition(":")
-    return getattr(importlib.import_module(module), cls)
+    package = __name__.removesuffix("registry")  # none in the repository, one where installed
+    return getattr(importlib.import_module(package + module), cls)
 
 
 def read_adapter_config(path):
