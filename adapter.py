@@ -9,7 +9,13 @@ from inputs.errors import InputError
 from inputs.files import atomic_path, write_json
 from inputs.tensors import read_tensors, write_tensors
 from method import fingerprint, method_of
-from registry import ADAPTER_CONFIG, ADAPTER_FORMAT, method_class, read_adapter_config
+from registry import (
+    ADAPTER_CONFIG,
+    ADAPTER_FORMATS,
+    NOT_OF_PEFT,
+    method_class,
+    read_adapter_config,
+)
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 FLOATS = {torch.float16, torch.bfloat16, torch.float32, torch.float64}  # taken one for another
@@ -21,26 +27,32 @@ def save(model, path):
     with atomic_path(path / WEIGHTS_FILE) as temporary:
         write_tensors(temporary, method.state_dict())
     write_json(path / ADAPTER_CONFIG, {
-        "format": ADAPTER_FORMAT, "method": method.name, "settings": asdict(method.settings),
-        "base_sha256": method.base_sha256, "model_type": model.config.model_type,
+        "format": ADAPTER_FORMATS[-1], "peft_type": NOT_OF_PEFT, "method": method.name,
+        "settings": asdict(method.settings), "base_sha256": method.base_sha256,
+        "model": method.base_name, "model_type": model.config.model_type,
+        "trained_on": method.trained_on,
         "chat_template": method.chat_template})
 
 
-def load(model, path):
+def load(model, path, settings=None):
     """Wrap the bare base `model` with the adapter saved in `path` and return it.
 
-    Nothing is decomposed again: the saved initial bank gives the residual. Raises InputError for a
-    damaged adapter and for any base model but the one that it was made on.
+    Nothing is decomposed again: the saved initial bank gives the residual. `settings` take the
+    place of the saved ones, with another seed, to train on. Raises InputError for a damaged adapter
+    and for any base model but the one that it was made on.
     """
     path = Path(path)
-    config, settings = read_adapter_config(path)
+    config, saved = read_adapter_config(path)
     state = read_tensors(path / WEIGHTS_FILE)
     sha256 = fingerprint(model)
     if sha256 != config.base_sha256:
-        raise InputError(f"{path} was made on another base model: its SHA-256 is "
+        named = f" ({config.model})" if config.model else ""
+        raise InputError(f"{path} was made on another base model{named}: its SHA-256 is "
                          f"{config.base_sha256[:12]}…, this one's is {sha256[:12]}…")
-    method = method_class(config.method)(settings)
-    method.base_sha256, method.chat_template = sha256, config.chat_template
+    method = method_class(config.method)(settings or saved)
+    method.base_sha256, method.base_name = sha256, config.model
+    method.trained_on = config.trained_on
+    method.chat_template = config.chat_template
     method.wrap(model, fresh=False)
     restore(method, state)
     return model

@@ -7,6 +7,7 @@
 import random
 import re
 import sys
+from itertools import zip_longest
 from typing import NamedTuple
 
 import torch
@@ -148,18 +149,12 @@ class Framer:
         if chat_template and not tokenizer.chat_template:
             raise InputError("--chat_template: this tokenizer has no chat template")
         self.tokenizer, self.chat_template = tokenizer, chat_template
-        special = {id: token.content for id, token in tokenizer.added_tokens_decoder.items()
-                   if token.special}
-        self.special_ids = set(special)
-        if chat_template:
-            self.before, _, self.after = self._in_template(MARKER).partition(MARKER)
-            spelt = re.compile("|".join(map(re.escape, special.values())) or "(?!)")
-            # Around a text stand what the template has between its special tokens and it.
-            last = max((match.end() for match in spelt.finditer(self.before)), default=0)
-            first = next((match.start() for match in spelt.finditer(self.after)), len(self.after))
-            self.head, self.left = self.before[:last], self.before[last:]
-            self.right, self.tail = self.after[:first], self.after[first:]
-            self.num_special = self._count_special(self._ids(self.head) + self._ids(self.tail))
+        self.special = {token.content: id for id, token in tokenizer.added_tokens_decoder.items()
+                        if token.special}
+        self.special_ids = set(self.special.values())
+        longest_first = sorted(self.special, key=len, reverse=True)
+        self.spelt = re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")
+        self.frames = {}  # of the template, by number of turns: what stands around them
 
     def text(self, text):
         """The ids of a text, such as an answer; nothing is added."""
@@ -167,36 +162,57 @@ class Framer:
 
     def prompt(self, definition, text):
         """(prompt, ids) of an instance."""
-        prompt = build_prompt(definition, text)
+        return self.turns([build_prompt(definition, text)])
+
+    def turns(self, turns):
+        """A dialogue of prompts and answers in turn, up to a last prompt -> (its text, ids)."""
         if not self.chat_template:
-            encoding = self.tokenizer(prompt, return_special_tokens_mask=True,
+            pairs = zip_longest(turns[::2], turns[1::2], fillvalue="")
+            text = "\n\n".join(prompt + answer for prompt, answer in pairs)
+            encoding = self.tokenizer(text, return_special_tokens_mask=True,
                                       split_special_tokens=True)
             ids, added = encoding.input_ids, encoding.special_tokens_mask
             while added and added.pop():  # at its end, such as an EOS: the answer comes there
                 ids.pop()
-            return prompt, ids
-        whole = self._in_template(prompt)
-        ids = self._ids(whole)
-        if self._count_special(ids) == self.num_special:
-            return whole, ids
-        if not (whole.startswith(self.before) and whole.endswith(self.after)):
-            raise InputError("--chat_template: the text spells a special token, and this "
-                             f"tokenizer's template takes it apart: {prompt!r:.60}")
-        inner = whole[len(self.head):len(whole) - len(self.tail)]
-        return whole, self._ids(self.head) + self.text(inner) + self._ids(self.tail)
+            return text, ids
+        text = self._in_template(turns)
+        ids = self.tokenizer(text, add_special_tokens=False).input_ids
+        if len(turns) not in self.frames:
+            self.frames[len(turns)] = self._in_template([MARKER] * len(turns)).split(MARKER)
+        frame = self.frames[len(turns)]
+        its_own = sum(len(self.spelt.findall(part)) for part in frame)
+        if sum(id in self.special_ids for id in ids) > its_own:
+            ids = self._around(frame, turns, text)
+        return text, ids
 
-    def _in_template(self, prompt):
-        """The prompt as the user's turn of a dialogue, with the beginning of the answer's."""
+    def _around(self, frame, turns, text):
+        """The ids of a dialogue in which a text spells a special token."""
+        for texts in (turns, [turn.strip() for turn in turns]):  # templates may strip them
+            pieces = [piece for pair in zip_longest(frame, texts, fillvalue="") for piece in pair]
+            if "".join(pieces) == text:
+                break
+        else:
+            raise InputError("--chat_template: the text spells a special token, and this "
+                             f"tokenizer's template changes it: {turns[0]!r:.60}")
+        ids, between = [], ""  # tokens of the frame, and what stands between two of them
+        for part, turn in zip_longest(frame, texts, fillvalue=""):
+            for piece in self.spelt.split(part):
+                if piece in self.special:
+                    ids += [*self.text(between), self.special[piece]]
+                    between = ""
+                else:
+                    between += piece
+            between += turn
+        return ids + self.text(between)
+
+    def _in_template(self, turns):
+        """The turns of user and model as a dialogue, with the beginning of the model's next one."""
         with library_errors("--chat_template: this tokenizer's template fails"):
             return self.tokenizer.apply_chat_template(
-                [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True,
+                [{"role": "assistant" if number % 2 else "user", "content": content}
+                 for number, content in enumerate(turns)], tokenize=False,
+                add_generation_prompt=True,
                 enable_thinking=False)  # Qwen3 would think aloud before a label; others ignore it
-
-    def _ids(self, text):
-        return self.tokenizer(text, add_special_tokens=False).input_ids
-
-    def _count_special(self, ids):
-        return sum(id in self.special_ids for id in ids)
 
 
 def encode_suite(suite, tokenizer, max_length, chat_template=False, splits=SPLITS):

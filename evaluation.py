@@ -52,17 +52,19 @@ class Extremes(LogitsProcessor):
         return scores
 
 
-def generate(model, tokenizer, batch, max_new_tokens):
-    """Greedy continuations of left-padded prompts, as texts without prompt and special tokens.
+def generate(model, tokenizer, batch, max_new_tokens, **options):
+    """Continuations of left-padded prompts, as texts without prompt and special tokens.
 
-    `batch` holds input_ids and attention_mask (batch, seq) on the model's device. Raises InputError
-    for logits that are not finite: the answer to them would be token 0.
+    `batch` holds input_ids and attention_mask (batch, seq) on the model's device. Greedy, unless
+    the `options` of the model's own generate say otherwise. Raises InputError for logits that are
+    not finite: the answer to them would be token 0.
     """
     extremes = Extremes()
     prompt_length = batch["input_ids"].shape[1]
     tokens = model.generate(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"],
-                            max_new_tokens=max_new_tokens, do_sample=False, num_beams=1,
-                            use_cache=True, logits_processor=[extremes])  # (batch, seq + new)
+                            max_new_tokens=max_new_tokens, num_beams=1, use_cache=True,
+                            logits_processor=[extremes],
+                            **{"do_sample": False} | options)  # (batch, seq + new)
     if not torch.isfinite(torch.stack(extremes.seen)).all():
         raise InputError("the model answers with logits that are NaN or infinite: its "
                          "configuration, or the adapter, makes its activations overflow")

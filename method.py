@@ -47,6 +47,8 @@ class Method:
 
     name: str  # its value for --method
     chat_template = False  # whether its prompts were wrapped in one; kept with the adapter
+    base_name = None  # of the base model, a name or a path, where it is known; kept, too
+    trained_on = {}  # the run's flags that say on which prompts, {name: value}; kept, too
 
     def __init__(self, settings):
         self.settings = settings
@@ -91,6 +93,8 @@ class Method:
             self.layers[name] = self.build_layer(linear, fresh).train(linear.training)
             model.set_submodule(name, self.layers[name])
         model.adapted_by = self
+        if targets:
+            model.save_pretrained = refuse_to_save
 
     # --- hooks of the training loop -------------------------------------------------------------
 
@@ -193,6 +197,14 @@ def fingerprint(model):
 def frozen(tensor):
     """A Parameter that is not trained, sharing the tensor's memory."""
     return nn.Parameter(tensor.detach(), requires_grad=False)
+
+
+def refuse_to_save(*_, **__):
+    """In place of save_pretrained of a wrapped model, whose layers transformers does not know."""
+    raise InputError("save_pretrained cannot save a wrapped model: it would leave out the adapted "
+                     "weights. adapter.save(model, folder) saves its adapter; of that, `python "
+                     "export.py FOLDER --out OTHER` makes an adapter for PEFT or, with --merged, a "
+                     "whole checkpoint")
 
 
 def method_of(model):

@@ -36,7 +36,7 @@ from harness import (
     results_file,
     resume,
 )
-from harness.arguments import parse_flags, recorded_args, settings_of
+from harness.arguments import parse_flags, recorded_args, settings_of, trained_on
 from harness.recorder import Recorder
 from harness.run import Position, Progress, Run, Setup, say
 from inputs.errors import InputError
@@ -298,13 +298,14 @@ def load_model(run, resumed=None):
         model.to(accelerator.device)
     with seconds.timed("decompose"):
         set_seed(args.seed)
-        if args.eval_only and args.adapter:
-            adapter.load(model, args.adapter)
+        if args.adapter and (args.eval_only or resumed is None):  # else a checkpoint holds it
+            adapter.load(model, args.adapter, None if args.eval_only else settings_of(args))
             checks.check_frame(args, model.adapted_by)
         else:
             method = new_method(args)
             method.chat_template = args.chat_template
             method.wrap(model, fresh=resumed is None)
+        model.adapted_by.base_name, model.adapted_by.trained_on = args.model, trained_on(args)
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     run.model = model

@@ -47,6 +47,14 @@ def prompt_mask(batch):
     return mask
 
 
+def same_start(ids, others):
+    """Whether two (batch, seq) have as many rows, and equal columns as far as both go."""
+    if others is None or ids is others or len(ids) != len(others):
+        return ids is others
+    length = min(ids.shape[1], others.shape[1])
+    return torch.equal(ids[:, :length], others[:, :length])
+
+
 def pooled_prompt(embeddings, mask):
     """p0: the mean over the prompt of embeddings (batch, seq, d), mask (batch, seq) -> (batch, d).
 
@@ -383,6 +391,8 @@ class GainLora(BranchMethod):
         self.gates = Gates(embeddings.shape[1], self.settings.gate_hidden,
                            self.settings.chunk, like)
         model.add_module("gainlora_gates", self.gates)  # among the parameters that DDP sees
+        self.gated = None  # the input_ids (batch, seq) that before_forward has seen last
+        model.register_forward_pre_hook(self._before_model, with_kwargs=True)
 
     def build_layer(self, linear, fresh):
         return GainLinear(linear, self.settings.rank, self.settings.alpha,
@@ -426,6 +436,33 @@ class GainLora(BranchMethod):
             a = self.gates(self._pool(batch))  # (batch, t), float32 always
         for layer in self.layers.values():
             layer.gain = a
+        self.gated = batch["input_ids"]
+
+    @torch.compiler.disable
+    def _before_model(self, model, inputs, options):
+        """Compute the gates where nobody called before_forward: generate, or another's harness.
+
+        A step with a cache that is not empty, and one on the sequences of the last before_forward,
+        go on with the gates of their prompts.
+        """
+        cache = options.get("past_key_values")
+        if cache is not None and cache.get_seq_length():
+            return
+        ids = inputs[0] if inputs else options.get("input_ids")
+        if ids is None:
+            raise InputError("gainlora: its gates read the tokens of the prompt: call the model "
+                             "with input_ids")
+        if same_start(ids, self.gated):
+            return
+        mask = options.get("attention_mask")
+        batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids) if mask is None else mask}
+        if batch["attention_mask"].shape != ids.shape:
+            raise InputError(f"gainlora: an attention_mask of shape {list(mask.shape)} does not "
+                             f"fit input_ids of shape {list(ids.shape)}")
+        if options.get("labels") is not None:
+            batch["labels"] = options["labels"]
+        self.before_forward(batch)
+        self.gated = None  # the next call may have another mask
 
     def _pool(self, batch):
         """p0 of a batch, (batch, d)."""

@@ -125,10 +125,10 @@ class BranchMethod(Method):
     def start_stage(self, stage, loader):
         if self.started:
             self.add_branch()
-        self.started = True
-        if stage.name == "mixed":
+        elif stage.name == "mixed":
             PartialState().print(f"{self.name}: mixed training is one task: one branch, and no "
                                  "past one to protect")
+        self.started = True
 
     def grow(self, state):
         """Add the branches that `state` has, and a fresh adapter does not."""

@@ -128,8 +128,9 @@ FLAGS = (
          "which tells methods apart where few items' scores cannot"),
     Flag("evaluation", "eval_only", bool, False, "evaluate --adapter DIR; nothing is trained",
          of_study=True),
-    Flag("evaluation", "adapter", str | None, None, "adapter folder of a finished run, for "
-         "--eval_only", metavar="DIR", is_path=True, of_study=True),
+    Flag("evaluation", "adapter", str | None, None, "adapter folder of a finished run: to be "
+         "evaluated with --eval_only, or to be trained on, with its method and settings",
+         metavar="DIR", is_path=True, of_study=True),
     Flag("evaluation", "single_task_results", str | None, None, "results.json of the same run "
          "with --setting single, for the metric `forward`", metavar="FILE", of_training=True,
          is_path=True, needs_setting=("mixed", "sequential"), alone="nothing"),
@@ -164,6 +165,7 @@ def names(**wanted):
             if all(getattr(flag, key) == value for key, value in wanted.items())}
 
 
+PROMPT_FLAGS = ("suite", "data_dir", "tasks", "max_length", "max_new_tokens")
 RUN_FLAGS, PATH_FLAGS = names(of_run=True), names(is_path=True)
 TRAINING_FLAGS, STUDY_FLAGS = names(of_training=True), names(of_study=True)
 
@@ -196,11 +198,15 @@ def parse_flags(argv):
         raise InputError("--allow_other is read with --resume or --from_results only")
     if args.from_results is not None:
         args, typed = repeated_flags(args, typed), set()
-    if args.eval_only and args.adapter is not None:
-        config, _ = read_adapter_config(args.adapter)
+    if args.adapter is not None:
+        config, settings = read_adapter_config(args.adapter)
+        if args.from_results is None:
+            take_frame(args, typed, config)
         if "method" in typed and args.method != config.method:
             raise InputError(f"--method {args.method}: the adapter was made by {config.method}")
         args.method = config.method
+        if not args.eval_only:
+            take_settings(args, typed, settings)
     if args.method not in METHODS:
         raise InputError(f"--method {args.method!r} is unknown; allowed: {', '.join(METHODS)}")
     refuse_unread_flags(args, typed)
@@ -208,6 +214,41 @@ def parse_flags(argv):
         settings_of(args).refuse_unread(typed)
     args.output_dir = Path(args.output_dir or default_output_dir(args))
     return args, typed
+
+
+def trained_on(args):
+    """The flags of PROMPT_FLAGS, as adapter_config.json has them."""
+    return {name: getattr(args, name) for name in PROMPT_FLAGS}
+
+
+def take_frame(args, typed, config):
+    """Take over the model and frame of an adapter and, to evaluate it, its suite and prompts.
+
+    Typed flags count more. Raises InputError for values that no such flag takes.
+    """
+    taken = {"model": config.model, "chat_template": config.chat_template}
+    taken |= config.trained_on if args.eval_only else {}
+    unknown = taken.keys() - {"model", "chat_template", *PROMPT_FLAGS}
+    if unknown:
+        raise InputError(f"{args.adapter}: {sorted(unknown)[0]!r:.60} is no flag that says on "
+                         f"which prompts an adapter was trained: {', '.join(PROMPT_FLAGS)}")
+    for name, value in taken.items():
+        if name not in typed and (name != "model" or value is not None):
+            setattr(args, name, read_value(name, value, args.adapter))
+
+
+def take_settings(args, typed, settings):
+    """Go on with the `settings` of an adapter; the seed is the run's own.
+
+    Raises InputError for a typed flag that says otherwise.
+    """
+    for name in sorted(set(settings.names()) & names(of_method=True)):
+        value = getattr(settings, name)
+        value = list(value) if isinstance(value, tuple) else value
+        if name in typed and getattr(args, name) != value:
+            raise InputError(f"--{name} {getattr(args, name)}: the adapter goes on with the "
+                             f"settings that it was made with, here {value}")
+        setattr(args, name, value)
 
 
 def refuse_odd_words(argv):
@@ -260,16 +301,18 @@ def from_values(values, source):
     if values.keys() != wanted:
         raise InputError(f"{source} is of another version of this program, with other flags: "
                          f"{sorted(wanted ^ values.keys())[:5]}")
-    read = {}
-    for name, value in values.items():
-        try:
-            typed = msgspec.convert(value, ALL_FLAGS[name].type)
-            check_each(ALL_FLAGS[name], typed)
-        except (msgspec.ValidationError, argparse.ArgumentTypeError) as error:
-            raise InputError(f"{source}: {value!r:.60} is no value of --{name} ({error})"
-                             ) from None
-        read[name] = list(typed) if isinstance(typed, tuple) else typed
-    return argparse.Namespace(**read)
+    return argparse.Namespace(**{name: read_value(name, value, source)
+                                 for name, value in values.items()})
+
+
+def read_value(name, value, source):
+    """The value of a flag that stands in a file. Raises InputError for one that it cannot have."""
+    try:
+        read = msgspec.convert(value, ALL_FLAGS[name].type)
+        check_each(ALL_FLAGS[name], read)
+    except (msgspec.ValidationError, argparse.ArgumentTypeError) as error:
+        raise InputError(f"{source}: {value!r:.60} is no value of --{name} ({error})") from None
+    return list(read) if isinstance(read, tuple) else read
 
 
 def recorded_args(args):
@@ -305,6 +348,8 @@ def comparable(args, trained):
             values[f"--{name}{place}"] = getattr(args, name)
     if trained and args.setting == "sequential":
         values["--task_order"] = args.task_order
+    if trained and args.adapter is not None:  # a run that went on stands in no table with others
+        values["--adapter"] = args.adapter
     return values
 
 
@@ -317,7 +362,7 @@ def refuse_unread_flags(args, typed):
         if entry.trains and args.adapter is None:
             raise InputError("--eval_only needs --adapter DIR (or --method zero_shot)")
     else:
-        unread = of_methods - set(entry.settings.names()) | {"adapter"}
+        unread = of_methods - set(entry.settings.names())
         why = f"by --method {args.method} in training"
         if not entry.trains:
             unread, why = unread | TRAINING_FLAGS, f"by --method {args.method}"
@@ -336,4 +381,5 @@ def refuse_unread_flags(args, typed):
 
 def default_output_dir(args):
     setting = "eval" if args.eval_only or not METHODS[args.method].trains else args.setting
+    setting += "-on" if args.adapter is not None and not args.eval_only else ""
     return f"runs/{args.method}-{setting}-{Path(args.model).name}-seed{args.seed}"

@@ -73,7 +73,7 @@ def check_frame(args, method):
     """Raise InputError where a saved adapter was trained on prompts in another frame."""
     if method.chat_template != args.chat_template:
         raise InputError(f"--adapter {args.adapter} was trained with --chat_template "
-                         f"{'on' if method.chat_template else 'off'}: evaluate it so")
+                         f"{'on' if method.chat_template else 'off'}: go on with it so")
 
 
 def check_hashes(run, hashes):

@@ -135,6 +135,7 @@ def write_results(run, argv):
         **setup.provenance,
         **run.progress.hashes,
         "overruled": sorted(run.progress.overruled),
+        "went_on_from": went_on_from(run),
         "precision": accelerator.mixed_precision,
         "processes": accelerator.num_processes,
         "compiler": identity.compiler(accelerator),
@@ -168,6 +169,13 @@ def write_results(run, argv):
     if accelerator.is_main_process:
         write_json(args.output_dir / "results.json", results)
     return results
+
+
+def went_on_from(run):
+    """The adapter whose training this run went on with, or None where it began anew."""
+    if run.args.adapter is None or not run.setup.stages:
+        return None
+    return {"adapter": run.args.adapter, "sha256": run.setup.provenance["read_files"]["adapter"]}
 
 
 def single_task_command(args):

@@ -43,7 +43,7 @@ class TaskLine(Instance):
 
 
 class AdapterConfig(Struct, forbid_unknown_fields=True):
-    """adapter_config.json of this program."""
+    """adapter_config.json of this program; before format 2 without what has a default."""
 
     format: int
     method: str
@@ -51,6 +51,9 @@ class AdapterConfig(Struct, forbid_unknown_fields=True):
     base_sha256: str
     model_type: str
     chat_template: bool
+    peft_type: str | None = None
+    model: str | None = None
+    trained_on: dict[str, Any] = {}  # flags that --eval_only takes over
 
 
 class FileSum(Struct, forbid_unknown_fields=True):
@@ -193,6 +196,13 @@ class Prediction(Struct):
     scores: ItemScores
 
 
+class Question(Struct):
+    """A line of generate.py's --prompts; other keys are handed through."""
+
+    prompt: Annotated[str, Meta(min_length=1)]
+    definition: str | UnsetType = UNSET
+
+
 class LogLine(Struct):
     """A line of log.jsonl, as far as a report reads it."""
 
@@ -224,12 +234,32 @@ def read(path, kind):
 
 def read_lines(path, kind):
     """The lines of a JSON-lines file, as plain values. Raises InputError as `read` does."""
+    values = [_parse(line, where) for _, where, line in _lines(path)]
+    convert(values, list[kind], path)
+    return values
+
+
+def try_lines(path, kind):
+    """(number, a line of a JSON-lines file as plain values, None) for every line.
+
+    Or (number, None, the InputError that says what is wrong with it). Raises InputError where the
+    file cannot be read.
+    """
+    for number, where, line in _lines(path):
+        try:
+            value = _parse(line, where)
+            convert(value, kind, where, verdict="")
+            yield number, value, None
+        except InputError as error:
+            yield number, None, error
+
+
+def _lines(path):
+    """(number, words that name it, text) of every line of a file."""
     lines = _text(path).split("\n")  # not splitlines: texts hold other line breaks
     if lines[-1] == "":
         lines.pop()
-    values = [_parse(line, f"{path}, line {number}") for number, line in enumerate(lines, start=1)]
-    convert(values, list[kind], path)
-    return values
+    return [(number, f"{path}, line {number}", line) for number, line in enumerate(lines, start=1)]
 
 
 def load(path):

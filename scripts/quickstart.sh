@@ -11,8 +11,15 @@ while [ -e "$output" ]; do n=$((n + 1)) output=runs/quickstart-$n; done
   --model smollm2-135m --suite mini --setting mixed --epochs 2 --max_train_per_task 24 \
   --learning_rate 5e-4 --max_new_tokens 20 --eval_before --output_dir "$output"
 .venv/bin/python report.py "$output" | tail -n 2  # its table stands above already
+question="Which word means the opposite of brave?"
+asked="Answer with one word that means the opposite."
+echo "asked the base model and the trained one: $asked $question"
+.venv/bin/python generate.py --adapter "$output/adapter" --definition "$asked" "$question" --base \
+  --max_new_tokens 20
 echo "adapter: $output/adapter
 next, after \`source .venv/bin/activate\`:
+  python generate.py --adapter $output/adapter --chat                  # ask it something else
+  python export.py $output/adapter --approximate --out exported        # for PEFT, transformers, vLLM
   python train.py --eval_only --adapter $output/adapter                # score the adapter again
   python train.py --method badit --setting sequential --eval_before    # the tasks one after the other
   python train.py --method lora --rank 32                              # a method to compare it with"

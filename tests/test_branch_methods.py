@@ -7,14 +7,16 @@ import pytest
 import safetensors.torch
 import torch
 import torch.nn.functional as F
-from conftest import ARCHITECTURES, SMALL, lines_of, settings_of, succeed
+from conftest import ARCHITECTURES, SMALL, lines_of, settings_of, succeed, wrapped
 from tiny import (
     PROMPTS,
     assert_same,
     base_model,
+    continuations,
     learn,
     loader_of,
     logits_of,
+    one_line,
     randn,
     rows_of,
     stage_of,
@@ -681,6 +683,37 @@ def test_subspaces_after_a_task_are_those_of_its_moments():
         assert torch.equal(P[:, :old.shape[1]], old)
         assert_close(P @ P.T, M @ M.T, atol=1e-4, rtol=0)
     assert after[f"{layer}.basis.0"].shape[1] > before[f"{layer}.basis.0"].shape[1]
+
+
+def test_gates_without_the_hook_are_those_with_it():
+    """So in a batch with padding, under beams, and with the labels of training."""
+    model = wrapped(base_model(), "gainlora")
+    learn(model.adapted_by, 0, 1)
+    method, batch = model.adapted_by, data.pad_left(PROMPTS, 2)
+    hooked = logits_of(model)
+    gates = [layer.gain for layer in method.layers.values()]
+    method.before_forward({key: tensor[:2] for key, tensor in batch.items()})  # of another batch
+    with torch.no_grad():
+        bare = model(**batch, use_cache=False).logits[batch["attention_mask"].bool()]
+        assert torch.equal(bare, hooked)
+        model(batch["input_ids"], use_cache=False, labels=batch["input_ids"],
+              attention_mask=batch["attention_mask"])  # all are targets: an empty prompt
+    for layer, gate in zip(method.layers.values(), gates, strict=True):
+        assert not torch.equal(layer.gain, gate) and layer.gain.shape == gate.shape
+    alone = [continuations(model, [prompt], num_beams=2)[0] for prompt in PROMPTS]
+    for got, wanted in zip(continuations(model, num_beams=2), alone, strict=True):
+        assert got[:len(wanted)] == wanted
+
+
+@pytest.mark.parametrize("options, named", [
+    ({"inputs_embeds": torch.zeros(1, 3, 32)}, "input_ids"),
+    ({"input_ids": torch.ones(1, 3, dtype=torch.long),
+      "attention_mask": torch.ones(1, 1, 3, 3)}, "attention_mask")], ids=["embeds", "mask"])
+def test_gates_that_cannot_be_computed_are_refused(options, named):
+    model = wrapped(base_model(), "gainlora")
+    with pytest.raises(InputError, match=named) as caught:
+        model(**options)
+    one_line(caught)
 
 
 @pytest.mark.parametrize("variant", ["inflora", "random_proj"])

@@ -52,6 +52,8 @@ def test_imports(name):
         assert not any(is_of(module, *HEAVY) for module in IMPORTS[name])
     else:
         assert not any(is_of(module, "reporting") for module in own)
+    if not is_of(name, "deploy", "generate", "export"):
+        assert not any(is_of(module, "deploy", "generate", "export") for module in own)
     if not is_of(name, "analysis"):
         assert not any(is_of(module, "analysis") for module in IMPORTS[name])
     lines = ["", *FILES[name].read_text(encoding="utf-8").splitlines()]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -9,13 +10,15 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
+import safetensors.torch
 import torch
-from conftest import BRIEF, SMALL, TRAINED, failing, lines_of, refused, run, succeed
+from conftest import BRIEF, SMALL, TRAINED, failing, lines_of, refused, run, succeed, write_json
 from suite_files import complaint
 from transformers import AutoModelForCausalLM, GPT2Config, MixtralConfig
 
 import models
 from harness import checks, early, launch
+from harness.arguments import parse_flags
 from harness.recorder import Recorder
 from inputs.files import cache_dir
 from method import find_targets
@@ -158,3 +161,44 @@ def test_a_hub_id_is_asked_for_and_no_code_of_it(monkeypatch):
     assert "no folder Some/model-0.5B" in message and "--model" in message
     for name in ("nowhere", "a/b/c", "/a", "a/", "../a"):
         assert "hub id" in complaint(models.locate, name)
+
+
+# --- an adapter knows what it was trained on ----------------------------------------------------
+
+
+def test_evaluation_takes_what_the_adapter_was_trained_on(tiny, tmp_path):
+    """Model, suite and prompts, unless told otherwise; the predictions are those of the run."""
+    run = tmp_path / "run"
+    succeed(*tiny, *SMALL, "--tasks", "say_both", "--epochs", 1, "--output_dir", run)
+    succeed("--eval_only", "--adapter", run / "adapter", "--output_dir", tmp_path / "eval")
+    (mine,), (theirs,) = ((folder / "predictions").glob("*") for folder in (tmp_path / "eval", run))
+    assert mine.read_bytes() == theirs.read_bytes()
+    args, _ = parse_flags(["--eval_only", "--adapter", str(run / "adapter"), "--suite", "mini",
+                           "--max_new_tokens", "7"])
+    assert (args.suite, args.max_new_tokens, args.max_length) == ("mini", 7, 64)
+    assert (args.model, args.tasks) == (str(tiny[1]), ["say_both"])
+    hint = refused("there is one at", "--eval_only", "--adapter", run)
+    assert str(run / "adapter") in hint
+    other = refused("another base model", "--eval_only", "--adapter", run / "adapter", "--model",
+                    shutil.copytree(tiny[1], tmp_path / "model") and changed(tmp_path / "model"))
+    assert str(tiny[1]) in other
+
+
+def changed(folder):
+    """The folder of a checkpoint, with another weight in it."""
+    tensors = safetensors.torch.load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"] += 1
+    safetensors.torch.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("trained_on, named", [
+    ({"max_length": "64"}, "--max_length"), ({"rank": 4}, "'rank'"), ({"tasks": []}, "--tasks"),
+    ("mini", "trained_on")])
+def test_what_an_adapter_cannot_have_been_trained_on(tiny, tmp_path, trained_on, named):
+    run = tmp_path / "run"
+    succeed(*tiny, *SMALL, "--epochs", 1, "--max_train_per_task", 2, "--eval_tasks", "none",
+            "--output_dir", run)
+    file = run / "adapter" / "adapter_config.json"
+    write_json(file, json.loads(file.read_text()) | {"trained_on": trained_on})
+    refused(named, "--eval_only", "--adapter", run / "adapter")

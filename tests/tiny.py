@@ -32,6 +32,15 @@ def logits_of(model, prompts=PROMPTS):
     return model(**batch, use_cache=False).logits.float()[batch["attention_mask"].bool()]
 
 
+def continuations(model, prompts=PROMPTS, **options):
+    """New tokens by model.generate, as its user calls it: no hook of a method."""
+    batch = data.pad_left(prompts, 2)
+    batch.pop("position_ids")
+    tokens = model.generate(**batch, max_new_tokens=6, do_sample=False, eos_token_id=2,
+                            pad_token_id=2, **options)
+    return tokens[:, batch["input_ids"].shape[1]:].tolist()
+
+
 def rows_of(task, count=8):
     """Random training rows of several lengths; each task has words of its own."""
     generator = torch.Generator().manual_seed(task)

@@ -14,7 +14,7 @@ from registry import read_adapter_config
 
 @pytest.mark.parametrize("change, named", [
     ("{", "adapter_config.json"), ("{}", "adapter_config.json"),
-    ({"method": "lara"}, "lara"), ({"method": ["badit"]}, "method"), ({"format": 2}, "format 2"),
+    ({"method": "lara"}, "lara"), ({"method": ["badit"]}, "method"), ({"format": 3}, "format 3"),
     ({"settings": {}}, "settings"), ({"settings": None}, "settings"), ({"extra": 1}, "extra"),
     ({"base_sha256": None}, "base_sha256"), ({"chat_template": "yes"}, "chat_template"),
 ], ids=str)

@@ -1,0 +1,50 @@
+"""What generate.py and export.py share: flags, the newest adapter, and how they end.
+
+Nothing here needs torch.
+"""
+
+import sys
+from pathlib import Path
+
+from harness.early import print_anything
+from inputs.errors import InputError, Interrupted, one_line
+from registry import ADAPTER_CONFIG, MODELS, read_adapter_config
+
+
+def add_model_flags(parser, adapter, **options):
+    """--model, and the flag or word `adapter`."""
+    parser.add_argument(adapter, type=Path, metavar="ADAPTER", **options)
+    parser.add_argument("--model", help="its base model, where that has moved, or is not named in "
+                        f"it: one of {', '.join(MODELS)}, or a checkpoint's folder")
+
+
+def newest_adapter(folder=Path("runs")):
+    """The adapter of the run in `folder` that finished last. Raises InputError for none."""
+    finished = [file for file in folder.rglob("results.json")
+                if (file.parent / "adapter" / ADAPTER_CONFIG).is_file()]
+    if not finished:
+        raise InputError(f"no finished run in {folder}/ has an adapter: name one with --adapter")
+    newest = max(finished, key=lambda file: file.stat().st_mtime_ns)
+    return newest.parent / "adapter"
+
+
+def base_name(adapter, model):
+    """What to load as the base of an adapter: `model`, or what its configuration names."""
+    config, _ = read_adapter_config(adapter)
+    if model is None and config.model is None:
+        raise InputError(f"{adapter} does not name its base model: give --model")
+    return model or config.model
+
+
+def carry_out(argv, read, execute):
+    """Call execute(read(argv)) -> its exit status; 2 after one line on bad input, 130 on Ctrl-C."""
+    print_anything()
+    try:
+        return execute(read(argv))
+    except (InputError, OSError) as error:
+        print(one_line(f"error: {error}"), file=sys.stderr)
+        return 2
+    except (KeyboardInterrupt, Interrupted) as error:
+        print(one_line(f"\rstopped{': ' if str(error) else ''}{error}".lstrip("\r")),
+              file=sys.stderr)
+        return 130
