@@ -8,40 +8,23 @@ the layer and the method. Axis names as in those files.
 
 import torch
 import torch.nn.functional as F
-from accelerate import PartialState
-from accelerate.utils import reduce
 from torch import nn
 
 from baselines.loramoe import LoraMoeLinear
 from decomposition import InitialBank, check_bank_size, decompose
+from energy import activation_energy, measure_energies, relative_energy
 from experts import Bank, BankLinear, RoutedBank, Routing, select_experts
 from grouping import group_components
 from inputs.errors import InputError
 from regrouping import ExpertMethod, Regrouper
 
 __all__ = ["Badit", "BaditLinear", "decompose", "group_components", "routing_weights"]
-PROMPT_KEYS = ("input_ids", "attention_mask", "position_ids")
-ENERGY_ROWS = 64  # on which mean energies are measured
 ALPHA_RATIO = (0.1, 10.0)  # static routing: |alpha_p / alpha_q| outside it is not compensated
 
 
 def routing_weights(logits):
     """Eq. (7) with alpha = K softmax(z): logits (..., K) -> (..., K), all 1 for equal logits."""
     return logits.shape[-1] * logits.softmax(dim=-1)
-
-
-def activation_energy(x, A0, B0):
-    """e_i = (a0_i x)^2 |b0_i|^2, what each initial component adds to the output, squared.
-
-    x (..., in), A0 (N, in), B0 (out, N) -> (..., N). Beyond the paper.
-    """
-    return (x @ A0.T).square() * B0.square().sum(0)
-
-
-def relative_energy(energy, mean_energy, expert_of, K):
-    """That of each expert over its mean: energy (..., N), mean_energy (N,) -> (..., K)."""
-    of_expert = F.one_hot(expert_of, K).to(energy.dtype)  # (N, K)
-    return (energy @ of_expert) / (mean_energy @ of_expert)
 
 
 class BaditLinear(InitialBank, BankLinear):
@@ -165,50 +148,14 @@ class Badit(ExpertMethod):
         return BaditLinear(linear, **shared, routing=read.routing, inactive=read.inactive,
                            router_noise=read.router_noise, svd=read.svd if fresh else None)
 
-    def start_stage(self, stage, loader):
-        layers = self.layers.values()
-        if self.by_energy and all((layer.mean_energy == 1).all() for layer in layers):
-            self._measure_energies(loader)
-        super().start_stage(stage, loader)
-
     @property
     def by_energy(self):
         return self.settings.routing == "energy" and not self.settings.no_bad
 
-    @torch.no_grad()
-    def _measure_energies(self, loader):
-        """Set every layer's mean_energy from the first rows of the first stage, of all processes.
-
-        Once: what is relative to it must not change its meaning later.
-        """
-        sums = {name: torch.zeros_like(layer.mean_energy) for name, layer in self.layers.items()}
-        count, tokens = torch.zeros((), device=self.model.device), None  # (batch, seq)
-
-        def hook_of(name):
-            def hook(layer, inputs):
-                x = inputs[0][tokens].to(layer.lora_A0.dtype)  # (tokens, in)
-                with torch.autocast(x.device.type, enabled=False):
-                    sums[name] += activation_energy(x, layer.lora_A0, layer.lora_B0).sum(0)
-            return hook
-
-        handles = [layer.register_forward_pre_hook(hook_of(name))
-                   for name, layer in self.layers.items()]
-        training = self.model.training
-        self.model.eval()
-        left = ENERGY_ROWS // PartialState().num_processes
-        for batch in loader:  # to its end: Accelerate's loaders must not be left half-way
-            tokens = batch["attention_mask"].bool()
-            if left > 0:
-                left -= int(tokens.any(dim=1).sum())
-                count += tokens.sum()
-                self.model(**{key: batch[key] for key in PROMPT_KEYS}, logits_to_keep=1,
-                           use_cache=False)
-        self.model.train(training)
-        for handle in handles:
-            handle.remove()
-        count = reduce(count, "sum")
-        for name, layer in self.layers.items():
-            layer.mean_energy.copy_(reduce(sums[name], "sum") / count)
+    def start_stage(self, stage, loader):
+        if self.by_energy:
+            measure_energies(self.model, self.layers, loader)
+        super().start_stage(stage, loader)
 
     def active_parameters(self):
         drops = self.settings.no_bad or self.by_energy or self.settings.inactive != "keep"

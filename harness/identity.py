@@ -20,9 +20,10 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("torch", "transformers", "accelerate", "numpy", "scipy", "rouge_score", "regex",
             "safetensors")
 # What trains: the paper's files, what feeds a run and what carries it. Not what shows it later.
-TRAINS = ("badit.py", "decomposition.py", "experts.py", "grouping.py", "regrouping.py", "method.py",
-          "registry.py", "train.py", "data.py", "models.py", "evaluation.py", "metrics.py",
-          "adapter.py", "baselines/*.py", "inputs/*.py", "harness/*.py")
+TRAINS = ("badit.py", "energy.py", "decomposition.py", "experts.py", "grouping.py",
+          "regrouping.py", "method.py", "registry.py", "train.py", "data.py", "models.py",
+          "evaluation.py", "metrics.py", "adapter.py", "baselines/*.py", "inputs/*.py",
+          "harness/*.py")
 # What identifies the base model in results.json and in checkpoints, in words.
 MODEL_HASHES = {"base_sha256": "weights", "config_sha256": "a configuration or tokenizer"}
 

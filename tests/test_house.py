@@ -9,7 +9,8 @@ ROOT = Path(__file__).resolve().parents[1]
 FILES = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
          for pattern in ("*.py", "*/*.py") for path in ROOT.glob(pattern)
          if path.parent.name not in ("tests", ".venv")}
-PAPER = {"badit", "decomposition", "experts", "grouping", "regrouping", "method", "registry",
+PAPER = {"badit", "energy", "decomposition", "experts", "grouping", "regrouping", "method",
+         "registry",
          *(name for name in FILES if name.startswith("baselines"))}
 BELOW = {"inputs.errors", "inputs.numbers"}  # what the paper's files may import as well
 HEAVY = ("torch", "transformers", "accelerate", "harness", "train")
