@@ -274,8 +274,8 @@ VARIANTS = {
     "badit-static": "badit --routing static",
     # What a token's experts have learnt acts on no other token.
     "badit-energy": "badit --routing energy", "badit-initial": "badit --inactive initial",
-    "badit-energy-random": "badit --routing energy --grouping random",
-    "badit-energy-no_dog": "badit --routing energy --no_dog",
+    "badit-energy-random": "badit --grouping random --routing energy",
+    "badit-energy-no_dog": "badit --no_dog --routing energy",
     # Half of the experts active and alpha / rank = 8, as at K = 8 and r = 4.
     "badit-K2": "badit --num_experts 2 --top_k 1", "badit-K4": "badit --num_experts 4 --top_k 2",
     "badit-K16": "badit --num_experts 16 --top_k 8",
