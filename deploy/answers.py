@@ -24,6 +24,17 @@ from inputs.numbers import stable_seed
 from registry import read_adapter_config
 
 
+class Printer(TextStreamer):
+    """Prints an answer as it comes, without the white space at its start."""
+
+    begun = False
+
+    def on_finalized_text(self, text, stream_end=False):
+        text = text if self.begun else text.lstrip()
+        self.begun = self.begun or bool(text)
+        super().on_finalized_text(text, stream_end)
+
+
 class Speaker:
     """A base model, bare until `adapt` puts the adapter on it, and what its prompts look like."""
 
@@ -67,7 +78,7 @@ class Speaker:
 
     def stream(self, turns, number=0):
         """Print the answer to a dialogue token by token -> the answer."""
-        streamer = TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        streamer = Printer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
         (text,) = self.answer([self.encode(turns)], number, streamer=streamer)
         return text
 

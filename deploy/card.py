@@ -3,7 +3,7 @@
 from dataclasses import asdict
 
 from data import build_prompt
-from registry import EMBEDDED
+from registry import EMBEDDED, MODELS
 
 # By the hub's identifiers; of another model it is not known here.
 LICENSES = {EMBEDDED: "apache-2.0", "qwen3-8b": "apache-2.0", "qwen3-4b": "apache-2.0",
@@ -35,17 +35,18 @@ def render(args, config, settings, run, form, near, suite, hub_name):
     tags = ["badit"] if args.merged else ["lora", "badit"]
     tags += [f"base_model:{'finetune' if args.merged else 'adapter'}:{hub_name}"] * bool(hub_name)
     front += ["tags:", *(f"- {tag}" for tag in tags)]
+    base = hub_name or (args.model if args.model in MODELS else config.model_type)
     given = ", ".join(f"{name} {value}" for name, value in sorted(asdict(settings).items()))
     frame = build_prompt("{definition}", "{input}")
     lines = [
         "---", *front, "---", "",
-        f"# {config.method} on {hub_name or config.model_type}", "",
+        f"# {config.method} on {base}", "",
         "A whole checkpoint: the adapter is merged into its weights." if args.merged else
         "A LoRA adapter: `PeftModel.from_pretrained(base, folder)`.", "",
         *(f"- {line}" for line in measured(form, near, suite)),
         f"- method: {config.method} ({given})",
-        f"- base model: {hub_name or config.model_type}, SHA-256 of its weights as float32 "
-        f"{config.base_sha256}", *score_lines(run), "",
+        f"- base model: {base}, SHA-256 of its weights as float32 {config.base_sha256}",
+        *score_lines(run), "",
         "Prompts were framed so" + (", inside the model's chat template:" if config.chat_template
                                     else ", without a chat template:"), "",
         "```", frame, "```", ""]

@@ -38,6 +38,7 @@ def export(args):
     """Write what the flags ask for into --out -> exit status."""
     config, settings = read_adapter_config(args.adapter)
     device = PartialState().device
+    device = torch.device("cpu") if device.type == "mps" else device  # which has no float64
     run = run_of(args.adapter, config)
     trained, tokenizer = models.load(args.model)
     suite, encoded = read_rows(args, run, tokenizer, config.chat_template)
@@ -140,8 +141,8 @@ def whole_folder(path):
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"))
     try:
         yield temporary
-        os.chmod(temporary, 0o755)  # mkdtemp makes it private
         for file in (*temporary.iterdir(), temporary):
+            os.chmod(file, 0o755 if file == temporary else 0o644)  # as made they are private
             fsync(file)
         try:
             os.rename(temporary, path)

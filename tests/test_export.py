@@ -380,6 +380,7 @@ def test_the_card(llama, suite, tmp_path, capsys, monkeypatch):
                  "without a chat template"):
         assert word in body
     assert str(llama) not in front
+    assert all(path.stat().st_mode & 0o777 == 0o644 for path in Path("out").iterdir())
     config = json.loads(Path("out/adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "someone/tiny" and config["r"] == 2
 

@@ -1,8 +1,10 @@
 """The program as a library: loaded adapters generate by themselves, and nothing is mistaken."""
 
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +16,8 @@ import adapter
 import models
 from inputs.errors import InputError
 from registry import ADAPTER_CONFIG, NOT_OF_PEFT, method_class, read_adapter_config
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def learned(name, tasks=(0, 1)):
@@ -94,6 +98,7 @@ def test_a_path_one_level_off_names_the_adapter(asked, there, tmp_path):
 
 ELSEWHERE = '''
 import sys
+from pathlib import Path
 from badit_reference import adapter, models, registry
 model, tokenizer = models.load(sys.argv[1])
 model = adapter.load(model, sys.argv[2])
@@ -146,3 +151,27 @@ def test_an_import_that_cannot_be_renamed_is_refused():
     for odd in ("import data, models", "import data.x", "import data as other"):
         with pytest.raises(ValueError, match="one module a line"):
             build_package.renamed(odd, {"data"})
+
+
+def block_of(language, text):
+    """A code block of docs/after_training.md, the last in its language that has some text."""
+    page = (ROOT / "docs" / "after_training.md").read_text(encoding="utf-8")
+    blocks = re.findall(rf"```{language}\n(.*?)```", page, flags=re.DOTALL)
+    return [block for block in blocks if text in block][-1]
+
+
+def test_the_recipe_for_another_harness(llama, tmp_path):
+    """The files in docs/after_training.md, as they stand there, without a network."""
+    pytest.importorskip("lm_eval", reason="optional: pip install lm_eval")
+    model, _ = models.load(str(llama))
+    method_class("badit")(settings_of()).wrap(model)
+    adapter.save(model, tmp_path / "adapter")
+    (tmp_path / "measure.py").write_text(block_of("python", "simple_evaluate"))
+    (tmp_path / "opposites.yaml").write_text(block_of("yaml", "multiple_choice"))
+    (tmp_path / "opposites.jsonl").write_text(block_of("json", "choices"))
+    done = subprocess.run(
+        [sys.executable, "measure.py", llama, "adapter", ".", "opposites"], cwd=tmp_path,
+        capture_output=True, text=True, env=os.environ | {
+            "PYTHONPATH": str(ROOT), "HF_DATASETS_OFFLINE": "1"})
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "'sample_len': 2, 'acc,none': " in done.stdout
