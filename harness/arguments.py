@@ -232,8 +232,9 @@ def take_frame(args, typed, config):
     if unknown:
         raise InputError(f"{args.adapter}: {sorted(unknown)[0]!r:.60} is no flag that says on "
                          f"which prompts an adapter was trained: {', '.join(PROMPT_FLAGS)}")
+    other_suite = {"data_dir", "tasks"} if "suite" in typed else set()
     for name, value in taken.items():
-        if name not in typed and (name != "model" or value is not None):
+        if name not in typed | other_suite and (name != "model" or value is not None):
             setattr(args, name, read_value(name, value, args.adapter))
 
 

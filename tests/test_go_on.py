@@ -116,7 +116,7 @@ def test_settings_are_those_of_the_adapter(first, tiny, tmp_path):
     source = str(first("badit") / "adapter")
     args, _ = parse_flags(["--adapter", source, "--rank", "2", "--epochs", "3"])
     assert (args.method, args.rank, args.alpha, args.epochs) == ("badit", 2, 16.0, 3)
-    assert str(args.output_dir) == "runs/badit-mixed-on-smollm2-135m-seed1"
+    assert str(args.output_dir) == "runs/badit-mixed-on-llama-seed1"
     for words, named in ((("--rank", "4"), "here 2"), (("--method", "lora"), "made by badit"),
                          (("--orth_weight", "1"), "not read"),
                          (("--target_modules", "up_proj"), "gate_proj")):

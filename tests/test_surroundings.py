@@ -176,7 +176,7 @@ def test_evaluation_takes_what_the_adapter_was_trained_on(tiny, tmp_path):
     args, _ = parse_flags(["--eval_only", "--adapter", str(run / "adapter"), "--suite", "mini",
                            "--max_new_tokens", "7"])
     assert (args.suite, args.max_new_tokens, args.max_length) == ("mini", 7, 64)
-    assert (args.model, args.tasks) == (str(tiny[1]), ["say_both"])
+    assert (args.model, args.tasks) == (str(tiny[1]), None)  # tasks of the other suite
     hint = refused("there is one at", "--eval_only", "--adapter", run)
     assert str(run / "adapter") in hint
     other = refused("another base model", "--eval_only", "--adapter", run / "adapter", "--model",
