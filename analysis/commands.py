@@ -1,0 +1,12 @@
+"""The analyses by the names that the command line has."""
+
+from analysis import units
+from analysis.session import check_folder
+
+__all__ = ["check_folder", "run"]
+COMMANDS = {"sharing": units.run}
+
+
+def run(args):
+    """Carry out args.command; what it finds is in args.out."""
+    COMMANDS[args.command](args)
