@@ -56,7 +56,7 @@ def run(args):
         kept = folder.by_task({name: len(mine) for name, mine in rows.items()},
                               lambda name, count: sweep.task(rows[name], count), "tasks")
         result = {"command": "sharing", "layers": args.layers, "share": args.share,
-                  "tasks": session.task_lines(suite, drawn)}
+                  "head_dim": head_dim(model.config), "tasks": session.task_lines(suite, drawn)}
         for line in result["tasks"]:
             line["loss"] = float(kept[line["name"]]["loss"])
         counted, arrays = Counted(args, suite, kept).statistics(sweep)
@@ -172,6 +172,11 @@ class Sweep:
         return dict(zip(keys, sharing.top_masks(scores, counts), strict=True))
 
 
+def head_dim(config):
+    """Rows of q, k and v that make one attention head."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
 def layer_shape(layer):
     """(out, in) of a linear layer, adapted or not."""
     return tuple(getattr(layer, "weight", getattr(layer, "residual", None)).shape)
@@ -205,7 +210,8 @@ class Counted:
             masks = functools.partial(self.weight_masks, name, sweep.shapes[name])
             main = masks("main")
             found = self.of_masks(main, f"weights {name}")
-            found |= {"signs": self.signs(name, sweep.shapes[name], main[0])}
+            found["signs"], arrays[f"signs.{module}.{layer}"] = self.signs(
+                name, sweep.shapes[name], main[0])
             row_counts = main[0][:len(self.tasks)].reshape(
                 len(self.tasks), *sweep.shapes[name]).sum(2)  # (T, out)
             found |= self.structure(name, row_counts)
@@ -252,14 +258,19 @@ class Counted:
                          for part in PARTS])
 
     def signs(self, name, shape, M):
-        """`sharing.signs` of a matrix with masks M (tasks and controls, P)."""
+        """`sharing.signs` of a matrix with masks M (tasks and controls, P), and counts by row.
+
+        Those are the active weights, over tasks, with a positive and a negative gradient: (2, out).
+        """
         P, tasks = shape[0] * shape[1], [self.kept[task] for task in self.tasks]
 
         def of_part(part):
             return [np.array([unpacked(kept[f"{name}.{sign}.{part}"], P) for kept in tasks])
                     for sign in ("up", "down")]
 
-        return sharing.signs(M[:len(tasks)], *of_part("all"), [of_part("fold0"), of_part("fold1")])
+        M, (up, down) = M[:len(tasks)], of_part("all")
+        by_row = np.stack([(M & sign).sum(0).reshape(shape).sum(1) for sign in (up, down)])
+        return sharing.signs(M, up, down, [of_part("fold0"), of_part("fold1")]), by_row
 
     def conflict(self, name):
         """`conflict.conflict` of the mean gradients of a matrix, in two folds."""
