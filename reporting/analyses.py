@@ -1,0 +1,257 @@
+"""analysis.md: tables, and sentences that follow from the numbers of analysis.json, and figures."""
+
+import numpy as np
+
+from inputs.bars import Bar
+from inputs.errors import one_line
+from inputs.files import write_text
+from inputs.formats import load
+from reporting import analysis_figures, figures
+from reporting.analysis_figures import measured_units, number
+from reporting.groups import short
+from reporting.study_report import bullets
+from reporting.tables import Table
+
+
+def write(folder):
+    """Write analysis.md and figures/ beside the analysis.json and arrays.npz of a folder."""
+    result = load(folder / "analysis.json")
+    with np.load(folder / "arrays.npz") as file:
+        arrays = dict(file)
+    title, facts, tables = PARTS[result["command"]](result)
+    names = []
+    drawn = DRAWN[result["command"]](result, arrays)
+    for name, figure in Bar(drawn, desc="figures", unit="figure", delay=5, leave=False):
+        figures.save(figure, folder / "figures" / name, ("png", "pdf"))
+        names.append(name)
+    parts = [f"# {title}", settings(result), "## What can be said", bullets(facts),
+             *(table.markdown() for table in tables if table.rows), "## Figures",
+             *(f"![{name}](figures/{name}.png)" for name in names)]
+    write_text(folder / "analysis.md", "\n\n".join(map(str, parts)) + "\n")
+
+
+def settings(result):
+    """What was analysed, in a line."""
+    made = result["made"]
+    args = made["args"]
+    shown = [f"{name} {' '.join(map(str, value)) if isinstance(value, list) else value}"
+             for name, value in args.items() if value not in (None, [], False)
+             and name not in ("command", "data_dir")]
+    rows, tokens = (sum(task[key] for task in result["tasks"]) for key in ("rows", "tokens"))
+    return one_line(f"{'; '.join(shown)}; {rows} rows, {tokens:,} tokens; base model "
+                    f"{made['base_sha256'][:12]}")
+
+
+def span(values, digits=2):
+    """The smallest and the largest of some numbers, as words; None where there is none."""
+    known = [value for value in values if value is not None]
+    if not known:
+        return "not measured"
+    low, high = f"{min(known):.{digits}f}", f"{max(known):.{digits}f}"
+    return low if low == high else f"{low} to {high}"
+
+
+def listed(values, digits=2):
+    """Numbers in a row of a table."""
+    return ", ".join("–" if value is None else f"{value:.{digits}f}" for value in values)
+
+
+def probability(value):
+    return "–" if value is None else f"{value:.4f}" if value >= 0.0002 else "< 0.0002"
+
+
+# --- sharing ------------------------------------------------------------------------------------
+
+
+def of_sharing(result):
+    """Title, sentences and tables of the command `sharing`."""
+    facts = [concentration(result), chance(result), categories(result), cores(result),
+             opposite_signs(result), base_conflict(result)]
+    return ("Neurons and weights that tasks activate, and share", facts,
+            [sharing_table(result), structure_table(result), sign_table(result),
+             share_table(result), conflict_table(result), task_table(result)])
+
+
+def concentration(result):
+    held = [line["concentration"][1] for line in result["weights"]]
+    if result["made"]["args"]["epsilon"] is not None:
+        how = "Active are units whose score is above a threshold that was given"
+    else:
+        how = (f"The largest {result['share']:.0%} of the scores of a task are called active, so "
+               "that a small subset is active is true by construction")
+    return (f"{how}. The largest 10% of the weights hold {span(held)} of a matrix's empirical "
+            "Fisher information.")
+
+
+def chance(result):
+    """Fact 2: what is shared, beside what random sets share."""
+    sentences, lines = [], list(measured_units(result))
+    for what, some in (("neurons", [line for title, line in lines if "neurons" in title]),
+                       ("weights", [line for title, line in lines if "neurons" not in title])):
+        if not some:
+            continue
+        above = sum(line["jaccard"] > line["chance"] for line in some)
+        sentences.append(
+            f"of a task's active {what} {span([line['shared'] for line in some])} are active in "
+            f"another task too, of random sets {span([line['shared_chance'] for line in some])}; "
+            f"the Jaccard index of two tasks is above chance in {above} of {len(some)} cases, and "
+            f"kappa (0 random, 1 as two halves of one task) "
+            f"{span([line['kappa'] for line in some])}")
+    return "Sharing and chance: " + ("; ".join(sentences) or "not measured") + "."
+
+
+def categories(result):
+    """In how many cases tasks of a category share more."""
+    lines = [(title, line) for title, line in measured_units(result)
+             if line["category_p"] is not None]
+    if not lines:
+        return "Categories: not measured, fewer than two of them have two tasks."
+    clear = [title for title, line in lines if line["category_p"] < 0.05]
+    return (f"Tasks of one category share more than others (p < 0.05, not corrected for the "
+            f"number of cases) in {len(clear)} of {len(lines)} cases"
+            + (f": {'; '.join(clear)}." if clear else "."))
+
+
+def cores(result):
+    """Fact 4: what the controls explain of the units that all tasks share."""
+    sentences = []
+    for what, lines in (("neurons (all tokens)", [line for line in result["neurons"]
+                                                  if line["positions"] == "all"]),
+                        ("gate_proj weights", [line for line in result["weights"]
+                                               if line["module"] == "gate_proj"])):
+        shares = [line["controls"]["random"]["core"] for line in lines if "jaccard" in line]
+        if any(share is not None for share in shares):
+            sentences.append(f"of the {what} that all tasks share {listed(shares)} (layers "
+                             f"{', '.join(str(line['layer']) for line in lines)}) are also active "
+                             "on prompts of random tokens")
+    if not sentences:
+        return "No unit is shared by all tasks, so nothing can be said of such units."
+    return ("Control: " + "; ".join(sentences) + ". What is active whatever the input is no "
+            "evidence of an ability.")
+
+
+def opposite_signs(result):
+    """Fact 5: do tasks agree on the direction?"""
+    lines = [line for line in result["weights"] if line["signs"]["both"] is not None]
+    if not lines:
+        return "Signs: not measured, no weight is active in two tasks."
+    gate = [line for line in lines if line["module"] == "gate_proj"] or lines
+    most = [line for line in lines if line["signs"]["both"] < 0.5]
+    return (f"Signs: of the {gate[0]['module']} weights active in two tasks or more "
+            f"{span([line['signs']['both'] for line in gate])} get gradients of both signs "
+            f"(independent fair signs: {span([line['signs']['both_chance'] for line in gate])}). "
+            f"Most such weights have one sign in {len(most)} of {len(lines)} matrices"
+            + (f" ({'; '.join(place(line) for line in most)})" if most else "")
+            + f". Two halves of a task agree on "
+            f"{span([line['signs']['reliability'] for line in lines])} of the signs: below that, "
+            "a disagreement of tasks may be noise.")
+
+
+def base_conflict(result):
+    """Fact 6, as far as the model as it is can tell."""
+    lines = [line for line in result["weights"] if line.get("conflict")]
+    if not lines:
+        return "Conflict of mean gradients: not measured."
+    where = ", ".join(str(line["layer"]) for line in lines)
+    return (f"Mean gradients of gate_proj (layers {where}): share of negative cosines between "
+            f"tasks {listed(line['conflict']['negative'] for line in lines)}, mean cosine "
+            f"{listed(line['conflict']['cosine'] for line in lines)}; median reliability "
+            f"{listed(line['conflict']['median_reliability'] for line in lines)} (1: no noise). "
+            "The share of negative cosines alone is no measure of conflict: unlearnt tasks agree "
+            "on format and length, and noise is negative half of the time.")
+
+
+def place(line):
+    return f"{line['module']} of layer {line['layer']}"
+
+
+def sharing_table(result):
+    rows = []
+    for title, line in measured_units(result):
+        T = len(line["histogram"]) - 1
+        control = line["controls"]["random"]
+        rows.append([title, number(line["jaccard"], 3), number(line["chance"], 3),
+                     number(line["ceiling"], 3), number(line["kappa"]),
+                     f"{line['shared']:.3f} ({line['shared_chance']:.3f})",
+                     f"{line['histogram'][0] / line['units']:.3f} "
+                     f"({line['chance_histogram'][0] / line['units']:.3f})",
+                     f"{line['histogram'][T]:,} ({line['chance_histogram'][T]:.2g})",
+                     listed([line["controls"][name]["jaccard"]
+                             for name in ("pooled", "shuffled")], 3),
+                     number(control["jaccard"], 3), number(control["core"]),
+                     "–" if line["category_effect"] is None
+                     else f"{line['category_effect']:+.3f}, {probability(line['category_p'])}",
+                     f"{line['patterns']['observed']['distinct']:,} of "
+                     f"{line['patterns']['observed']['active']:,}; "
+                     f"{line['patterns']['observed']['cover_half']:,} cover half (permuted: "
+                     f"{line['patterns']['permuted']['distinct']:,.0f}; "
+                     f"{line['patterns']['permuted']['cover_half']:.0f})"])
+    header = ["units", "J tasks", "J chance", "J halves", "kappa", "shared (chance)",
+              "in no task (chance)", "in all (chance)", "J pooled, shuffled", "J random",
+              "core also on random", "category effect, p", "patterns"]
+    return Table("sharing", "How much is shared", "J: Jaccard index, mean over pairs of tasks, of "
+                 "two halves of a task, of tasks and controls; core: units active in all tasks.",
+                 header, rows)
+
+
+def structure_table(result):
+    rows = [[place(line), listed(line["concentration"]), number(line["additive_r2"]),
+             number(line["column_profiles"]), number(line["row_profiles"]),
+             number(line["row_counts_correlation"]), number(line["lower_half_rows"]),
+             line["clamped"]] for line in result["weights"]]
+    return Table("structure", "Where the weights' scores come from", "Share of the sum held by the "
+                 "top 1% and 10%; R2 of log F on row and column effects; correlation between tasks "
+                 "of the column effects (input channels), row effects and counts of active weights "
+                 "by row; share of active weights in the lower half of rows; entries that were 0. "
+                 "Where R2 and the columns' correlation are high, shared weights are mostly shared "
+                 "input channels.",
+                 ["matrix", "top 1%, 10%", "R2", "columns", "rows", "row counts", "lower half",
+                  "clamped"], rows)
+
+
+def sign_table(result):
+    rows = [[place(line), *(number(line["signs"][key]) for key in (
+        "both", "both_chance", "minority_all", "pairwise", "reliability"))]
+        for line in result["weights"]]
+    return Table("signs", "Signs", "Of the mean gradient: weights active in two tasks or more with "
+                 "both signs, and by chance; mean share of the rarer sign where all tasks are "
+                 "active; agreement of pairs of tasks (0.5: independent) and of two halves.",
+                 ["matrix", "both", "chance", "rarer sign, in all", "pairs", "halves"], rows)
+
+
+def share_table(result):
+    cells = {}
+    for line in result["shares"]:
+        cells.setdefault((line["what"], line["layer"]), {})[line["share"]] = line
+    shares = sorted({line["share"] for line in result["shares"]})
+    rows = [[f"{what}, layer {layer}", *(
+        listed([there[share][key] for key in ("jaccard", "chance", "ceiling")], 3)
+        if share in there else "–" for share in shares)] for (what, layer), there in cells.items()]
+    return Table("shares", "At other shares", "J of tasks, by chance, of two halves, where this "
+                 "share of the units counts as active.",
+                 ["units", *(f"{share:.0%}" for share in shares)], rows)
+
+
+def conflict_table(result):
+    rows = [[place(line), number(found["cosine"], 3), number(found["smallest"]),
+             number(found["negative"]), number(found["median_reliability"]),
+             number(found["cancellation"])]
+            for line in result["weights"] if (found := line.get("conflict"))]
+    return Table("base", "Mean gradients of the model as it is", "Cosines over pairs of tasks; R: "
+                 "median reliability, from two halves; rho: 1 all pull alike, 0 orthogonal.",
+                 ["matrix", "mean cosine", "smallest", "negative", "R", "rho"], rows)
+
+
+def task_table(result):
+    norms = [line for line in result["weights"] if line["module"] == "gate_proj"]
+    rows = [[short(task["name"]), task["category"], task["rows"], task["tokens"],
+             number(task["loss"]), *(number(line["gradient_norms"][t], 3) for line in norms)]
+            for t, task in enumerate(result["tasks"])]
+    return Table("tasks", "Tasks", "Mean loss of the rows, and the norm of the mean gradient of "
+                 "gate_proj by layer: unequal pull is what mixed training sees first.",
+                 ["task", "category", "rows", "tokens", "loss",
+                  *(f"norm, layer {line['layer']}" for line in norms)], rows)
+
+
+PARTS = {"sharing": of_sharing}
+DRAWN = {"sharing": analysis_figures.of_sharing}

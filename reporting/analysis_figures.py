@@ -1,0 +1,232 @@
+"""The figures of the analyses, drawn from the numbers and arrays that they left."""
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.colors import ListedColormap
+
+from reporting.figures import grid
+from reporting.groups import short
+
+ACTIVE = ListedColormap(["#1b2a52", "#ffd700"])  # dark blue, yellow
+BINS = 256  # rows of a matrix are averaged into at most so many, for drawing only
+CONFLICT = plt.get_cmap("RdBu")  # red below 0, white 0, blue above
+
+
+def by_category(tasks):
+    """The numbers of the tasks, those of a category together."""
+    return sorted(range(len(tasks)), key=lambda t: (tasks[t]["category"], t))
+
+
+def without(tasks, left_out):
+    """The tasks that statistics are about: those with an empty or a full mask are not."""
+    return [task for t, task in enumerate(tasks) if t not in left_out]
+
+
+def middle_first(items):
+    """Panels in the order of reading: the middle layer is the one to look at."""
+    items = list(items)
+    middle = len(items) // 2
+    return [items[middle], *items[:middle], *items[middle + 1:]]
+
+
+def number(value, digits=2):
+    return "not measured" if value is None else f"{value:.{digits}f}"
+
+
+def label_tasks(axes, tasks, order, axis="y"):
+    """T-numbers along an axis, and beside the y axis the names of the categories."""
+    set_ticks = axes.set_yticks if axis == "y" else axes.set_xticks
+    turned = {} if axis == "y" else dict(rotation=60, ha="right", rotation_mode="anchor")
+    set_ticks(range(len(order)), [short(tasks[t]["name"]) for t in order], fontsize=7, **turned)
+    if axis == "y":
+        names = [tasks[t]["category"] for t in order]
+        for name in dict.fromkeys(names):
+            first, count = names.index(name), names.count(name)
+            axes.text(1.005, first + (count - 1) / 2, name.replace(" ", "\n", 1), fontsize=6,
+                      va="center", transform=axes.get_yaxis_transform())
+            if first:
+                axes.axhline(first - 0.5, color="white", linewidth=0.8)
+
+
+# --- sharing ------------------------------------------------------------------------------------
+
+
+def neurons(result, arrays, place, in_order):
+    """Fig. 1 left and 5: active neurons of each task, below them in how many tasks each is.
+
+    `in_order` sorts the neurons by that number, then by their pattern.
+    """
+    found = middle_first([line for line in result["neurons"] if line["positions"] == place])
+    tasks, order = result["tasks"], by_category(result["tasks"])
+    figure, axes = plt.subplots(2 * len(found), 1, figsize=(16, 4.2 * len(found)),
+                                layout="constrained", height_ratios=[3, 1] * len(found))
+    for index, line in enumerate(found):
+        mask = arrays[f"neurons.{line['layer']}.{place}"][:len(tasks)][order]  # (T, m)
+        if in_order:
+            mask = mask[:, np.lexsort([*~mask[::-1], -mask.sum(0)])]
+        image, bars = axes[2 * index:2 * index + 2]
+        m = mask.shape[1]
+        image.imshow(mask, cmap=ACTIVE, aspect="auto", interpolation="nearest", vmin=0, vmax=1,
+                     extent=(0, m, len(tasks) - 0.5, -0.5))
+        label_tasks(image, tasks, order)
+        image.set_title(f"layer {line['layer']}, {place} tokens: Jaccard of tasks "
+                        f"{number(line.get('jaccard'))} (chance {number(line.get('chance'))}, "
+                        f"two halves of a task {number(line.get('ceiling'))})")
+        bars.stairs(mask.sum(0), np.arange(m + 1), fill=True, color="#ffb000")
+        bars.set(xlim=(0, m), ylim=(0, len(tasks)), ylabel="tasks",
+                 xlabel="neuron, sorted by its number of tasks" if in_order else "neuron")
+        bars.set_facecolor("#1b2a52")
+    return figure
+
+
+def binned(rows):
+    """Means of rows (n, ...) over at most BINS equal parts."""
+    return np.stack([part.mean(0) for part in np.array_split(rows, min(BINS, len(rows)))])
+
+
+def weights(result, arrays, module):
+    """Fig. 1 right and 6 to 9: share of active weights by row of a matrix and task."""
+    found = middle_first([line for line in result["weights"] if line["module"] == module])
+    tasks, order = result["tasks"], by_category(result["tasks"])
+    figure, axes = plt.subplots(1, 2 * len(found), figsize=(5.6 * len(found), 6.5),
+                                layout="constrained", width_ratios=[1, 4] * len(found))
+    shares = [binned(arrays[f"rows.{module}.{line['layer']}"][order].T) for line in found]
+    highest = max(share.max() for share in shares)
+    for index, (line, share) in enumerate(zip(found, shares, strict=True)):
+        total, image = axes[2 * index:2 * index + 2]
+        rows = line["shape"][0]
+        drawn = image.imshow(share, aspect="auto", cmap="viridis", vmin=0, vmax=highest,
+                             interpolation="nearest", extent=(-0.5, len(tasks) - 0.5, rows, 0))
+        label_tasks(image, tasks, order, "x")
+        image.set_title(f"layer {line['layer']}: J {number(line.get('jaccard'))} "
+                        f"(chance {number(line.get('chance'))})", fontsize=10)
+        image.set_yticks([])
+        edges = np.linspace(0, rows, len(share) + 1)
+        counts = share.mean(1)  # of all tasks' activations
+        total.barh(edges[:-1], counts, np.diff(edges), align="edge", color="tab:grey")
+        total.set(ylim=(rows, 0), ylabel="row (output unit)")
+        total.invert_xaxis()
+        total.set_xlabel("share over\nall tasks", fontsize=8)
+        if module != "gate_proj":
+            for head in range(0, rows + 1, result["head_dim"]):
+                total.axhline(head, color="black", linewidth=0.4)
+    figure.colorbar(drawn, ax=list(axes), label="share of the row's weights that are active")
+    figure.suptitle(f"{module}: active weights by row and task")
+    return figure
+
+
+def signs(result, arrays, module="gate_proj"):
+    """Fig. 10, and what it cannot show: whether the same weight has both signs."""
+    found = middle_first([line for line in result["weights"] if line["module"] == module])
+    figure, axes = grid(3 * len(found), width=4.6, height=3.8)
+    for index, line in enumerate(found):
+        rows, both, minority = axes[3 * index:3 * index + 3]
+        up, down = binned(arrays[f"signs.{module}.{line['layer']}"].T).T
+        edges = np.linspace(0, line["shape"][0], len(up) + 1)
+        for counts, colour, name in ((up, "tab:red", "positive"), (-down, "tab:blue", "negative")):
+            rows.barh(edges[:-1], counts, np.diff(edges), align="edge", color=colour, label=name)
+        rows.set(title=f"layer {line['layer']}: activations by sign", ylim=(edges[-1], 0),
+                 ylabel="row", xlabel="active weights of the row, over tasks")
+        rows.legend(fontsize=8)
+        by_n = line["signs"]["by_n"]
+        n = [each["n"] for each in by_n]
+        for axes_, key, title in ((both, "both", "weights with both signs"),
+                                  (minority, "minority", "share of the rarer sign")):
+            values = [np.nan if each[key] is None else each[key] for each in by_n]
+            axes_.plot(n, values, marker="o", markersize=4, label="measured")
+            axes_.plot(n, [each[f"{key}_chance"] for each in by_n], color="black",
+                       label="independent fair signs")
+            axes_.set(title=title, xlabel="tasks in which the weight is active", ylim=(0, None))
+            axes_.xaxis.get_major_locator().set_params(integer=True)
+            axes_.legend(fontsize=8)
+    figure.suptitle(f"{module}: signs of the mean gradient on active weights")
+    return figure
+
+
+def measured_units(result):
+    """(title, statistics) of all neurons and weights whose masks could be compared."""
+    for line in result["neurons"]:
+        if "jaccard" in line:
+            yield f"neurons, {line['positions']} tokens, layer {line['layer']}", line
+    for line in result["weights"]:
+        if "jaccard" in line:
+            yield f"{line['module']}, layer {line['layer']}", line
+
+
+def sharing(result):
+    """Units by number of tasks, beside what independent tasks give."""
+    found = list(measured_units(result))
+    figure, axes = grid(len(found), width=4.2, height=2.9)
+    for place, (title, line) in zip(axes, found, strict=True):
+        n = np.arange(1, len(line["histogram"]))
+        place.bar(n, line["histogram"][1:], color="#ffb000", label="measured")
+        place.plot(n, line["chance_histogram"][1:], color="black", marker=".", label="chance")
+        place.set(yscale="log", ylim=(0.5, None), xlabel="tasks", ylabel="units")
+        place.set_title(f"{title}\nin no task {line['histogram'][0] / line['units']:.2f} (chance "
+                        f"{line['chance_histogram'][0] / line['units']:.2f})", fontsize=9)
+        place.xaxis.get_major_locator().set_params(integer=True)
+    axes[0].legend(fontsize=8)
+    return figure
+
+
+def overlap(result):
+    """Jaccard index of every two tasks and of each with the controls; two halves on the diagonal.
+    """
+    found = list(measured_units(result))
+    figure, axes = grid(len(found), width=4.4, height=4.3)
+    for place, (title, line) in zip(axes, found, strict=True):
+        tasks = without(result["tasks"], line["left_out"])
+        order = by_category(tasks)
+        matrix = np.array(line["matrix"])[np.ix_(order, order)]
+        controls = line["controls"]
+        rows = [np.array(control["by_task"])[order] for control in controls.values()]
+        drawn = place.imshow(np.vstack([matrix, *rows]), vmin=0, vmax=1, cmap="viridis",
+                             interpolation="nearest")
+        place.axhline(len(order) - 0.5, color="white")
+        label_tasks(place, tasks, order)
+        label_tasks(place, tasks, order, "x")
+        place.set_yticks(range(len(order) + len(rows)),
+                         [*(short(tasks[t]["name"]) for t in order), *controls], fontsize=6)
+        place.tick_params(axis="x", labelsize=6)
+        place.set_title(title, fontsize=9)
+    figure.colorbar(drawn, ax=axes, label="Jaccard index; on the diagonal of a task's two halves",
+                    shrink=0.5)
+    return figure
+
+
+def groups(result):
+    """The largest groups of units that are active in the same tasks, width by size."""
+    found = list(measured_units(result))
+    figure, axes = grid(len(found), width=5.2, height=3.2)
+    for place, (title, line) in zip(axes, found, strict=True):
+        tasks = without(result["tasks"], line["left_out"])
+        order, largest = by_category(tasks), line["patterns"]["groups"]
+        edges = np.concatenate([[0], np.cumsum([group["size"] for group in largest])])
+        member = np.array([group["tasks"] for group in largest]).T[order]  # (T, groups)
+        place.pcolormesh(edges, np.arange(len(tasks) + 1) - 0.5, member, cmap=ACTIVE, vmin=0,
+                         vmax=1, edgecolors="white", linewidth=0.4)
+        place.invert_yaxis()
+        label_tasks(place, tasks, order)
+        centres = (edges[:-1] + edges[1:]) / 2
+        wide = np.diff(edges) > 0.08 * edges[-1]
+        place.set_xticks(centres[wide], [
+            f"{group['size']:,}\n({group['expected']:,.0f})" for group, show in
+            zip(largest, wide, strict=True) if show], fontsize=6)
+        place.set_title(f"{title}: largest groups", fontsize=9)
+        place.set_xlabel("units (expected of independent tasks)", fontsize=7)
+    return figure
+
+
+def of_sharing(result, arrays):
+    """(name, figure) of the command `sharing`, one after the other."""
+    for place in ("all", "target"):
+        for in_order in (False, True):
+            name = f"neurons-{place}{'-sorted' if in_order else ''}"
+            yield name, neurons(result, arrays, place, in_order)
+    for module in dict.fromkeys(line["module"] for line in result["weights"]):
+        yield f"weights-{module}", weights(result, arrays, module)
+        yield f"signs-{module}", signs(result, arrays, module)
+    if any(measured_units(result)):
+        yield "sharing", sharing(result)
+        yield "overlap", overlap(result)
+        yield "groups", groups(result)

@@ -1,0 +1,183 @@
+"""analyze.py from the command line, on tiny models: what it leaves, says and refuses."""
+
+import contextlib
+import io
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import NO_EVAL, SMALL, failing, files_of, reset_accelerate
+from conftest import succeed as train_well
+
+import analyze
+from analysis import session, units
+from inputs.formats import load
+from reporting import analyses, analysis_figures
+
+ROOT = Path(__file__).resolve().parents[1]
+BRIEF = ("--max_length", 64, "--rows", 4)
+QUARTER = ("--share", 0.25, "--layers", 1, "--target_modules", "gate_proj", "q_proj")
+
+
+def run(*argv):
+    """Call analyze.main in this process -> (status, stdout, stderr)."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            status = analyze.main([str(part) for part in argv])
+        finally:
+            reset_accelerate()
+    return status, out.getvalue(), err.getvalue()
+
+
+def succeed(*argv):
+    status, out, err = run(*argv)
+    assert status == 0, err
+    return out
+
+
+def refused(named, *argv):
+    """analyze.main must say `named` in one line and end with status 2."""
+    status, _, err = run(*argv)
+    (line,) = (line for line in err.splitlines() if line.startswith("error: "))
+    assert status == 2 and named in line and "Traceback" not in err
+    return line
+
+
+def adapter_of(tiny, folder, method, *flags):
+    """The adapter folder of a short training."""
+    train_well("--method", method, *tiny, *SMALL, *NO_EVAL, "--max_train_per_task", 4, "--epochs",
+               2, "--learning_rate", 0.02, "--output_dir", folder, *flags)
+    return folder / "adapter"
+
+
+@pytest.fixture(scope="module")
+def loramoe(tiny, tmp_path_factory):
+    return adapter_of(tiny, tmp_path_factory.mktemp("runs") / "loramoe", "loramoe")
+
+
+@pytest.fixture(scope="module")
+def sharing(tiny, tmp_path_factory):
+    """The folder of an analysis of the tiny suite."""
+    folder = tmp_path_factory.mktemp("analyses") / "sharing"
+    succeed("sharing", *tiny, *BRIEF, *QUARTER, "--out", folder)
+    return folder
+
+
+# --- the command line ---------------------------------------------------------------------------
+
+
+def test_help_and_flags_need_no_torch():
+    code = ("import sys, analyze\n"
+            "try: analyze.main(sys.argv[1:])\n"
+            "except SystemExit: pass\n"
+            "assert 'torch' not in sys.modules and 'matplotlib' not in sys.modules")
+    for flags in (["--help"], ["sharing", "--help"], ["sharing", "--rows", "x"], ["conflict"]):
+        subprocess.run([sys.executable, "-c", code, *flags], cwd=ROOT, check=True,
+                       capture_output=True)
+
+
+@pytest.mark.parametrize("named, flags", [
+    ("--layers 2: the model has layers 0 to 1", ("--layers", 0, 2)),
+    ("--layers: 1 1 names one twice", ("--layers", 1, 1)),
+    ("'-1' is not a whole number from 0", ("--layers", "-1")),
+    ("it has down_proj, gate_proj, k_proj", ("--target_modules", "c_fc")),
+    ("'x' is not a whole number", ("--rows", "x")),
+    ("2 folds need 4 (--rows, --max_length)", ("--rows", 3)),
+    ("'0' is not a number between 0 and 1", ("--share", 0)),
+    ("'1' is not a number between 0 and 1", ("--share", 1)),
+    ("--share 0.001 of a layer's neurons, 64, is 0", ("--share", 0.001)),
+    ("--share is not read with --epsilon", ("--share", 0.2, "--epsilon", 0.5)),
+    ("'-1' is not a finite number, 0 or more", ("--epsilon", "-1")),
+    ("'nan' is not a finite number, 0 or more", ("--epsilon", "nan")),
+    ("task 'T9' is unknown", ("--tasks", "T9", "say_both")),
+    ("1 task(s); tasks are compared, from 2 to 62", ("--tasks", "say_both")),
+    ("the smallest that lets one in is", ("--max_length", 8)),
+    ("is unknown: allowed are smollm2-135m", ("--model", "gpt2")),
+    ("no adapter at", ("--adapter", "nowhere")),
+], ids=str)
+def test_bad_flags(tiny, tmp_path, named, flags):
+    refused(named, "sharing", *tiny, *BRIEF, *QUARTER, "--out", tmp_path / "out", *flags)
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_folders(tiny, sharing, tmp_path):
+    """One with other files, one of another analysis, one in use, a file; nothing is touched."""
+    (tmp_path / "notes.txt").write_text("mine")
+    refused("holds other files, such as notes.txt", "sharing", *tiny, "--out", tmp_path)
+    refused("is no folder", "sharing", *tiny, "--out", tmp_path / "notes.txt")
+    before = files_of(sharing)
+    refused("holds another analysis (other --seed): name another", "sharing", *tiny, *BRIEF,
+            *QUARTER, "--seed", 2, "--out", sharing)
+    held = session.Session(sharing, load(sharing / "analysis.json")["made"])
+    with held.reserved():
+        refused("another analysis is writing there", "sharing", *tiny, *BRIEF, *QUARTER, "--out",
+                sharing)
+    (sharing / "partial" / "made.json").unlink()
+    (sharing / "partial").rmdir()
+    assert files_of(sharing) == before
+
+
+# --- what it leaves -----------------------------------------------------------------------------
+
+
+def test_stopped_and_resumed(tiny, sharing, tmp_path):
+    """Stopped in its third task, an analysis goes on there and ends with the same bytes."""
+    flags = ("sharing", *tiny, *BRIEF, *QUARTER, "--out", tmp_path)
+    with failing(units.Sweep, "task", 3, KeyboardInterrupt):
+        status, _, err = run(*flags)
+    assert status == 130 and "the same command goes on" in err
+    assert not (tmp_path / "analysis.json").exists()
+    with failing(units.Sweep, "task", 5, AssertionError):  # 3 tasks and 3 controls
+        assert "2 of 6 tasks are done already" in succeed(*flags)
+    assert files_of(tmp_path) == files_of(sharing)
+
+
+def test_threshold_and_adapted_model(tiny, tmp_path, loramoe):
+    """--epsilon leaves out tasks without an active unit and has no table of shares."""
+    succeed("sharing", *tiny, *BRIEF, "--layers", 1, "--epsilon", 1e3, "--adapter", loramoe,
+            "--out", tmp_path)
+    result = load(tmp_path / "analysis.json")
+    assert result["shares"] == [] and len(result["made"]["adapters"]) == 1
+    assert all(line["left_out"] == [0, 1, 2] for line in result["weights"] + result["neurons"])
+    text = (tmp_path / "analysis.md").read_text()
+    assert "a threshold that was given" in text and "No unit is shared by all tasks" in text
+
+
+def test_text_follows_from_the_numbers(sharing):
+    """The numbers of the main table are those of analysis.json, and sentences change with them."""
+    result = load(sharing / "analysis.json")
+    text = (sharing / "analysis.md").read_text()
+    line = result["weights"][0]
+    for value in (line["jaccard"], line["ceiling"], line["controls"]["random"]["jaccard"]):
+        assert f"{value:.3f}" in text
+    facts = analyses.of_sharing(result)[1]
+    assert all(fact in text for fact in facts)
+    for line in result["weights"]:
+        line["concentration"], line["kappa"] = [0.5, 0.75], 0.125
+        line["signs"] |= {"both": 0.25, "reliability": 0.375}
+        line["controls"]["random"]["core"] = None
+    changed = analyses.of_sharing(result)[1]
+    assert "hold 0.75 of a matrix's" in changed[0] and "0.12" in changed[1]
+    assert "0.25 get gradients of both signs" in changed[4]
+    assert f"one sign in {len(result['weights'])} of {len(result['weights'])}" in changed[4]
+    assert "gate_proj weights that all" not in changed[3]
+
+
+def test_neuron_figure_shows_every_active_neuron(sharing):
+    result = load(sharing / "analysis.json")
+    with np.load(sharing / "arrays.npz") as file:
+        arrays = dict(file)
+    for in_order in (False, True):
+        figure = analysis_figures.neurons(result, arrays, "all", in_order)
+        shown = [int(axes.images[0].get_array().sum()) for axes in figure.axes if axes.images]
+        assert sorted(shown) == sorted(int(arrays[f"neurons.{layer}.all"][:3].sum())
+                                       for layer in result["layers"])
+        figure.canvas.draw()
+        image = next(axes.images[0] for axes in figure.axes if axes.images)
+        yellow = (np.asarray(image.make_image(figure.canvas.get_renderer())[0])[..., 0] > 250)
+        assert yellow.any(0).sum() / yellow.shape[1] == pytest.approx(
+            image.get_array().any(0).mean(), abs=0.02)
+        analysis_figures.plt.close(figure)
