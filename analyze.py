@@ -55,8 +55,10 @@ OWN = {
          "the activation, its input, or what reaches down_proj (default: gate)"),
         ("row_loss", Literal["mean", "sum"], "mean", "over a row's target tokens (default: mean)"),
     ),
+    "experts": (ADAPTERS,),
 }
-SUMMARIES = {"sharing": "neurons and weights that tasks activate, and share"}
+SUMMARIES = {"sharing": "neurons and weights that tasks activate, and share",
+             "experts": "experts that tasks route to, and learn in"}
 
 
 def build_parser():

@@ -1,10 +1,10 @@
 """The analyses by the names that the command line has."""
 
-from analysis import units
+from analysis import routing, units
 from analysis.session import check_folder
 
 __all__ = ["check_folder", "run"]
-COMMANDS = {"sharing": units.run}
+COMMANDS = {"sharing": units.run, "experts": routing.run_experts}
 
 
 def run(args):

@@ -28,18 +28,22 @@ def batch_of(rows, pad_token_id, device):
     return moved | {"tasks": [row["task"] for row in rows]}
 
 
-def row_losses(model, batch, reduction="mean"):
-    """l_d = -(1/|y|) sum_j log p(y_j | x, y_<j) of every row, (B,); "sum" leaves out 1/|y|.
-
-    In float32 at least, whatever the weights are.
-    """
+def target_logits(model, batch):
+    """Logits (B, k - 1, vocabulary) of the last tokens of every row; float32 at least."""
     if hasattr(model, "adapted_by"):
         model.adapted_by.before_forward(batch)
     inputs = {key: batch[key] for key in ("input_ids", "attention_mask", "position_ids",
                                           "logits_to_keep")}
     logits = model(**inputs, use_cache=False).logits[:, :-1]  # (B, k - 1, vocabulary)
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def row_losses(logits, batch, reduction="mean"):
+    """l_d = -(1/|y|) sum_j log p(y_j | x, y_<j) of every row, (B,); "sum" leaves out 1/|y|.
+
+    From `target_logits` (B, k - 1, vocabulary).
+    """
     labels = batch["labels"][:, 1:]  # (B, k - 1)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     losses = F.cross_entropy(logits.mT, labels, ignore_index=-100, reduction="none").sum(1)
     return losses / (labels != -100).sum(1) if reduction == "mean" else losses
 

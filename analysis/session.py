@@ -147,6 +147,20 @@ def load_model(args, path=None):
     return model.requires_grad_(False).eval(), sha256
 
 
+class Loaded:
+    """Calling it with an adapter folder gives the model; one is in memory at a time."""
+
+    def __init__(self, args):
+        self.args, self.path, self.model = args, None, None
+
+    def __call__(self, path):
+        if path != self.path:
+            self.model = None
+            self.model, _ = load_model(self.args, path)
+            self.path = path
+        return self.model
+
+
 # --- the folder ---------------------------------------------------------------------------------
 
 

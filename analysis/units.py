@@ -21,6 +21,7 @@ from analysis.probes import (
     refuse_non_finite,
     row_losses,
     row_means,
+    target_logits,
 )
 from inputs.errors import InputError
 from inputs.numbers import stable_seed
@@ -114,7 +115,8 @@ class Sweep:
             batch = batch_of(some, self.pad_token_id, device)
             with (NeuronProbe(self.model, self.mlps, self.args.neurons) as seen,
                   GradientProbe(self.model, self.names) as probe):
-                loss = row_losses(self.model, batch, self.args.row_loss)  # (B,)
+                logits = target_logits(self.model, batch)  # (B, k - 1, vocabulary)
+                loss = row_losses(logits, batch, self.args.row_loss)  # (B,)
                 refuse_non_finite(loss, some, "the loss")
                 loss.sum().backward()
             losses += float(loss.detach().double().sum())

@@ -253,5 +253,90 @@ def task_table(result):
                   *(f"norm, layer {line['layer']}" for line in norms)], rows)
 
 
-PARTS = {"sharing": of_sharing}
-DRAWN = {"sharing": analysis_figures.of_sharing}
+# --- experts ------------------------------------------------------------------------------------
+
+
+def of_experts(result):
+    """Title, sentences and tables of the command `experts`."""
+    facts = [f"Rows: {result['about']}."]
+    for adapter in result["adapters"]:
+        facts += [counted_experts(adapter, len(result["tasks"])), told_by_routing(adapter),
+                  learnt_in_experts(adapter)]
+    return ("Experts that tasks route to, and learn in", facts,
+            [expert_table(result), weight_table(result), loss_table(result)])
+
+
+def counted_experts(adapter, T):
+    """Fact 3: what is true by counting, and what is not."""
+    last = adapter["places"]["all"]
+    same = ("; each task was measured with its own adapter, and experts of different trainings can "
+            "be compared only because all started from one seed" if adapter["alone"] else "")
+    return (f"{adapter['name']}: every task activates {adapter['top_k']} of {adapter['experts']} "
+            f"experts, so an expert has {adapter['tasks_per_expert']:g} of {T} tasks on average "
+            f"whatever the router does (last layer: "
+            f"{' '.join(map(str, last['tasks_per_expert']))}). Two tasks' sets have Jaccard "
+            f"{last['jaccard']:.2f}, random ones {adapter['chance']:.2f}{same}.")
+
+
+def told_by_routing(adapter):
+    """How much the selection tells of the task."""
+    parts = []
+    for place, found in adapter["places"].items():
+        above = sum(value is not None and value > null for value, null in
+                    zip(found["information"], found["null_95"], strict=True))
+        parts.append(f"{found['mean_information']:.3f} nats over {place} tokens (rows dealt at "
+                     f"random: {found['mean_null']:.3f}; above 95% of them in {above} of "
+                     f"{len(adapter['layers'])} layers), of the routing weights "
+                     f"{found['mean_of_weights']:.4f}")
+    return (f"{adapter['name']}: the selected experts tell of the task, as a mean over layers, "
+            f"{'; '.join(parts)}; all of it would be {np.log(adapter['experts']):.2f}.")
+
+
+def learnt_in_experts(adapter):
+    if adapter["mean_energy"] is None:
+        return f"{adapter['name']}: in which experts tasks learn is not measured: no gradient."
+    return (f"{adapter['name']}: in which expert a task's gradient has its energy tells "
+            f"{adapter['mean_energy']:.3f} of {np.log(adapter['experts']):.2f} nats of the task.")
+
+
+def expert_table(result):
+    rows = []
+    for adapter in result["adapters"]:
+        for name, found in adapter["places"].items():
+            rows.append([adapter["name"], adapter["variant"], name, number(found["jaccard"]),
+                         number(adapter["chance"]), " ".join(map(str, found["tasks_per_expert"])),
+                         found["unused"], number(found["mean_information"], 4),
+                         number(found["mean_null"], 4), number(found["information"][-1], 4),
+                         number(found["null_95"][-1], 4), number(found["mean_of_weights"], 5),
+                         number(adapter["mean_energy"], 3), number(adapter["loss"]),
+                         "–" if found["category_effect"] is None else
+                         f"{found['category_effect']:+.3f}, {probability(found['category_p'])}"])
+    return Table("experts", "Routing", "J, tasks per expert and experts without a token: last "
+                 "layer. Information in nats: mean over layers, of rows dealt to tasks at random, "
+                 "of the last layer and the 95% quantile of its null, of the weights before top-k, "
+                 "of gradient energy. Category effect: cosines of routing weights, within minus "
+                 "between categories.",
+                 ["adapter", "method", "tokens", "J", "J chance", "tasks per expert", "unused",
+                  "information", "null", "last layer", "null 95%", "of weights", "of energy",
+                  "loss", "category effect, p"], rows)
+
+
+def weight_table(result):
+    rows = [[adapter["name"], short(task["name"]), listed(found["w"][t]), listed(found["u"][t])]
+            for adapter in result["adapters"] for found in [adapter["places"]["all"]]
+            for t, task in enumerate(result["tasks"])]
+    return Table("weights", "Routing of each task", "Last layer, all tokens: mean routing weight "
+                 "over all experts before top-k, and share of tokens that select each expert.",
+                 ["adapter", "task", "mean weights", "shares of tokens"], rows)
+
+
+def loss_table(result):
+    rows = [[short(task["name"]), task["category"], task["rows"],
+             *(number(adapter["losses"][t]) for adapter in result["adapters"])]
+            for t, task in enumerate(result["tasks"])]
+    return Table("losses", "Losses", "Mean loss of the rows.", ["task", "category", "rows", *(
+        adapter["name"] for adapter in result["adapters"])], rows)
+
+
+PARTS = {"sharing": of_sharing, "experts": of_experts}
+DRAWN = {"sharing": analysis_figures.of_sharing, "experts": analysis_figures.of_experts}

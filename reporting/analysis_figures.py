@@ -230,3 +230,67 @@ def of_sharing(result, arrays):
         yield "sharing", sharing(result)
         yield "overlap", overlap(result)
         yield "groups", groups(result)
+
+
+# --- experts ------------------------------------------------------------------------------------
+
+
+def draw_active(axes, adapter, place, tasks):
+    """Which experts of the last layer each task activates, with the mean routing weights."""
+    order, found = by_category(tasks), adapter["places"][place]
+    active, w = (np.array(found[key])[order] for key in ("active", "w"))
+    axes.imshow(active, cmap=ACTIVE, vmin=0, vmax=1, aspect="auto", interpolation="nearest")
+    for (t, k), value in np.ndenumerate(w):
+        axes.text(k, t, f"{value:.2f}", ha="center", va="center", fontsize=7,
+                  color="black" if active[t, k] else "white")
+    label_tasks(axes, tasks, order)
+    axes.set_xticks(range(w.shape[1]), [chr(ord("A") + k) if w.shape[1] <= 26 else k
+                                        for k in range(w.shape[1])])
+    accuracy = adapter.get("accuracy")
+    trained = "one adapter for each task" if adapter["alone"] else f"loss {adapter['loss']:.2f}"
+    if accuracy is not None:
+        trained = f"accuracy {np.mean(accuracy):.0%}, chance 25%"
+    axes.set_title(f"{adapter['name']}, {place} tokens ({trained})\nJaccard "
+                   f"{found['jaccard']:.2f}, of random sets {adapter['chance']:.2f}", fontsize=9)
+    axes.set_xlabel("expert of the last layer")
+
+
+def draw_information(axes, adapter):
+    """Routing information of every layer, beside what rows dealt to tasks at random show."""
+    layers = np.arange(len(adapter["layers"]))
+    for place, colour in (("all", "tab:blue"), ("target", "tab:orange")):
+        found = adapter["places"][place]
+        values, null = (np.array(found[key], dtype=float) for key in ("information", "null_95"))
+        axes.plot(layers, values, color=colour, marker="o", markersize=3, label=f"{place} tokens")
+        axes.fill_between(layers, 0, null, color=colour, alpha=0.25,
+                          label=f"95% of random dealings, {place}")
+    axes.set(xlabel="adapted layer", ylabel="nats", ylim=(0, None),
+             title=f"routing information (at most {np.log(adapter['experts']):.2f})")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.legend(fontsize=7)
+
+
+def experts(result):
+    """Fig. 2 and 13: experts that tasks activate, and how much routing tells of the task."""
+    tasks = result["tasks"]
+    figure, axes = grid(3 * len(result["adapters"]), width=5.6, height=1.4 + 0.3 * len(tasks))
+    for index, adapter in enumerate(result["adapters"]):
+        for place, where in zip(axes[3 * index:], ("all", "target"), strict=False):
+            draw_active(place, adapter, where, tasks)
+        draw_information(axes[3 * index + 2], adapter)
+    if result["command"] == "mmlu":
+        figure.suptitle(mmlu_title(result))
+    return figure
+
+
+def mmlu_title(result):
+    """What accuracy says of the picture below."""
+    able = [adapter["name"] for adapter in result["adapters"]
+            if adapter["accuracy_p"] < 0.05]
+    return "MMLU: " + (f"above chance: {', '.join(able)}" if able else
+                       "no model is above chance, so this shows no abilities")
+
+
+def of_experts(result, _):
+    """(name, figure) of the commands `experts` and `mmlu`."""
+    yield result["command"], experts(result)

@@ -2,17 +2,18 @@
 
 import contextlib
 import io
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import NO_EVAL, SMALL, failing, files_of, reset_accelerate
+from conftest import NO_EVAL, SMALL, failing, files_of, reset_accelerate, write_json
 from conftest import succeed as train_well
 
 import analyze
-from analysis import session, units
+from analysis import routing, session, units
 from inputs.formats import load
 from reporting import analyses, analysis_figures
 
@@ -181,3 +182,97 @@ def test_neuron_figure_shows_every_active_neuron(sharing):
         assert yellow.any(0).sum() / yellow.shape[1] == pytest.approx(
             image.get_array().any(0).mean(), abs=0.02)
         analysis_figures.plt.close(figure)
+
+
+# --- experts ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def single(tiny, tmp_path_factory):
+    return adapter_of(tiny, tmp_path_factory.mktemp("runs") / "single", "loramoe", "--setting",
+                      "single")
+
+
+@pytest.fixture(scope="module")
+def lora(tiny, tmp_path_factory):
+    return adapter_of(tiny, tmp_path_factory.mktemp("runs") / "lora", "lora")
+
+
+@pytest.fixture(scope="module")
+def badit(tiny, tmp_path_factory):
+    return adapter_of(tiny, tmp_path_factory.mktemp("runs") / "badit", "badit")
+
+
+@pytest.fixture(scope="module")
+def experts(tiny, loramoe, single, badit, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("analyses") / "experts"
+    succeed("experts", *tiny, *BRIEF, "--adapter", loramoe, single, badit, "--out", folder)
+    return folder
+
+
+def test_experts(experts):
+    """Mixed and single adapters in one analysis; its sentences follow from the numbers."""
+    result = load(experts / "analysis.json")
+    assert [adapter["alone"] for adapter in result["adapters"]] == [False, True, False]
+    assert result["about"] == "training rows after the first 4, which no run was trained on"
+    for adapter in result["adapters"]:
+        assert adapter["tasks_per_expert"] == 1.5 and len(adapter["layers"]) == 2
+        for found in adapter["places"].values():
+            assert np.sum(found["w"], axis=1) == pytest.approx(1)
+            assert np.sum(found["u"], axis=1) == pytest.approx(4)
+            assert sum(found["tasks_per_expert"]) == 12
+    text = (experts / "analysis.md").read_text()
+    facts = analyses.of_experts(result)[1]
+    assert all(fact in text for fact in facts)
+    result["adapters"][0]["places"]["all"] |= {"mean_information": 0.125, "jaccard": 0.75}
+    result["adapters"][0]["mean_energy"] = None
+    changed = analyses.of_experts(result)[1]
+    assert "Jaccard 0.75" in changed[1] and "0.125 nats" in changed[2]
+    assert "not measured" in changed[3]
+
+
+def test_experts_stopped_and_resumed(tiny, experts, loramoe, single, badit, tmp_path):
+    flags = ("experts", *tiny, *BRIEF, "--adapter", loramoe, single, badit, "--out", tmp_path)
+    with failing(routing, "measure_task", 5, KeyboardInterrupt):
+        assert run(*flags)[0] == 130
+    with failing(routing, "measure_task", 6, AssertionError):
+        succeed(*flags)
+    assert files_of(tmp_path) == files_of(experts)
+
+
+def test_rows_that_a_run_has_seen_are_left_alone(tiny, loramoe, tmp_path):
+    """Too few unseen training rows: test rows too; a run whose rows are not known: those alone."""
+    succeed("experts", *tiny, "--max_length", 64, "--rows", 10, "--adapter", loramoe, "--out",
+            tmp_path / "a")
+    result = load(tmp_path / "a" / "analysis.json")
+    assert result["about"] == "test rows, and training rows after the first 4"
+    assert [task["available"] for task in result["tasks"]] == [13] * 3  # 8 and 5
+    lone = tmp_path / "alone"
+    shutil.copytree(loramoe, lone)
+    succeed("experts", *tiny, *BRIEF, "--adapter", lone, "--out", tmp_path / "b")
+    assert load(tmp_path / "b" / "analysis.json")["about"] == "test rows"
+
+
+def test_bad_adapters(tiny, loramoe, lora, single, checkpoints, suite, tmp_path):
+    bad = refused
+    bad("--adapter is needed", "experts", *tiny, "--out", tmp_path / "x")
+    bad("is of lora, which has no router; methods with one: loramoe, badit", "experts", *tiny,
+        "--adapter", loramoe, lora, "--out", tmp_path / "x")
+    bad("no adapter at", "experts", *tiny, "--adapter", tmp_path, "--out", tmp_path / "x")
+    bad("names one twice", "experts", *tiny, "--adapter", lora, lora, "--out", tmp_path / "x")
+    bad("made on another base model", "experts", "--model", checkpoints["qwen3"], "--suite", suite,
+        *BRIEF, "--adapter", loramoe, "--out", tmp_path / "y")
+    mixed = tmp_path / "mixed" / "adapter"
+    for source in (loramoe, lora):
+        shutil.copytree(source, mixed / source.parent.name)
+    bad("are of different runs", "experts", *tiny, "--adapter", mixed, "--out", tmp_path / "x")
+    shutil.rmtree(mixed / "lora")
+    bad("has single-task adapters of loramoe, not of", "experts", *tiny, "--adapter", mixed,
+        "--out", tmp_path / "x")
+    other = tmp_path / "other" / "adapter"
+    shutil.copytree(loramoe, other)
+    config = load(other / "adapter_config.json")
+    write_json(other / "adapter_config.json", config | {"base_sha256": "0" * 64})
+    bad("was made on another base model than", "experts", *tiny, "--adapter", loramoe, other,
+        "--out", tmp_path / "x")
+    assert not (tmp_path / "x").exists()

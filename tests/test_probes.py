@@ -9,7 +9,14 @@ from conftest import wrapped
 from tiny import base_model, one_line, rows_of
 
 from analysis import probes, session, sharing, units
-from analysis.probes import GradientProbe, NeuronProbe, batch_of, positions, row_losses
+from analysis.probes import (
+    GradientProbe,
+    NeuronProbe,
+    batch_of,
+    positions,
+    row_losses,
+    target_logits,
+)
 from inputs.errors import InputError
 
 LAYERS = (0, 1)
@@ -42,7 +49,8 @@ def probed(model, names, rows, size):
     found = {name: [] for name in names}
     for first in range(0, len(rows), size):
         with GradientProbe(model, names) as probe:
-            row_losses(model, batch_of(rows[first:first + size], 2, "cpu")).sum().backward()
+            batch = batch_of(rows[first:first + size], 2, "cpu")
+            row_losses(target_logits(model, batch), batch).sum().backward()
         for name in names:
             found[name].append(probe.gradients(name))
     return {name: torch.cat(parts) for name, parts in found.items()}
@@ -109,8 +117,9 @@ def test_row_losses():
     model = model_of("llama")
     naive = [float(loss_of(model, row)) for row in ROWS]
     batch = batch_of(ROWS, 2, "cpu")
-    assert row_losses(model, batch).tolist() == pytest.approx(naive)
-    assert row_losses(model, batch, "sum").tolist() == pytest.approx(
+    logits = target_logits(model, batch)
+    assert row_losses(logits, batch).tolist() == pytest.approx(naive)
+    assert row_losses(logits, batch, "sum").tolist() == pytest.approx(
         [loss * row["num_targets"] for loss, row in zip(naive, ROWS, strict=True)])
 
 
