@@ -18,12 +18,13 @@ from typing import Annotated, Literal
 from msgspec import Meta
 
 from inputs.errors import InputError, one_line
-from inputs.numbers import NonNegative, PositiveInt, Seed
+from inputs.numbers import NonNegative, Positive, PositiveInt, Seed
 from inputs.settings import Parser, add_argument
 from inputs.suites import NAMED
 from registry import EMBEDDED, MODELS
 
-Index = Annotated[int, Meta(ge=0, le=10**6, description="a whole number from 0 to 1000000")]
+Count = Index = Annotated[int, Meta(ge=0, le=10**6, description="a whole number from 0 to 1000000")]
+Several = Annotated[int, Meta(ge=2, le=10**6, description="a whole number from 2 to 1000000")]
 Share = Annotated[float, Meta(gt=0, lt=1, description="a number between 0 and 1")]
 MODULES = ("gate_proj", "q_proj", "k_proj", "v_proj")
 
@@ -56,9 +57,19 @@ OWN = {
         ("row_loss", Literal["mean", "sum"], "mean", "over a row's target tokens (default: mean)"),
     ),
     "experts": (ADAPTERS,),
+    "conflict": (
+        ADAPTERS, LAYERS,
+        ("folds", Several, 8, "of the rows of each task, from which noise is told (default: 8)"),
+        ("lookahead", Count, 3, "further rows of each task, on which losses after a step are "
+         "measured; 0: no steps (default: 3)", "ROWS"),
+        ("learning_rate", Positive, None, "of the step (default: that of the run, 2e-4 where it is "
+         "not known)"),
+        ("step_scale", Positive, 1.0, "times it (default: 1)"),
+    ),
 }
 SUMMARIES = {"sharing": "neurons and weights that tasks activate, and share",
-             "experts": "experts that tasks route to, and learn in"}
+             "experts": "experts that tasks route to, and learn in",
+             "conflict": "whether tasks' gradients conflict, and steps for one hurt another"}
 
 
 def build_parser():
@@ -83,6 +94,8 @@ def parse_flags(argv):
         values = getattr(args, name, None)
         if isinstance(values, list) and len(set(values)) < len(values):
             raise InputError(f"--{name}: {' '.join(map(str, values))} names one twice")
+    if args.command != "sharing" and not args.adapter:
+        raise InputError(f"{args.command} needs --adapter: the adapter folder of a finished run")
     if args.command == "sharing" and args.epsilon is not None and args.share != 0.1:
         raise InputError("--share is not read with --epsilon: give one of them")
     return args

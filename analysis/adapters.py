@@ -31,9 +31,7 @@ class Adapter(NamedTuple):
 
 
 def find(paths):
-    """The Adapters at --adapter. Raises InputError for none, or for different base models."""
-    if not paths:
-        raise InputError("--adapter is needed: the adapter folder of a finished run")
+    """The Adapters at --adapter. Raises InputError for different base models or prompts."""
     found = [read(Path(path)) for path in paths]
     names = [each.name for each in found]
     if len(set(names)) < len(names):  # then their paths tell them apart

@@ -1,10 +1,11 @@
 """The analyses by the names that the command line has."""
 
-from analysis import routing, units
+from analysis import gradients, routing, units
 from analysis.session import check_folder
 
 __all__ = ["check_folder", "run"]
-COMMANDS = {"sharing": units.run, "experts": routing.run_experts}
+COMMANDS = {"sharing": units.run, "experts": routing.run_experts,
+            "conflict": gradients.run}
 
 
 def run(args):

@@ -71,3 +71,26 @@ def conflict(G):
         "cancellation": float((mean.sum() - size.sum()) / ((T - 1) * total)) if total > 0
         else None, "norms": np.sqrt(size).tolist(),
         "cosines": cosine.tolist(), "signs": sign.tolist()}
+
+
+def interference(delta, losses):
+    """What one step for each task does to the others: delta (T, T) of losses (T,) before it.
+
+    Row i: the task that makes the step; column j: the task that pays. The three numbers are None,
+    with the reason, unless a step helps its own task in at least 3 of 4 cases.
+    """
+    T = len(losses)
+    own, other = delta.diagonal(), ~np.eye(T, dtype=bool)
+    improved = int((own < 0).sum())
+    found = {"own_gain": float(-own.mean()), "improved": improved, "tasks": T,
+             "interference_share": None, "harm_ratio": None, "transfer": None, "reason": None}
+    if 4 * improved < 3 * T:
+        return found | {"reason": f"a step improves its own task in {improved} of {T} cases only: "
+                        "it is noise or too large (--rows, --step_scale)"}
+    moved, harm = np.abs(delta[other]).sum(), np.maximum(delta[other], 0).sum()
+    helped = other & (own < 0)[:, None]
+    ratios = (delta / np.where(own < 0, own, 1)[:, None])[helped]
+    return found | {
+        "interference_share": float((delta > 1e-5 * losses)[other].mean()),
+        "harm_ratio": float(harm / moved) if moved > 0 else None,
+        "transfer": float(np.median(ratios))}

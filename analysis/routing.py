@@ -119,9 +119,7 @@ def measure_task(model, rows, args, pad_token_id, count, letters=None):
     alone, and right (n,) says whether the right letter is the likeliest of them.
     """
     layers = model.adapted_by.layers
-    for layer in layers.values():
-        layer.lora_A.requires_grad_()
-        layer.lora_B.requires_grad_()
+    model.zero_grad()
     routed, losses, right = [], [], []
     for _, some in session.micro_batches(rows, 1, args.micro_batch):
         batch = batch_of(some, pad_token_id, model.device)
@@ -143,7 +141,6 @@ def measure_task(model, rows, args, pad_token_id, count, letters=None):
         losses.append(loss.detach())
         count(len(some))
     energy = torch.stack([expert_energy(layer) for layer in layers.values()]) / len(rows)**2
-    model.zero_grad()
     return {"routed": torch.cat(routed).double(), "energy": energy, "losses": torch.cat(losses)} | (
         {"right": torch.cat(right)} if letters is not None else {})
 

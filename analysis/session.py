@@ -59,21 +59,21 @@ def read_suite(args, smallest=2, largest=62):
     return suite
 
 
-def draw(suite, tokenizer, args, folds, chat_template, count=None):
-    """`count` (--rows) training rows of each task, without replacement -> Drawn.
+def draw(suite, tokenizer, args, folds, chat_template, more=0):
+    """--rows training rows of each task and `more`, without replacement -> Drawn.
 
     Not the first ones: neighbouring rows can share a passage. Row j of a task is of fold j mod
     `folds`. Raises InputError for a task with fewer than two rows in a fold.
     """
-    count = count or args.rows
+    count = args.rows + more
     encoded = data.encode_suite(suite, tokenizer, args.max_length, chat_template, ("train",))
     rows = {}
     for name, fitting in encoded.train.items():
         order = random.Random(stable_seed("analysis", args.seed, name))
         rows[name] = order.sample(fitting, min(count, len(fitting)))
-        if len(rows[name]) < 2 * folds:
+        if len(rows[name]) < 2 * folds + more:
             raise InputError(f"{name} has {len(rows[name])} rows of {len(fitting)} that fit; "
-                             f"{folds} folds need {2 * folds} (--rows, --max_length)")
+                             f"{2 * folds + more} are needed (--rows, --max_length)")
     available = {name: len(fitting) for name, fitting in encoded.train.items()}
     return Drawn(rows, available, len(encoded.left_out), encoded.shortened["train"])
 
@@ -134,17 +134,15 @@ def linear_layers(model, layers, modules):
 
 
 def load_model(args, path=None):
-    """The model in evaluation mode with all weights frozen, its tokenizer and its SHA-256.
+    """The model in evaluation mode, and the SHA-256 of the base model.
 
-    With an adapter folder `path`, the model that it makes.
+    With an adapter folder `path`, the model that it makes; what it trains asks for gradients.
     """
     model, _ = models.load(args.model, torch.bfloat16 if args.bf16 else torch.float32)
     model.to(PartialState().device)
     if path is None:
-        sha256 = fingerprint(model)
-    else:
-        sha256 = adapter.load(model, path).adapted_by.base_sha256
-    return model.requires_grad_(False).eval(), sha256
+        return model.requires_grad_(False).eval(), fingerprint(model)
+    return adapter.load(model, path).eval(), model.adapted_by.base_sha256
 
 
 class Loaded:

@@ -49,6 +49,7 @@ def run(args):
     drawn = session.draw(suite, tokenizer, args, FOLDS, bool(chat))
     print(session.describe(drawn, args), flush=True)
     model, sha256 = session.load_model(args, args.adapter)
+    model.requires_grad_(False)  # hooks see all gradients that are needed
     made = session.made_with(args, suite, sha256, [args.adapter] if args.adapter else [])
     rows = drawn.rows | controls(drawn.rows, tokenizer, args.seed)
     sweep = Sweep(args, model, tokenizer.pad_token_id, names,

@@ -338,5 +338,138 @@ def loss_table(result):
         adapter["name"] for adapter in result["adapters"])], rows)
 
 
-PARTS = {"sharing": of_sharing, "experts": of_experts}
-DRAWN = {"sharing": analysis_figures.of_sharing, "experts": analysis_figures.of_experts}
+# --- conflict -----------------------------------------------------------------------------------
+
+MATCHED = 0.05  # of the smaller loss: adapters whose losses differ by more are not compared
+
+
+def of_conflict(result):
+    """Title, sentences and tables of the command `conflict`."""
+    adapters = result["adapters"]
+    facts = [f"Rows: {result['about']}.", *map(decided, adapters), *map(steps, adapters),
+             *comparisons(adapters),
+             "A conflict here is PCGrad's, a negative cosine of two tasks' gradients, told from "
+             "noise; the look-ahead is the lookahead affinity of task grouping with the sign "
+             "reversed. Cosines in a method's own weights depend on its parametrisation and rank "
+             "no methods."]
+    return ("Do tasks' gradients conflict, and do steps hurt", facts,
+            [whole_table(result), effective_table(result), lookahead_table(result),
+             norm_table(result)])
+
+
+def decided(adapter):
+    """Fact 6, of one adapter."""
+    whole = adapter["whole"]
+    if whole is None:
+        return f"{adapter['name']}: conflict is not measured, a task has no gradient."
+    conflict, undecided, agreement = whole["decided"]
+    return (f"{adapter['name']}, loss {adapter['loss']:.2f}: {whole['negative']:.0%} of the pairs "
+            f"of tasks have a negative cosine, but only {1 - undecided:.0%} can be told from zero: "
+            f"{conflict:.0%} in conflict, {agreement:.0%} in agreement (orthogonal tasks give up "
+            f"to about 5% together). Median reliability {whole['median_reliability']:.2f} (0: "
+            "noise, 1: none).")
+
+
+def steps(adapter):
+    found = adapter["lookahead"]
+    if found is None:
+        return f"{adapter['name']}: no step was measured (--lookahead 0)."
+    if found["reason"]:
+        return f"{adapter['name']}: interference is not measured: {found['reason']}."
+    return (f"{adapter['name']}: a step for one task raises the loss of another in "
+            f"{found['interference_share']:.0%} of the cases; harm is "
+            f"{number(found['harm_ratio'])} of all change, and another task gains "
+            f"{found['transfer']:.2f} (median) of what the own task gains.")
+
+
+def comparisons(adapters):
+    """Which of two adapters interferes less, where their losses allow to say so."""
+    for index, one in enumerate(adapters):
+        for other in adapters[:index]:
+            pair = f"{other['name']} (loss {other['loss']:.3f}) and {one['name']} " \
+                   f"(loss {one['loss']:.3f})"
+            if abs(one["loss"] - other["loss"]) > MATCHED * min(one["loss"], other["loss"]):
+                yield (f"{pair} are not compared: their losses differ by more than {MATCHED:.0%}, "
+                       "and conflict changes as tasks are learnt, whatever the method.")
+                continue
+            looks = [adapter["lookahead"] for adapter in (other, one)]
+            if any(look is None or look["harm_ratio"] is None for look in looks):
+                yield f"{pair} have matched losses, but the look-ahead of one is not measured."
+                continue
+            first, second = (look["harm_ratio"] for look in looks)
+            less = ("harms other tasks as much as" if first == second else "harms other tasks "
+                    f"{'less' if first < second else 'more'} than")
+            yield (f"At matched losses {other['name']} {less} {one['name']}: harm ratio "
+                   f"{first:.3f} and {second:.3f}, interference share "
+                   f"{looks[0]['interference_share']:.3f} and "
+                   f"{looks[1]['interference_share']:.3f}; one training of each is no test of the "
+                   "methods.")
+
+
+def shares(values):
+    return "–" if values is None else " / ".join(f"{value:.2f}" for value in values)
+
+
+def whole_table(result):
+    rows = []
+    for adapter in result["adapters"]:
+        whole, experts = adapter["whole"] or {}, adapter["by_expert"]
+        rows.append([adapter["name"], adapter["variant"], number(adapter["loss"]),
+                     number(whole.get("cosine"), 3), number(whole.get("negative")),
+                     number(whole.get("median_reliability")), shares(whole.get("decided")),
+                     f"{number(whole.get('corrected'), 3)} ({whole.get('corrected_pairs', 0)} of "
+                     f"{whole.get('pairs', 0)})", number(whole.get("cancellation"), 3),
+                     f"{number(experts.get('cosine'), 3)}, {number(experts.get('negative'))}, "
+                     f"{shares(experts.get('decided'))} ({experts['measured']} of "
+                     f"{experts['groups']})" if experts["groups"] else "no experts",
+                     number(adapter["energy"], 3)])
+    return Table("conflict", "Conflict in the trained weights", "Cosine of the mean gradients, "
+                 "mean over pairs of tasks; share below zero; reliability; decided shares: "
+                 "conflict / undecided / agreement; cosine corrected for noise (pairs where both "
+                 "tasks are reliable); rho: 1 all pull alike, 0 orthogonal; by expert: cosine, "
+                 "negative, decided (groups in which all tasks have a gradient); nats that the "
+                 "energy of a task's gradient over experts tells of the task.",
+                 ["adapter", "method", "loss", "cosine", "negative", "R", "decided", "corrected",
+                  "rho", "by expert", "energy"], rows)
+
+
+def effective_table(result):
+    rows = [[adapter["name"], line["layer"], number(line["cosine"], 3), number(line["negative"]),
+             number(line["median_reliability"]), shares(line["decided"])]
+            for adapter in result["adapters"] for line in adapter["effective"] if "cosine" in line]
+    return Table("effective", "Conflict in the effective weight", "The same of the gradient of the "
+                 "weight that the adapter makes: one space for all methods.",
+                 ["adapter", "layer", "cosine", "negative", "R", "decided"], rows)
+
+
+def lookahead_table(result):
+    rows = [[adapter["name"], adapter["variant"], number(adapter["loss"]),
+             f"{found['improved']} of {found['tasks']}", f"{found['own_gain']:.2e}",
+             *(number(found[key], 3) for key in ("interference_share", "harm_ratio", "transfer",
+                                                 "prediction_correlation")),
+             f"{found['step_size']:g}"]
+            for adapter in result["adapters"] if (found := adapter["lookahead"])]
+    return Table("lookahead", "One step for each task", "Steps that help their own task, and by "
+                 "how much; share of other tasks whose loss rises; harm as a share of all change; "
+                 "gain of another task over own gain, median; correlation of the change with its "
+                 "first-order prediction; size of the step.",
+                 ["adapter", "method", "loss", "improved", "own gain", "interference share",
+                  "harm ratio", "transfer", "predicted", "step"], rows)
+
+
+def norm_table(result):
+    rows = [[short(task["name"]), task["category"], task["rows"], *(
+        cell for adapter in result["adapters"] for cell in (
+            number(adapter["losses"][t]),
+            number(adapter["whole"] and adapter["whole"]["norms"][t], 3),
+            number(adapter["whole"] and adapter["whole"]["reliability"][t])))]
+        for t, task in enumerate(result["tasks"])]
+    return Table("norms", "Tasks", "Mean loss of the rows, norm of the mean gradient, reliability.",
+                 ["task", "category", "rows", *(
+                     f"{adapter['name']}, {what}" for adapter in result["adapters"]
+                     for what in ("loss", "norm", "R"))], rows)
+
+
+PARTS = {"sharing": of_sharing, "experts": of_experts, "conflict": of_conflict}
+DRAWN = {"sharing": analysis_figures.of_sharing, "experts": analysis_figures.of_experts,
+         "conflict": analysis_figures.of_conflict}

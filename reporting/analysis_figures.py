@@ -294,3 +294,119 @@ def mmlu_title(result):
 def of_experts(result, _):
     """(name, figure) of the commands `experts` and `mmlu`."""
     yield result["command"], experts(result)
+
+
+# --- conflict -----------------------------------------------------------------------------------
+
+
+def draw_conflict(axes, adapter, tasks):
+    """Cosines of task gradients; reliability on the diagonal, pairs that are not decided hatched.
+    """
+    order, whole = by_category(tasks), adapter["whole"]
+    axes.set_title(adapter["name"] + (
+        "\na task has no gradient: not measured" if whole is None else
+        f" (loss {adapter['loss']:.2f}): cosine {whole['cosine']:.2f}\nconflict, undecided, "
+        f"agreement: {', '.join(f'{share:.0%}' for share in whole['decided'])}"), fontsize=9)
+    if whole is None:
+        return None
+    cosines, signs = (np.array(whole[key])[np.ix_(order, order)] for key in ("cosines", "signs"))
+    np.fill_diagonal(cosines, np.array(whole["reliability"])[order])
+    drawn = axes.imshow(cosines, vmin=-1, vmax=1, cmap=CONFLICT)
+    for t, u in np.argwhere(signs == 0):
+        if t != u:
+            axes.add_patch(plt.Rectangle((u - 0.5, t - 0.5), 1, 1, fill=False, hatch="////",
+                                         linewidth=0, edgecolor="grey"))
+    for t, value in enumerate(cosines.diagonal()):
+        axes.text(t, t, f"{value:.1f}", ha="center", va="center", fontsize=6)
+    label_tasks(axes, tasks, order)
+    label_tasks(axes, tasks, order, "x")
+    return drawn
+
+
+def conflicts(result):
+    """T x T maps of all adapters on one scale."""
+    figure, axes = grid(len(result["adapters"]), width=6, height=5.4)
+    drawn = [draw_conflict(place, adapter, result["tasks"])
+             for place, adapter in zip(axes, result["adapters"], strict=True)]
+    if any(drawn):
+        figure.colorbar(next(filter(None, drawn)), ax=axes, shrink=0.7,
+                        label="cosine of mean gradients; on the diagonal their reliability")
+    return figure
+
+
+def conflict_layers(result):
+    """Shares of decided pairs by layer."""
+    figure, axes = grid(len(result["adapters"]), width=6, height=3.6)
+    for place, adapter in zip(axes, result["adapters"], strict=True):
+        shares = np.array([line["decided"] or [np.nan] * 3 for line in adapter["by_layer"]])
+        place.stackplot(range(len(shares)), shares.T, step="mid", labels=(
+            "conflict", "undecided", "agreement"), colors=("tab:red", "lightgrey", "tab:blue"))
+        place.set(xlabel="adapted layer", ylabel="share of pairs", ylim=(0, 1),
+                  xlim=(0, max(1, len(shares) - 1)), title=adapter["name"])
+        place.legend(fontsize=8, loc="lower right")
+    return figure
+
+
+NUMBERS = {"interference_share": "interference share", "harm_ratio": "harm ratio",
+           "transfer": "transfer"}
+
+
+def lookahead(result):
+    """What a step for one task does to the others, and the three numbers of each adapter."""
+    adapters, tasks = result["adapters"], result["tasks"]
+    order = by_category(tasks)
+    figure, axes = grid(len(adapters) + 1, width=6, height=5.4)
+    for place, adapter in zip(axes, adapters, strict=False):
+        found = adapter["lookahead"]
+        delta = np.array(found["delta"])
+        own = np.abs(delta.diagonal())[:, None]
+        relative = (delta / np.where(own > 0, own, np.nan))[np.ix_(order, order)]
+        drawn = place.imshow(-relative, vmin=-1, vmax=1, cmap=CONFLICT)
+        label_tasks(place, tasks, order)
+        label_tasks(place, tasks, order, "x")
+        place.set(ylabel="task that makes the step", xlabel="task that pays")
+        place.set_title(f"{adapter['name']} (loss {adapter['loss']:.2f}): a step helps its own "
+                        f"task\nin {found['improved']} of {found['tasks']} cases", fontsize=9)
+    figure.colorbar(drawn, ax=axes[:-1], shrink=0.7,
+                    label="gain of the other task over own gain (red: it loses)")
+    bars, width = axes[-1], 0.8 / len(adapters)
+    for index, adapter in enumerate(adapters):
+        values = [adapter["lookahead"][key] for key in NUMBERS]
+        heights = [0 if value is None else value for value in values]
+        at = np.arange(len(values)) + index * width
+        bars.bar(at, heights, width, label=f"{adapter['name']}, loss {adapter['loss']:.2f}")
+        for x, value in zip(at, values, strict=True):
+            bars.text(x, 0 if value is None else max(value, 0), number(value), fontsize=7,
+                      rotation=90, ha="center", va="bottom")
+    bars.axhline(0, color="black", linewidth=0.8)
+    bars.set_xticks(np.arange(len(NUMBERS)) + 0.4 - width / 2, NUMBERS.values())
+    bars.margins(y=0.25)
+    bars.legend(fontsize=8)
+    return figure
+
+
+def against_loss(result):
+    """Every number against the loss: signal shrinks as tasks are learnt, for any method."""
+    figure, axes = grid(4, width=4, height=3.4, columns=4)
+    panels = {"share of negative cosines": lambda each: each["whole"] and each["whole"]["negative"],
+              "decided conflict": lambda each: each["whole"] and each["whole"]["decided"][0],
+              **{title: (lambda each, key=key: each["lookahead"] and each["lookahead"][key])
+                 for key, title in list(NUMBERS.items())[:2]}}
+    for place, (title, value) in zip(axes, panels.items(), strict=True):
+        for adapter in result["adapters"]:
+            if value(adapter) is not None:
+                place.scatter(adapter["loss"], value(adapter), label=adapter["name"])
+        place.set(title=title, xlabel="mean loss of the rows", ylim=(-0.02, 1))
+        if place.collections:
+            place.legend(fontsize=7)
+    return figure
+
+
+def of_conflict(result, _):
+    """(name, figure) of the command `conflict`, one after the other."""
+    yield "conflict", conflicts(result)
+    yield "conflict-layers", conflict_layers(result)
+    if result["adapters"][0]["lookahead"] is not None:
+        yield "lookahead", lookahead(result)
+    if len(result["adapters"]) > 1:
+        yield "against-loss", against_loss(result)

@@ -13,7 +13,7 @@ from conftest import NO_EVAL, SMALL, failing, files_of, reset_accelerate, write_
 from conftest import succeed as train_well
 
 import analyze
-from analysis import routing, session, units
+from analysis import gradients, routing, session, units
 from inputs.formats import load
 from reporting import analyses, analysis_figures
 
@@ -86,7 +86,7 @@ def test_help_and_flags_need_no_torch():
     ("'-1' is not a whole number from 0", ("--layers", "-1")),
     ("it has down_proj, gate_proj, k_proj", ("--target_modules", "c_fc")),
     ("'x' is not a whole number", ("--rows", "x")),
-    ("2 folds need 4 (--rows, --max_length)", ("--rows", 3)),
+    ("4 are needed (--rows, --max_length)", ("--rows", 3)),
     ("'0' is not a number between 0 and 1", ("--share", 0)),
     ("'1' is not a number between 0 and 1", ("--share", 1)),
     ("--share 0.001 of a layer's neurons, 64, is 0", ("--share", 0.001)),
@@ -255,7 +255,7 @@ def test_rows_that_a_run_has_seen_are_left_alone(tiny, loramoe, tmp_path):
 
 def test_bad_adapters(tiny, loramoe, lora, single, checkpoints, suite, tmp_path):
     bad = refused
-    bad("--adapter is needed", "experts", *tiny, "--out", tmp_path / "x")
+    bad("experts needs --adapter", "experts", *tiny, "--out", tmp_path / "x")
     bad("is of lora, which has no router; methods with one: loramoe, badit", "experts", *tiny,
         "--adapter", loramoe, lora, "--out", tmp_path / "x")
     bad("no adapter at", "experts", *tiny, "--adapter", tmp_path, "--out", tmp_path / "x")
@@ -275,4 +275,67 @@ def test_bad_adapters(tiny, loramoe, lora, single, checkpoints, suite, tmp_path)
     write_json(other / "adapter_config.json", config | {"base_sha256": "0" * 64})
     bad("was made on another base model than", "experts", *tiny, "--adapter", loramoe, other,
         "--out", tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+
+
+# --- conflict -----------------------------------------------------------------------------------
+
+CONFLICT = ("--max_length", 64, "--rows", 11, "--lookahead", 2, "--layers", 1, "--folds", 4)
+
+
+@pytest.fixture(scope="module")
+def conflict(tiny, loramoe, lora, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("analyses") / "conflict"
+    succeed("conflict", *tiny, *CONFLICT, "--adapter", loramoe, lora, "--out", folder)
+    return folder
+
+
+def test_conflict(conflict):
+    """Two methods side by side; sentences follow from the numbers, and rank at matched loss only.
+    """
+    result = load(conflict / "analysis.json")
+    text = (conflict / "analysis.md").read_text()
+    assert all(fact in text for fact in analyses.of_conflict(result)[1])
+    assert [adapter["by_expert"]["groups"] for adapter in result["adapters"]] == [16, 0]
+    for adapter in result["adapters"]:
+        assert sum(adapter["whole"]["decided"]) == pytest.approx(1)
+        assert np.shape(adapter["lookahead"]["delta"]) == (3, 3)
+        assert [line["layer"] for line in adapter["effective"]] == [1]
+    one, other = result["adapters"]
+    one |= {"loss": 1.0, "name": "one"}
+    other |= {"loss": 1.2, "name": "other"}
+    assert any("are not compared" in fact for fact in analyses.of_conflict(result)[1])
+    other["loss"] = 1.04
+    for adapter, harm in ((one, 0.25), (other, 0.5)):
+        adapter["lookahead"] |= {"harm_ratio": harm, "interference_share": 0.5, "transfer": 0.5,
+                                 "reason": None}
+    said = analyses.of_conflict(result)[1]
+    assert any("one harms other tasks less than other: harm ratio 0.250 and 0.500" in fact
+               for fact in said)
+    other["lookahead"] |= {"harm_ratio": None, "reason": "planted"}
+    said = analyses.of_conflict(result)[1]
+    assert any("is not measured" in fact for fact in said)
+    assert "other: interference is not measured: planted." in said
+    other["whole"] = other["lookahead"] = None
+    said = analyses.of_conflict(result)[1]
+    assert "other: conflict is not measured, a task has no gradient." in said
+
+
+def test_conflict_stopped_and_resumed(tiny, conflict, loramoe, lora, tmp_path):
+    flags = ("conflict", *tiny, *CONFLICT, "--adapter", loramoe, lora, "--out", tmp_path)
+    with failing(gradients.OneAdapter, "losses_after", 6, KeyboardInterrupt):
+        assert run(*flags)[0] == 130
+    with failing(gradients.OneAdapter, "losses_after", 4, AssertionError):
+        succeed(*flags)
+    assert files_of(tmp_path) == files_of(conflict)
+
+
+def test_bad_conflict(tiny, loramoe, single, tmp_path):
+    for named, *flags in (
+            ("holds an adapter for each task", "--adapter", single),
+            ("18 are needed (--rows, --max_length)", "--adapter", loramoe, "--folds", 8),
+            ("'-1' is not a whole number from 0", "--adapter", loramoe, "--lookahead", "-1"),
+            ("'1' is not a whole number from 2", "--adapter", loramoe, "--folds", 1),
+            ("'0' is not a finite number above 0", "--adapter", loramoe, "--step_scale", 0)):
+        refused(named, "conflict", *tiny, *CONFLICT, "--out", tmp_path / "x", *flags)
     assert not (tmp_path / "x").exists()
