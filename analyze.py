@@ -18,6 +18,7 @@ from typing import Annotated, Literal
 from msgspec import Meta
 
 from inputs.errors import InputError, one_line
+from inputs.mmlu import FAMILY, PACKAGE
 from inputs.numbers import NonNegative, Positive, PositiveInt, Seed
 from inputs.settings import Parser, add_argument
 from inputs.suites import NAMED
@@ -28,12 +29,14 @@ Several = Annotated[int, Meta(ge=2, le=10**6, description="a whole number from 2
 Share = Annotated[float, Meta(gt=0, lt=1, description="a number between 0 and 1")]
 MODULES = ("gate_proj", "q_proj", "k_proj", "v_proj")
 
-COMMON = (
-    ("model", str, EMBEDDED, f"one of {', '.join(MODELS)}, or a checkpoint's folder (default: "
-     f"{EMBEDDED})"),
+SUITE = (
     ("suite", str, "mini", f"mini, {', '.join(NAMED)}, or a folder of tasks (default: mini)"),
     ("data_dir", str, None, f"where {' or '.join(NAMED)} is"),
     ("tasks", tuple[str, ...], None, "only these, by name or T-number", "TASK"),
+)
+COMMON = (
+    ("model", str, EMBEDDED, f"one of {', '.join(MODELS)}, or a checkpoint's folder (default: "
+     f"{EMBEDDED})"),
     ("out", str, None, "default: runs/analysis-<command>", "DIR"),
     ("rows", PositiveInt, 16, "of each task (default: 16)"),
     ("max_length", PositiveInt, 384, "tokens of prompt + target (default: 384)"),
@@ -47,7 +50,7 @@ LAYERS = ("layers", tuple[Index, ...], (), "decoder layers from 0 (default: the 
           "one and the last)", "LAYER")
 OWN = {
     "sharing": (
-        ("adapter", str, None, "analyse the model that this adapter makes", "DIR"), LAYERS,
+        *SUITE, ("adapter", str, None, "analyse the model that this adapter makes", "DIR"), LAYERS,
         ("target_modules", tuple[str, ...], MODULES, "linear layers whose weights are analysed "
          f"(default: {' '.join(MODULES)})", "NAME"),
         ("share", Share, 0.1, "of units that count as active in a task (default: 0.1)"),
@@ -56,9 +59,16 @@ OWN = {
          "the activation, its input, or what reaches down_proj (default: gate)"),
         ("row_loss", Literal["mean", "sum"], "mean", "over a row's target tokens (default: mean)"),
     ),
-    "experts": (ADAPTERS,),
+    "experts": (*SUITE, ADAPTERS),
+    "mmlu": (
+        ADAPTERS,
+        ("mmlu", str, None, f"questions as JSON lines (default: those of the package {PACKAGE}, "
+         "else the hub's)", "FILE"),
+        ("subjects", tuple[str, ...], tuple(FAMILY), "of MMLU (default: 20, in five families)",
+         "SUBJECT"),
+    ),
     "conflict": (
-        ADAPTERS, LAYERS,
+        *SUITE, ADAPTERS, LAYERS,
         ("folds", Several, 8, "of the rows of each task, from which noise is told (default: 8)"),
         ("lookahead", Count, 3, "further rows of each task, on which losses after a step are "
          "measured; 0: no steps (default: 3)", "ROWS"),
@@ -69,6 +79,7 @@ OWN = {
 }
 SUMMARIES = {"sharing": "neurons and weights that tasks activate, and share",
              "experts": "experts that tasks route to, and learn in",
+             "mmlu": "experts that MMLU's questions route to, and accuracy",
              "conflict": "whether tasks' gradients conflict, and steps for one hurt another"}
 
 
@@ -90,7 +101,7 @@ def parse_flags(argv):
     for name, value in vars(args).items():
         setattr(args, name, list(value) if isinstance(value, tuple) else value)
     args.out = Path(args.out or f"runs/analysis-{args.command}")
-    for name in ("layers", "target_modules", "adapter"):
+    for name in ("layers", "target_modules", "adapter", "subjects"):
         values = getattr(args, name, None)
         if isinstance(values, list) and len(set(values)) < len(values):
             raise InputError(f"--{name}: {' '.join(map(str, values))} names one twice")

@@ -4,7 +4,7 @@ from analysis import gradients, routing, units
 from analysis.session import check_folder
 
 __all__ = ["check_folder", "run"]
-COMMANDS = {"sharing": units.run, "experts": routing.run_experts,
+COMMANDS = {"sharing": units.run, "experts": routing.run_experts, "mmlu": routing.run_mmlu,
             "conflict": gradients.run}
 
 

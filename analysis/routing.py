@@ -13,6 +13,7 @@ import math
 import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy import stats
 
 import models
 from analysis import adapters, session
@@ -25,8 +26,17 @@ from analysis.probes import (
     row_means,
     target_logits,
 )
-from analysis.sharing import category_effect, chance_jaccard, jaccard, off_diagonal
+from analysis.sharing import (
+    LABEL_PERMUTATIONS,
+    category_effect,
+    chance_jaccard,
+    jaccard,
+    off_diagonal,
+)
+from data import Suite
 from experts import select_experts
+from inputs import mmlu
+from inputs.errors import InputError
 from inputs.numbers import stable_seed
 from method import find_targets
 
@@ -68,6 +78,31 @@ def null_information(rows, sizes, generator):
         means = sums / sizes.reshape(-1, *[1] * (rows.ndim - 1))  # (T, ..., K)
         found.append(information(np.moveaxis(means, 0, -2)))
     return np.array(found)
+
+
+def largest_difference(w, families, generator):
+    """The (family, expert) whose mean weight differs most from that of all other tasks.
+
+    w (T, K), families (T,) -> dict with a p that counts all pairs: the largest of them under
+    permuted labels. None with fewer than two families.
+    """
+    names, labels = np.unique(families, return_inverse=True)
+    if len(names) < 2:
+        return None
+
+    def differences(labels):
+        """labels (T,) -> (families, K)."""
+        member = labels == np.arange(len(names))[:, None]  # (families, T)
+        return (member @ w / member.sum(1, keepdims=True)
+                - ~member @ w / (~member).sum(1, keepdims=True))
+
+    observed = differences(labels)
+    family, expert = np.unravel_index(np.abs(observed).argmax(), observed.shape)
+    reached = sum(np.abs(differences(generator.permutation(labels))).max()
+                  >= abs(observed[family, expert]) - 1e-12 for _ in range(LABEL_PERMUTATIONS))
+    return {"family": str(names[family]), "expert": int(expert),
+            "difference": float(observed[family, expert]),
+            "p": (1 + int(reached)) / (1 + LABEL_PERMUTATIONS)}
 
 
 def known(values):
@@ -169,6 +204,7 @@ def statistics(adapter, suite, kept, layer_names, seed):
             "jaccard": float(off_diagonal(jaccard(active, active)).mean()),
             "tasks_per_expert": active.sum(0).tolist(), "unused": int((u.sum(0) == 0).sum()),
             "category_effect": effect, "category_p": p,
+            "largest_difference": largest_difference(w, categories, generator),
             "information": known(observed[1, place]), "of_weights": known(observed[0, place]),
             "null_mean": known(null[:, place].mean(0)),
             "null_95": known(np.quantile(null[:, place], 0.95, axis=0)),
@@ -198,6 +234,27 @@ def run_experts(args):
     measure_all(args, found, suite, which)
 
 
+def run_mmlu(args):
+    """The command `mmlu`: the same on MMLU's questions, with the accuracy beside it."""
+    found = adapters.find(args.adapter)
+    adapters.check_experts(args.adapter, found)
+    tasks, source, dropped = mmlu.load(args.mmlu, args.subjects)
+    suite = Suite("mmlu", tasks)
+    adapters.check_tasks(found, suite)
+    about = f"MMLU's test questions from {source}" + (
+        f", without {dropped} header lines" if dropped else "")
+    measure_all(args, found, suite, about, letters_of)
+
+
+def letters_of(tokenizer):
+    """The token ids of A to D, (4,). Raises InputError where a letter is not one token."""
+    ids = [tokenizer(letter, add_special_tokens=False).input_ids for letter in mmlu.LETTERS]
+    if any(len(each) != 1 for each in ids):
+        raise InputError("the tokenizer splits one of the letters A to D: answers cannot be read "
+                         "off one token")
+    return torch.tensor([each[0] for each in ids])
+
+
 def measure_all(args, found, suite, about, letters_of=None):
     """Measure all adapters on all tasks of a suite, and write it into --out."""
     tokenizer, skeleton = models.load_tokenizer(args.model), models.skeleton(args.model)
@@ -218,6 +275,10 @@ def measure_all(args, found, suite, about, letters_of=None):
             names = list(find_targets(skeleton, each.settings.target_modules))
             lines.append(statistics(each, suite, kept, names, args.seed))
             if letters is not None:
-                lines[-1]["accuracy"] = [float(task["right"].double().mean()) for task in kept]
+                right = [task["right"] for task in kept]
+                lines[-1]["accuracy"] = [float(each.double().mean()) for each in right]
+                lines[-1]["accuracy_p"] = float(stats.binomtest(
+                    int(torch.cat(right).sum()), len(torch.cat(right)), 1 / len(letters),
+                    alternative="greater").pvalue)
         folder.finish({"command": args.command, "about": about, "adapters": lines,
                        "tasks": session.task_lines(suite, drawn)}, {})

@@ -338,6 +338,46 @@ def loss_table(result):
         adapter["name"] for adapter in result["adapters"])], rows)
 
 
+# --- MMLU ---------------------------------------------------------------------------------------
+
+
+def of_mmlu(result):
+    """Title, sentences and tables of the command `mmlu`."""
+    title, (rows, *facts), tables = of_experts(result)
+    for adapter in result["adapters"]:
+        facts += [accuracy(adapter), *preferences(adapter)]
+    return f"{title}: MMLU", [rows, *facts], [*tables, accuracy_table(result)]
+
+
+def accuracy(adapter):
+    mean = np.mean(adapter["accuracy"])
+    able = adapter["accuracy_p"] < 0.05
+    return (f"{adapter['name']}: accuracy {mean:.1%} (chance 25%, p {adapter['accuracy_p']:.2g}): "
+            + ("above chance." if able else "not above chance, so its routing shows no abilities."))
+
+
+def preferences(adapter):
+    """Whether families of subjects prefer experts, as the paper reads its picture."""
+    for place, found in adapter["places"].items():
+        largest = found["largest_difference"]
+        if largest is None:
+            continue
+        verdict = "is" if largest["p"] < 0.05 else "is not"
+        yield (f"{adapter['name']}, {place} tokens: the largest preference, of {largest['family']} "
+               f"for expert {chr(ord('A') + largest['expert'])} ({largest['difference']:+.4f}), "
+               f"{verdict} beyond what permuted families show (p {largest['p']:.4f}, all pairs of "
+               "family and expert counted).")
+
+
+def accuracy_table(result):
+    rows = [[task["name"], task["category"], task["rows"], *(
+        f"{adapter['accuracy'][t]:.0%}" for adapter in result["adapters"])]
+        for t, task in enumerate(result["tasks"])]
+    return Table("accuracy", "Accuracy", "By the likeliest of the four letters; chance: 25%.",
+                 ["subject", "family", "questions", *(adapter["name"]
+                                                      for adapter in result["adapters"])], rows)
+
+
 # --- conflict -----------------------------------------------------------------------------------
 
 MATCHED = 0.05  # of the smaller loss: adapters whose losses differ by more are not compared
@@ -470,6 +510,6 @@ def norm_table(result):
                      for what in ("loss", "norm", "R"))], rows)
 
 
-PARTS = {"sharing": of_sharing, "experts": of_experts, "conflict": of_conflict}
+PARTS = {"sharing": of_sharing, "experts": of_experts, "mmlu": of_mmlu, "conflict": of_conflict}
 DRAWN = {"sharing": analysis_figures.of_sharing, "experts": analysis_figures.of_experts,
-         "conflict": analysis_figures.of_conflict}
+         "mmlu": analysis_figures.of_experts, "conflict": analysis_figures.of_conflict}

