@@ -169,7 +169,7 @@ def measure_task(model, rows, args, pad_token_id, count, letters=None):
         if letters is not None:
             row, place = where[1][:, -logits.shape[1] - 1:-1].nonzero(as_tuple=True)
             answer = batch["labels"][row, place + 1]
-            right.append(letters[logits[row, place][:, letters].argmax(-1)] == answer)
+            right.append(letters.to(answer)[logits[row, place][:, letters].argmax(-1)] == answer)
         seen = [torch.stack([row_means(each, where) for each in pair])  # (2, 2, B, K)
                 for pair in probe.seen.values()]
         routed.append(torch.stack(seen, 3).movedim(2, 0))  # (B, 2, 2, L, K)

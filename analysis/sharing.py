@@ -296,7 +296,7 @@ def signs(M, positive, negative, halves):
     signed = up | down
     agree, shared = common(up, up) + common(down, down), common(signed, signed)
     pairs = off_diagonal(shared) > 0
-    first, second = (np.where(p, 1, np.where(m, -1, 0)) for p, m in halves)  # (T, P)
+    first, second = (p.astype(np.int8) - m.astype(np.int8) for p, m in halves)  # (T, P)
     both_folds = M & (first != 0) & (second != 0)
     reliable = [float((first == second)[t][both_folds[t]].mean()) for t in range(T)
                 if both_folds[t].any()]

@@ -247,10 +247,12 @@ def draw_active(axes, adapter, place, tasks):
     axes.set_xticks(range(w.shape[1]), [chr(ord("A") + k) if w.shape[1] <= 26 else k
                                         for k in range(w.shape[1])])
     accuracy = adapter.get("accuracy")
+    tokens = f"{place} tokens"
     trained = "one adapter for each task" if adapter["alone"] else f"loss {adapter['loss']:.2f}"
     if accuracy is not None:
         trained = f"accuracy {np.mean(accuracy):.0%}, chance 25%"
-    axes.set_title(f"{adapter['name']}, {place} tokens ({trained})\nJaccard "
+        tokens = "the letter's token" if place == "target" else tokens
+    axes.set_title(f"{adapter['name']}, {tokens} ({trained})\nJaccard "
                    f"{found['jaccard']:.2f}, of random sets {adapter['chance']:.2f}", fontsize=9)
     axes.set_xlabel("expert of the last layer")
 
@@ -317,7 +319,8 @@ def draw_conflict(axes, adapter, tasks):
             axes.add_patch(plt.Rectangle((u - 0.5, t - 0.5), 1, 1, fill=False, hatch="////",
                                          linewidth=0, edgecolor="grey"))
     for t, value in enumerate(cosines.diagonal()):
-        axes.text(t, t, f"{value:.1f}", ha="center", va="center", fontsize=6)
+        axes.text(t, t, f"{value:.1f}", ha="center", va="center", fontsize=6,
+                  color="white" if abs(value) > 0.6 else "black")
     label_tasks(axes, tasks, order)
     label_tasks(axes, tasks, order, "x")
     return drawn
@@ -343,6 +346,7 @@ def conflict_layers(result):
             "conflict", "undecided", "agreement"), colors=("tab:red", "lightgrey", "tab:blue"))
         place.set(xlabel="adapted layer", ylabel="share of pairs", ylim=(0, 1),
                   xlim=(0, max(1, len(shares) - 1)), title=adapter["name"])
+        place.xaxis.get_major_locator().set_params(integer=True)
         place.legend(fontsize=8, loc="lower right")
     return figure
 
@@ -380,7 +384,9 @@ def lookahead(result):
                       rotation=90, ha="center", va="bottom")
     bars.axhline(0, color="black", linewidth=0.8)
     bars.set_xticks(np.arange(len(NUMBERS)) + 0.4 - width / 2, NUMBERS.values())
+    bars.update_datalim([(0, 0.1)], updatex=False)  # where nothing is measured
     bars.margins(y=0.25)
+    bars.autoscale_view()
     bars.legend(fontsize=8)
     return figure
 
@@ -399,6 +405,8 @@ def against_loss(result):
         place.set(title=title, xlabel="mean loss of the rows", ylim=(-0.02, 1))
         if place.collections:
             place.legend(fontsize=7)
+        else:
+            place.text(0.5, 0.5, "not measured", ha="center", transform=place.transAxes)
     return figure
 
 
