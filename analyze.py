@@ -10,7 +10,6 @@ on after a stop. What each number means: docs/analyses.md.
 """
 
 import argparse
-import os
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
@@ -27,6 +26,7 @@ from registry import EMBEDDED, MODELS
 Count = Index = Annotated[int, Meta(ge=0, le=10**6, description="a whole number from 0 to 1000000")]
 Several = Annotated[int, Meta(ge=2, le=10**6, description="a whole number from 2 to 1000000")]
 Share = Annotated[float, Meta(gt=0, lt=1, description="a number between 0 and 1")]
+SHARE = 0.1
 MODULES = ("gate_proj", "q_proj", "k_proj", "v_proj")
 
 SUITE = (
@@ -53,7 +53,7 @@ OWN = {
         *SUITE, ("adapter", str, None, "analyse the model that this adapter makes", "DIR"), LAYERS,
         ("target_modules", tuple[str, ...], MODULES, "linear layers whose weights are analysed "
          f"(default: {' '.join(MODULES)})", "NAME"),
-        ("share", Share, 0.1, "of units that count as active in a task (default: 0.1)"),
+        ("share", Share, None, f"of units that count as active in a task (default: {SHARE})"),
         ("epsilon", NonNegative, None, "active are units with a larger score instead"),
         ("neurons", Literal["gate", "pre", "intermediate"], "gate", "a neuron's value: output of "
          "the activation, its input, or what reaches down_proj (default: gate)"),
@@ -107,8 +107,10 @@ def parse_flags(argv):
             raise InputError(f"--{name}: {' '.join(map(str, values))} names one twice")
     if args.command != "sharing" and not args.adapter:
         raise InputError(f"{args.command} needs --adapter: the adapter folder of a finished run")
-    if args.command == "sharing" and args.epsilon is not None and args.share != 0.1:
-        raise InputError("--share is not read with --epsilon: give one of them")
+    if args.command == "sharing":
+        if args.share and args.epsilon is not None:
+            raise InputError("--share is not read with --epsilon: give one of them")
+        args.share = args.share or (SHARE if args.epsilon is None else None)
     return args
 
 
@@ -117,9 +119,11 @@ def main(argv=None):
     argv = sys.argv[1:] if argv is None else list(argv)
     try:
         args = parse_flags(argv)
-        from analysis import commands  # not above: torch takes seconds, --help and flags need none
-        commands.check_folder(args.out)
-        commands.run(args)
+        # Not above: torch takes seconds, and --help and wrong flags need none.
+        from analysis import gradients, routing, session, units
+        session.check_folder(args.out)
+        {"sharing": units.run, "experts": routing.run_experts, "mmlu": routing.run_mmlu,
+         "conflict": gradients.run}[args.command](args)
         from reporting import analyses  # not above: matplotlib takes a second
         analyses.write(args.out)
         print(one_line(f"{args.out / 'analysis.md'}"))
@@ -127,8 +131,8 @@ def main(argv=None):
         print(one_line(f"error: {error}"), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"stopped; tasks that are done are kept: the same command goes on from there, in "
-              f"{os.getcwd()}", file=sys.stderr)
+        print("stopped; tasks that are done are kept: the same command goes on from there",
+              file=sys.stderr)
         return 130
     return 0
 

@@ -95,7 +95,7 @@ def test_help_and_flags_need_no_torch():
     ("'0' is not a number between 0 and 1", ("--share", 0)),
     ("'1' is not a number between 0 and 1", ("--share", 1)),
     ("--share 0.001 of a layer's neurons, 64, is 0", ("--share", 0.001)),
-    ("--share is not read with --epsilon", ("--share", 0.2, "--epsilon", 0.5)),
+    ("--share is not read with --epsilon", ("--epsilon", 0.5)),
     ("'-1' is not a finite number, 0 or more", ("--epsilon", "-1")),
     ("'nan' is not a finite number, 0 or more", ("--epsilon", "nan")),
     ("task 'T9' is unknown", ("--tasks", "T9", "say_both")),
