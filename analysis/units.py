@@ -35,7 +35,7 @@ PARTS = ("all", "fold0", "fold1")
 
 
 def run(args):
-    """The command `sharing` -> (analysis, arrays), written into --out."""
+    """The command `sharing`."""
     suite = session.read_suite(args, largest=sharing.MOST_TASKS)
     skeleton = models.skeleton(args.model)
     args.layers = session.check_layers(args, skeleton)
@@ -51,7 +51,9 @@ def run(args):
     model, sha256 = session.load_model(args, args.adapter)
     model.requires_grad_(False)  # hooks see all gradients that are needed
     made = session.made_with(args, suite, sha256, [args.adapter] if args.adapter else [])
-    rows = drawn.rows | controls(drawn.rows, tokenizer, args.seed)
+    # In brackets, which no task's name has.
+    rows = drawn.rows | {f"({name})": mine for name, mine in
+                         controls(drawn.rows, tokenizer, args.seed).items()}
     sweep = Sweep(args, model, tokenizer.pad_token_id, names,
                   mlp_names(dict(zip(args.layers, gates, strict=True))))
     with session.Session(args.out, made).reserved() as folder:
@@ -63,7 +65,6 @@ def run(args):
             line["loss"] = float(kept[line["name"]]["loss"])
         counted, arrays = Counted(args, suite, kept).statistics(sweep)
         folder.finish(result | counted, arrays)
-    return folder
 
 
 def check_share(args, units, what):
@@ -100,6 +101,8 @@ class Sweep:
         self.args, self.model, self.pad_token_id = args, model, pad_token_id
         self.names, self.mlps = names, mlps
         self.shapes = {name: layer_shape(model.get_submodule(name)) for name in names}
+        self.neurons = {layer: layer_shape(model.get_submodule(f"{name}.gate_proj"))[0]
+                        for layer, name in mlps.items()}
 
     def task(self, rows, count):
         """The small tensors that the statistics need, by name, of one task's rows.
@@ -108,7 +111,8 @@ class Sweep:
         fold while the task lasts: of the weights one bit per mask and sign remains.
         """
         device = self.model.device
-        neurons = {layer: 0 for layer in self.mlps}  # (H, positions, m)
+        neurons = {layer: torch.zeros(FOLDS, len(POSITIONS), m, dtype=torch.float64, device=device)
+                   for layer, m in self.neurons.items()}
         sums = {name: torch.zeros(2, FOLDS, *shape, device=device)  # (moment, H, out, in)
                 for name, shape in self.shapes.items()}
         losses, in_fold = 0.0, [len(rows[fold::FOLDS]) for fold in range(FOLDS)]
@@ -125,8 +129,7 @@ class Sweep:
             for layer, values in seen.values.items():
                 means = row_means(values.double().abs(), where).sum(1)  # (positions, m)
                 refuse_non_finite(means, some, f"an activation of layer {layer}")
-                neurons[layer] = neurons[layer] + torch.stack(
-                    [means if fold == each else torch.zeros_like(means) for each in range(FOLDS)])
+                neurons[layer][fold] += means
             for name in self.names:
                 G = probe.gradients(name)  # (B, out, in)
                 squares = G.square().sum(0)
