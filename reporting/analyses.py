@@ -170,7 +170,8 @@ def sharing_table(result):
     for title, line in measured_units(result):
         T = len(line["histogram"]) - 1
         control = line["controls"]["random"]
-        rows.append([title, number(line["jaccard"], 3), number(line["chance"], 3),
+        rows.append([title, f"{line['jaccard']:.3f} ({line['smallest']:.2f} to "
+                     f"{line['largest']:.2f})", number(line["chance"], 3),
                      number(line["ceiling"], 3), number(line["kappa"]),
                      f"{line['shared']:.3f} ({line['shared_chance']:.3f})",
                      f"{line['histogram'][0] / line['units']:.3f} "
@@ -185,12 +186,14 @@ def sharing_table(result):
                      f"{line['patterns']['observed']['active']:,}; "
                      f"{line['patterns']['observed']['cover_half']:,} cover half (permuted: "
                      f"{line['patterns']['permuted']['distinct']:,.0f}; "
-                     f"{line['patterns']['permuted']['cover_half']:.0f})"])
+                     f"{line['patterns']['permuted']['cover_half']:.0f})",
+                     number(line["lower_half"])])
     header = ["units", "J tasks", "J chance", "J halves", "kappa", "shared (chance)",
               "in no task (chance)", "in all (chance)", "J pooled, shuffled", "J random",
-              "core also on random", "category effect, p", "patterns"]
+              "core also on random", "category effect, p", "patterns", "lower half"]
     return Table("sharing", "How much is shared", "J: Jaccard index, mean over pairs of tasks, of "
-                 "two halves of a task, of tasks and controls; core: units active in all tasks.",
+                 "two halves of a task, of tasks and controls; core: units active in all tasks; "
+                 "lower half: share of active units with an id in the lower half.",
                  header, rows)
 
 
@@ -210,12 +213,14 @@ def structure_table(result):
 
 
 def sign_table(result):
-    rows = [[place(line), *(number(line["signs"][key]) for key in (
-        "both", "both_chance", "minority_all", "pairwise", "reliability"))]
-        for line in result["weights"]]
+    rows = [[place(line), *(number(line["signs"][key]) for key in ("both", "both_chance")),
+             f"{number(line['signs']['minority_all'])} "
+             f"({line['signs']['by_n'][-1]['minority_chance']:.2f})",
+             *(number(line["signs"][key]) for key in ("pairwise", "reliability"))]
+            for line in result["weights"]]
     return Table("signs", "Signs", "Of the mean gradient: weights active in two tasks or more with "
                  "both signs, and by chance; mean share of the rarer sign where all tasks are "
-                 "active; agreement of pairs of tasks (0.5: independent) and of two halves.",
+                 "active (by chance); agreement of pairs of tasks (0.5: independent), of halves.",
                  ["matrix", "both", "chance", "rarer sign, in all", "pairs", "halves"], rows)
 
 
