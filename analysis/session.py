@@ -34,7 +34,7 @@ from method import find_targets, fingerprint
 
 RESULT, ARRAYS, TEXT, FIGURES, PARTIAL = ("analysis.json", "arrays.npz", "analysis.md", "figures",
                                           "partial")
-OF_FOLDER = {"out"}  # flags in which equal analyses may differ
+FREE = {"out", "data_dir"}  # flags in which equal analyses may differ: data is compared by content
 
 
 # --- rows ---------------------------------------------------------------------------------------
@@ -181,7 +181,7 @@ def made_with(args, suite, base_sha256, adapters=()):
     device = PartialState().device
     return {
         "args": {name: str(value) if isinstance(value, Path) else value
-                 for name, value in sorted(vars(args).items()) if name not in OF_FOLDER},
+                 for name, value in sorted(vars(args).items()) if name not in FREE},
         "versions": identity.versions(), "code_sha256": code.hexdigest(),
         "device": identity.device_name(PartialState()), "threads": torch.get_num_threads()
         if device.type == "cpu" else None, "base_sha256": base_sha256,

@@ -33,10 +33,9 @@ def write(folder):
 def settings(result):
     """What was analysed, in a line."""
     made = result["made"]
-    args = made["args"]
     shown = [f"{name} {' '.join(map(str, value)) if isinstance(value, list) else value}"
-             for name, value in args.items() if value not in (None, [], False)
-             and name not in ("command", "data_dir")]
+             for name, value in made["args"].items()
+             if value not in (None, [], False) and name != "command"]
     rows, tokens = (sum(task[key] for task in result["tasks"]) for key in ("rows", "tokens"))
     return one_line(f"{'; '.join(shown)}; {rows} rows, {tokens:,} tokens; base model "
                     f"{made['base_sha256'][:12]}")
