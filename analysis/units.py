@@ -23,6 +23,7 @@ from analysis.probes import (
     row_means,
     target_logits,
 )
+from inputs.bars import Bar
 from inputs.errors import InputError
 from inputs.numbers import stable_seed
 from registry import read_adapter_config
@@ -211,7 +212,7 @@ class Counted:
                 neurons.append({"layer": layer, "positions": place} | found)
                 table += self.table(masks, f"neurons, {place} tokens", layer)
                 arrays[f"neurons.{layer}.{place}"] = masks("main")[0]
-        for name in sweep.names:
+        for name in Bar(sweep.names, desc="statistics", unit="matrix"):
             module, layer = name.rpartition(".")[2], session.layer_number(name)
             masks = functools.partial(self.weight_masks, name, sweep.shapes[name])
             main = masks("main")
