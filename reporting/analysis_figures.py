@@ -103,8 +103,8 @@ def weights(result, arrays, module):
         image.set_yticks([])
         edges = np.linspace(0, rows, len(share) + 1)
         counts = share.mean(1)  # of all tasks' activations
-        total.barh(edges[:-1], counts, np.diff(edges), align="edge", color="tab:grey")
-        total.set(ylim=(rows, 0), ylabel="row (output unit)")
+        total.stairs(counts, edges, orientation="horizontal", fill=True, color="tab:grey")
+        total.set(ylim=(rows, 0), ylabel="row (output unit)" if index == 0 else None)
         total.invert_xaxis()
         total.set_xlabel("share over\nall tasks", fontsize=8)
         if module != "gate_proj":
@@ -124,7 +124,8 @@ def signs(result, arrays, module="gate_proj"):
         up, down = binned(arrays[f"signs.{module}.{line['layer']}"].T).T
         edges = np.linspace(0, line["shape"][0], len(up) + 1)
         for counts, colour, name in ((up, "tab:red", "positive"), (-down, "tab:blue", "negative")):
-            rows.barh(edges[:-1], counts, np.diff(edges), align="edge", color=colour, label=name)
+            rows.stairs(counts, edges, orientation="horizontal", fill=True, color=colour,
+                        label=name)
         rows.set(title=f"layer {line['layer']}: activations by sign", ylim=(edges[-1], 0),
                  ylabel="row", xlabel="active weights of the row, over tasks")
         rows.legend(fontsize=8)
