@@ -146,7 +146,7 @@ def signs(result, arrays, module="gate_proj"):
 
 def measured_units(result):
     """(title, statistics) of all neurons and weights whose masks could be compared."""
-    for line in result["neurons"]:
+    for line in sorted(result["neurons"], key=lambda line: line["positions"]):
         if "jaccard" in line:
             yield f"neurons, {line['positions']} tokens, layer {line['layer']}", line
     for line in result["weights"]:
@@ -166,6 +166,7 @@ def sharing(result):
         place.set_title(f"{title}\nin no task {line['histogram'][0] / line['units']:.2f} (chance "
                         f"{line['chance_histogram'][0] / line['units']:.2f})", fontsize=9)
         place.xaxis.get_major_locator().set_params(integer=True)
+        place.yaxis.set_major_formatter("{x:,.0f}")
     axes[0].legend(fontsize=8)
     return figure
 
@@ -174,7 +175,7 @@ def overlap(result):
     """Jaccard index of every two tasks and of each with the controls; two halves on the diagonal.
     """
     found = list(measured_units(result))
-    figure, axes = grid(len(found), width=4.4, height=4.3)
+    figure, axes = grid(len(found), width=4.4, height=3.6)
     for place, (title, line) in zip(axes, found, strict=True):
         tasks = without(result["tasks"], line["left_out"])
         order = by_category(tasks)
