@@ -7,8 +7,6 @@ Axis names
 Gradients are those of one row each: squares of means over rows are another quantity (Fig. 1, H.1).
 """
 
-import contextlib
-
 import torch
 import torch.nn.functional as F
 
@@ -72,17 +70,18 @@ def refuse_non_finite(tensor, rows, what):
                          "weights, or the adapter's, make it overflow")
 
 
-@contextlib.contextmanager
-def hooked(handles):
-    """A context that removes these hooks at its end."""
-    try:
-        yield
-    finally:
-        for handle in handles:
+class Probe:
+    """A context with hooks on a model, the `handles`; at its end they are removed."""
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        for handle in self.handles:
             handle.remove()
 
 
-class NeuronProbe:
+class NeuronProbe(Probe):
     """A context in which every forward pass leaves `values` {layer: (B, S, m)}.
 
     `mlps` are the names of the modules that hold a gate_proj, by layer; `where` a key of NEURONS.
@@ -96,16 +95,9 @@ class NeuronProbe:
                 self.values[layer] = (output if side == "output" else inputs[0]).detach()
             return hook
 
-        self.context = hooked([
+        self.handles = [
             model.get_submodule(f"{name}.{child}").register_forward_hook(hook_of(layer))
-            for layer, name in mlps.items()])
-
-    def __enter__(self):
-        self.context.__enter__()
-        return self
-
-    def __exit__(self, *error):
-        return self.context.__exit__(*error)
+            for layer, name in mlps.items()]
 
 
 def ask_for_gradients(_, _inputs, output):
@@ -114,7 +106,7 @@ def ask_for_gradients(_, _inputs, output):
         output.requires_grad_()
 
 
-class GradientProbe:
+class GradientProbe(Probe):
     """A context in which a forward and a backward pass of summed row losses give row gradients.
 
     Of y = W h the gradient of row d is G_d = sum_p delta_p h_p', delta = dl_d / dy: hooks keep h
@@ -131,11 +123,9 @@ class GradientProbe:
                 output.register_hook(lambda delta: self.delta.__setitem__(name, delta))
             return hook
 
-        self.context = hooked([
+        self.handles = [
             model.get_input_embeddings().register_forward_hook(ask_for_gradients),
-            *(model.get_submodule(name).register_forward_hook(hook_of(name)) for name in names)])
-
-    __enter__, __exit__ = NeuronProbe.__enter__, NeuronProbe.__exit__
+            *(model.get_submodule(name).register_forward_hook(hook_of(name)) for name in names)]
 
     def gradients(self, name):
         """G (B, out, in) of every row, in float32 at least: squares in half precision vanish."""

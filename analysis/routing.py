@@ -18,8 +18,8 @@ from scipy import stats
 import models
 from analysis import adapters, session
 from analysis.probes import (
+    Probe,
     batch_of,
-    hooked,
     positions,
     refuse_non_finite,
     row_losses,
@@ -113,7 +113,7 @@ def known(values):
 # --- one adapter --------------------------------------------------------------------------------
 
 
-class RouterProbe:
+class RouterProbe(Probe):
     """A context in which every forward pass leaves w and u of its rows, by adapted layer."""
 
     def __init__(self, layers):
@@ -127,15 +127,8 @@ class RouterProbe:
                                        select_experts(logits, layer.top_k).to(logits.dtype))
             return hook
 
-        self.context = hooked([layer.register_forward_pre_hook(hook_of(name))
-                               for name, layer in layers.items()])
-
-    def __enter__(self):
-        self.context.__enter__()
-        return self
-
-    def __exit__(self, *error):
-        return self.context.__exit__(*error)
+        self.handles = [layer.register_forward_pre_hook(hook_of(name))
+                        for name, layer in layers.items()]
 
 
 def expert_energy(layer):
