@@ -49,8 +49,8 @@ def load(path, subjects):
     From the file `path`; without one from PACKAGE if it is installed, else from the hub. Raises
     InputError for a damaged line, an unknown subject, or no source.
     """
-    if path is None:
-        path = packaged()
+    source = f"the package {PACKAGE}" if path is None else str(path)
+    path = path or packaged()
     if path is None:
         return from_hub(subjects), f"{HUB} on the hub", 0
     questions, dropped = read(path)
@@ -58,8 +58,7 @@ def load(path, subjects):
     if unknown:
         raise InputError(f"--subjects {unknown[0]}: {path} has no such subject; it has "
                          f"{listed(sorted(questions))}")
-    return {subject: task_of(subject, questions[subject]) for subject in subjects}, str(path), \
-        dropped
+    return {subject: task_of(subject, questions[subject]) for subject in subjects}, source, dropped
 
 
 def packaged():

