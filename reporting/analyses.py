@@ -408,7 +408,7 @@ def decided(adapter):
         return f"{adapter['name']}: conflict is not measured, a task has no gradient."
     conflict, undecided, agreement = whole["decided"]
     return (f"{adapter['name']}, loss {adapter['loss']:.2f}: {whole['negative']:.0%} of the pairs "
-            f"of tasks have a negative cosine, but only {1 - undecided:.0%} can be told from zero: "
+            f"of tasks have a negative cosine; {1 - undecided:.0%} can be told from zero: "
             f"{conflict:.0%} in conflict, {agreement:.0%} in agreement (orthogonal tasks give 1 "
             f"to 6% in all). Median reliability {whole['median_reliability']:.2f} (0: "
             "noise, 1: none).")

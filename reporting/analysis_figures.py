@@ -361,7 +361,8 @@ def lookahead(result):
     """What a step for one task does to the others, and the three numbers of each adapter."""
     adapters, tasks = result["adapters"], result["tasks"]
     order = by_category(tasks)
-    figure, axes = grid(len(adapters) + 1, width=6, height=5.4)
+    figure, axes = grid(len(adapters) + 1, width=6, height=5.4,
+                        columns=2 if len(adapters) == 3 else 3)
     for place, adapter in zip(axes, adapters, strict=False):
         found = adapter["lookahead"]
         delta = np.array(found["delta"])
@@ -385,7 +386,7 @@ def lookahead(result):
             bars.text(x, 0 if value is None else max(value, 0), number(value), fontsize=7,
                       rotation=90, ha="center", va="bottom")
     bars.axhline(0, color="black", linewidth=0.8)
-    bars.set_xticks(np.arange(len(NUMBERS)) + 0.4 - width / 2, NUMBERS.values())
+    bars.set_xticks(np.arange(len(NUMBERS)) + 0.4 - width / 2, NUMBERS.values(), fontsize=8)
     bars.update_datalim([(0, 0.1)], updatex=False)  # where nothing is measured
     bars.margins(y=0.25)
     bars.autoscale_view()
