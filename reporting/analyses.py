@@ -361,15 +361,15 @@ def accuracy(adapter):
 
 
 def preferences(adapter):
-    """Whether families of subjects prefer experts, as the paper reads its picture."""
+    """Whether families of subjects prefer, or avoid, experts, as the paper reads its picture."""
     for place, found in adapter["places"].items():
         largest = found["largest_difference"]
         if largest is None:
             continue
         verdict = "is" if largest["p"] < 0.05 else "is not"
-        yield (f"{adapter['name']}, {place} tokens: the largest preference, of {largest['family']} "
-               f"for expert {chr(ord('A') + largest['expert'])} ({largest['difference']:+.4f}), "
-               f"{verdict} beyond what permuted families show (p {largest['p']:.4f}, all pairs of "
+        yield (f"{adapter['name']}, {place} tokens: the largest difference between a family's "
+               f"mean routing weight and all others', {largest['difference']:+.4f} "
+               f"({largest['family']}, expert {chr(ord('A') + largest['expert'])}), {verdict} beyond what permuted families show (p {largest['p']:.4f}, all pairs of "
                "family and expert counted).")
 
 
