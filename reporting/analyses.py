@@ -369,8 +369,9 @@ def preferences(adapter):
         verdict = "is" if largest["p"] < 0.05 else "is not"
         yield (f"{adapter['name']}, {place} tokens: the largest difference between a family's "
                f"mean routing weight and all others', {largest['difference']:+.4f} "
-               f"({largest['family']}, expert {chr(ord('A') + largest['expert'])}), {verdict} beyond what permuted families show (p {largest['p']:.4f}, all pairs of "
-               "family and expert counted).")
+               f"({largest['family']}, expert {chr(ord('A') + largest['expert'])}), {verdict} "
+               f"beyond what permuted families show (p {largest['p']:.4f}, all pairs of family and "
+               "expert counted).")
 
 
 def accuracy_table(result):
