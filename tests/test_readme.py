@@ -92,7 +92,7 @@ def test_commands_parse(flags):
     assert args.method in METHODS and typed
 
 
-@pytest.mark.parametrize("flags", commands_of("analyze.py"), ids=" ".join)
+@pytest.mark.parametrize("flags", list(commands_of("analyze.py")), ids=" ".join)
 def test_analyses_parse(flags):
     """So are its analyses."""
     assert analyze.parse_flags(flags).command == flags[0]
