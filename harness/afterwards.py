@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from harness.early import print_anything
-from inputs.errors import InputError, Interrupted, one_line
+from inputs.errors import InputError, Interrupted, error_lines, one_line
 from registry import ADAPTER_CONFIG, MODELS, read_adapter_config
 
 
@@ -42,7 +42,7 @@ def carry_out(argv, read, execute):
     try:
         return execute(read(argv))
     except (InputError, OSError) as error:
-        print(one_line(f"error: {error}"), file=sys.stderr)
+        print(error_lines(error), file=sys.stderr)
         return 2
     except (KeyboardInterrupt, Interrupted) as error:
         print(one_line(f"\rstopped{': ' if str(error) else ''}{error}".lstrip("\r")),

@@ -116,9 +116,9 @@ def add_argument(group, name, kind, default, help, metavar=None, check=None):
         options["metavar"] = metavar
     if origin is tuple:
         options["nargs"] = "+"
-        if check is None:
-            options["action"] = Words
         kind = typing.get_args(kind)[0]
+        if kind is str and check is None:  # not of paths, which may hold a comma
+            options["action"] = Words
         origin = typing.get_origin(kind)
     if origin is Literal:
         options["choices"] = typing.get_args(kind)

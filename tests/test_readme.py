@@ -9,6 +9,7 @@ import pytest
 import study
 from conftest import succeed
 
+import analyze
 import data
 import train
 from registry import METHODS, Entry, Targets
@@ -63,13 +64,13 @@ def test_tree():
         assert (ROOT / name).is_dir(), name
 
 
-def train_commands():
-    """The flags of every train.py command in a code block."""
+def commands_of(program):
+    """The flags of every command of a program in a code block."""
     for block in re.findall(r"```bash\n(.*?)```", TEXTS, flags=re.DOTALL):
         for line in block.splitlines():
             words = shlex.split(line, comments=True)
-            if "train.py" in words:
-                yield words[words.index("train.py") + 1:]
+            if program in words:
+                yield words[words.index(program) + 1:]
 
 
 def test_study_commands_parse():
@@ -84,7 +85,7 @@ def test_study_commands_parse():
         assert study.plan(args, [])
 
 
-@pytest.mark.parametrize("flags", [c for c in train_commands() if c and "--help" not in c
+@pytest.mark.parametrize("flags", [c for c in commands_of("train.py") if c and "--help" not in c
                                    and not {"--adapter", "--from_results"} & set(c)], ids=" ".join)
 def test_commands_parse(flags):
     """The README's training commands are accepted."""
@@ -101,6 +102,12 @@ def test_example_task_loads(tmp_path):
         file.write_text(text, encoding="utf-8")
     (task,) = data.load_suite(tmp_path / "suite").tasks.values()
     assert task.metric == "accuracy" and task.test[1]["outputs"] == ["bad", "poor"]
+
+
+@pytest.mark.parametrize("flags", list(commands_of("analyze.py")), ids=" ".join)
+def test_analyses_parse(flags):
+    """So are its analyses."""
+    assert analyze.parse_flags(flags).command == flags[0]
 
 
 def test_example_method_trains(llama, suite, tmp_path, monkeypatch):

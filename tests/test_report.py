@@ -1,6 +1,7 @@
 """What a report reads, leaves out, computes and draws, on tiny runs."""
 
 import csv
+import dataclasses
 import io
 import itertools
 import json
@@ -15,10 +16,12 @@ from pathlib import Path
 import matplotlib.image
 import numpy as np
 import pytest
+import torch
 from conftest import SMALL, TASKS, lines_of, results_of, snapshot, succeed, write_json
 from scipy.stats import wilcoxon
 
 import report
+from grouping import component_gram, gradient_angles, grouping_from_gram
 from inputs.suites import SUPERNI
 from registry import METHODS, variant_of
 from reporting import figures, runs, significance, study_report, tables
@@ -566,6 +569,35 @@ def test_sensitivity_needs_two_values(study):
 
 
 # Of a layer whose gradients are not finite, and one that saw no token.
+def test_angles_show_both_moments_and_noise(study):
+    """Before a regrouping and after it where there is one; what noise gives, where it is known."""
+    records, _ = runs.collect([study], ())
+    badit = next(record for record in records if record.variant == "badit")
+    other = badit._replace(model="smollm2-135m", settings=dataclasses.replace(
+        badit.settings, rank=4))
+    lines = figures.angles([other]).axes[0].lines
+    styles = [line.get_linestyle() for line in lines]
+    assert styles == ["-", ":", "-", ":", "-", ":"]  # between, inside, 90 degrees, noise
+    for line, key in zip(lines, ("inter_before", "inter_after", "intra_before", "intra_after"),
+                         strict=False):
+        assert line.get_ydata() == pytest.approx(
+            [event[key] for event in badit.results["regroupings"]])
+    assert list(lines[5].get_ydata()) == [88.9, 88.9]
+    assert len(figures.angles([badit]).axes[0].lines) == 5
+    figures.plt.close("all")
+
+
+def test_noise_level():
+    """The rounds of DOG on isotropic noise of the size of SmolLM2's gate_proj."""
+    generator = torch.Generator().manual_seed(0)
+    gram = torch.stack([component_gram(torch.randn(32, 576 + 1536, generator=generator))
+                        for _ in range(20)])
+    new, _ = grouping_from_gram(gram, 8, torch.arange(32).expand(20, -1) // 4)
+    inter, intra = gradient_angles(gram, new, 8)
+    assert float(intra.mean()) == pytest.approx(figures.NOISE["smollm2-135m"], abs=0.1)
+    assert float(inter.mean()) == pytest.approx(90.4, abs=0.1)
+
+
 NO_NUMBERS = dict.fromkeys(("intra_before", "intra_after", "inter_after", "alpha_entropy",
                             "expert_share"))
 

@@ -1,0 +1,277 @@
+"""Which experts tasks route to, and learn in (Fig. 2 and 13).
+
+The commands `experts` and `mmlu`. Axis names
+    T, n      tasks, rows of a task
+    L, K      adapted layers, experts
+    B, S      rows and tokens of a micro-batch
+    w         mean softmax of the router's logits over all K, before top-k
+    u         share of tokens that select an expert
+"""
+
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from scipy import stats
+
+import models
+from analysis import adapters, session
+from analysis.probes import (
+    Probe,
+    batch_of,
+    positions,
+    refuse_non_finite,
+    row_losses,
+    row_means,
+    target_logits,
+)
+from analysis.sharing import (
+    LABEL_PERMUTATIONS,
+    category_effect,
+    chance_jaccard,
+    jaccard,
+    off_diagonal,
+)
+from data import Suite
+from experts import select_experts
+from inputs import mmlu
+from inputs.errors import InputError
+from inputs.numbers import stable_seed
+from method import find_targets
+
+PERMUTATIONS = 1000
+PLACES = ("all", "target")
+
+
+# --- statistics ---------------------------------------------------------------------------------
+
+
+def active_experts(w, top_k):
+    """The top_k largest of w (T, K) for every task, ties to the lower index: bool (T, K)."""
+    return select_experts(torch.as_tensor(w), top_k).numpy()
+
+
+def information(u):
+    """I(task; expert) = mean over t of KL(pi_t || mean pi), pi_t = u_t / sum u_t: nats, (...).
+
+    u (..., T, K), not negative. 0: routing ignores the task; at most ln K. A task without any
+    token or gradient makes it NaN.
+    """
+    with np.errstate(invalid="ignore"):  # 0 / 0
+        pi = u / u.sum(-1, keepdims=True)  # (..., T, K)
+    mean = pi.mean(-2, keepdims=True)
+    ratio = np.where(pi > 0, pi / np.where(mean > 0, mean, 1), 1)
+    # Below 0 by rounding only.
+    return np.maximum((pi * np.log(ratio)).sum(-1), 0).mean(-1)
+
+
+def null_information(rows, sizes, generator):
+    """`information` of means over tasks of rows (N, ..., K) dealt to tasks at random.
+
+    `sizes` (T,) are the rows of each task -> (PERMUTATIONS, ...).
+    """
+    starts = np.concatenate([[0], np.cumsum(sizes)[:-1]])
+    found = []
+    for _ in range(PERMUTATIONS):
+        sums = np.add.reduceat(rows[generator.permutation(len(rows))], starts, axis=0)
+        means = sums / sizes.reshape(-1, *[1] * (rows.ndim - 1))  # (T, ..., K)
+        found.append(information(np.moveaxis(means, 0, -2)))
+    return np.array(found)
+
+
+def largest_difference(w, families, generator):
+    """The (family, expert) whose mean weight differs most from that of all other tasks.
+
+    w (T, K), families (T,) -> dict with a p that counts all pairs: the largest of them under
+    permuted labels. None with fewer than two families.
+    """
+    names, labels = np.unique(families, return_inverse=True)
+    if len(names) < 2:
+        return None
+
+    def differences(labels):
+        """labels (T,) -> (families, K)."""
+        member = labels == np.arange(len(names))[:, None]  # (families, T)
+        return (member @ w / member.sum(1, keepdims=True)
+                - ~member @ w / (~member).sum(1, keepdims=True))
+
+    observed = differences(labels)
+    family, expert = np.unravel_index(np.abs(observed).argmax(), observed.shape)
+    reached = sum(np.abs(differences(generator.permutation(labels))).max()
+                  >= abs(observed[family, expert]) - 1e-12 for _ in range(LABEL_PERMUTATIONS))
+    return {"family": str(names[family]), "expert": int(expert),
+            "difference": float(observed[family, expert]),
+            "p": (1 + int(reached)) / (1 + LABEL_PERMUTATIONS)}
+
+
+def known(values):
+    """Numbers as JSON has them: None for NaN."""
+    return [None if math.isnan(value) else float(value) for value in np.ravel(values)]
+
+
+# --- one adapter --------------------------------------------------------------------------------
+
+
+class RouterProbe(Probe):
+    """A context in which every forward pass leaves w and u of its rows, by adapted layer."""
+
+    def __init__(self, layers):
+        self.seen = {}  # layer: (w, u), each (B, S, K)
+
+        def hook_of(name):
+            def hook(layer, inputs):
+                with torch.no_grad():
+                    logits = F.linear(inputs[0].to(layer.router.dtype), layer.router)  # (B, S, K)
+                    self.seen[name] = (logits.softmax(-1),
+                                       select_experts(logits, layer.top_k).to(logits.dtype))
+            return hook
+
+        self.handles = [layer.register_forward_pre_hook(hook_of(name))
+                        for name, layer in layers.items()]
+
+
+def expert_energy(layer):
+    """|gradient|^2 of the components that each expert owns, (K,)."""
+    each = (layer.lora_A.grad.double().square().sum(1)
+            + layer.lora_B.grad.double().square().sum(0))  # (N,)
+    zeros = each.new_zeros(layer.num_experts)
+    return zeros.index_add(0, layer.expert_of, each)
+
+
+def measure_task(model, rows, args, pad_token_id, count, letters=None):
+    """What one task's rows route to: tensors by name.
+
+    routed (n, 2: w and u, 2: PLACES, L, K); energy (L, K) of the mean gradient; losses (n,). With
+    `letters` (4,), token ids of A to D, the second place is the token before the answer's letter
+    alone, and right (n,) says whether the right letter is the likeliest of them.
+    """
+    layers = model.adapted_by.layers
+    model.zero_grad()
+    routed, losses, right = [], [], []
+    for _, some in session.micro_batches(rows, 1, args.micro_batch):
+        batch = batch_of(some, pad_token_id, model.device)
+        where = positions(batch)  # (2, B, S)
+        if letters is not None:
+            where[1] &= where[1].cumsum(-1) == 1
+        with RouterProbe(layers) as probe:
+            logits = target_logits(model, batch)  # (B, k - 1, vocabulary)
+        loss = row_losses(logits, batch)
+        refuse_non_finite(loss, some, "the loss")
+        loss.sum().backward()
+        if letters is not None:
+            row, place = where[1][:, -logits.shape[1] - 1:-1].nonzero(as_tuple=True)
+            answer = batch["labels"][row, place + 1]
+            right.append(letters.to(answer)[logits[row, place][:, letters].argmax(-1)] == answer)
+        seen = [torch.stack([row_means(each, where) for each in pair])  # (2, 2, B, K)
+                for pair in probe.seen.values()]
+        routed.append(torch.stack(seen, 3).movedim(2, 0))  # (B, 2, 2, L, K)
+        losses.append(loss.detach())
+        count(len(some))
+    energy = torch.stack([expert_energy(layer) for layer in layers.values()]) / len(rows)**2
+    return {"routed": torch.cat(routed).double(), "energy": energy, "losses": torch.cat(losses)} | (
+        {"right": torch.cat(right)} if letters is not None else {})
+
+
+def statistics(adapter, suite, kept, layer_names, seed):
+    """What analysis.json says of one adapter, from `measure_task` of every task."""
+    routed = [each["routed"].numpy() for each in kept]  # T of (n, 2, 2, L, K)
+    means = np.stack([each.mean(0) for each in routed])  # (T, 2, 2, L, K)
+    sizes = np.array([len(each) for each in routed])
+    T, K, top_k = len(kept), means.shape[-1], adapter.settings.top_k
+    generator = np.random.default_rng(stable_seed("routing", seed, adapter.name))
+    observed = information(np.moveaxis(means, 0, -2))  # (2, 2, L)
+    null = null_information(np.concatenate(routed)[:, 1], sizes, generator)  # (., 2, L)
+    energy = information(np.stack([each["energy"].numpy() for each in kept]).swapaxes(0, 1))  # (L,)
+    categories = [task.category for task in suite.tasks.values()]
+    places = {}
+    for place, where in enumerate(PLACES):
+        w, u = means[:, 0, place, -1], means[:, 1, place, -1]  # (T, K): the last layer
+        active = active_experts(w, top_k)
+        centred = w - w.mean(0)
+        norms = np.linalg.norm(centred, axis=1)
+        effect, p = (None, None) if (norms == 0).any() else category_effect(
+            centred @ centred.T / np.outer(norms, norms), categories, generator)
+        places[where] = {
+            "w": w.tolist(), "u": u.tolist(), "active": active.tolist(),
+            "jaccard": float(off_diagonal(jaccard(active, active)).mean()),
+            "tasks_per_expert": active.sum(0).tolist(), "unused": int((u.sum(0) == 0).sum()),
+            "category_effect": effect, "category_p": p,
+            "largest_difference": largest_difference(w, categories, generator),
+            "information": known(observed[1, place]), "of_weights": known(observed[0, place]),
+            "null_mean": known(null[:, place].mean(0)),
+            "null_95": known(np.quantile(null[:, place], 0.95, axis=0)),
+            "mean_information": float(observed[1, place].mean()),
+            "mean_of_weights": float(observed[0, place].mean()),
+            "mean_null": float(null[:, place].mean())}
+    losses = [float(each["losses"].double().mean()) for each in kept]
+    return {"name": adapter.name, "method": adapter.config.method, "alone": adapter.alone,
+            "variant": adapter.results.get("variant", adapter.config.method),
+            "experts": K, "top_k": top_k, "chance": chance_jaccard(top_k, top_k, K),
+            "tasks_per_expert": T * top_k / K, "layers": layer_names, "places": places,
+            "energy": known(energy), "mean_energy": float(np.nanmean(energy))
+            if not np.isnan(energy).all() else None,
+            "losses": losses, "loss": float(np.mean(losses))}
+
+
+# --- the commands -------------------------------------------------------------------------------
+
+
+def run_experts(args):
+    """The command `experts`: routing of adapters on rows that they were not trained on."""
+    found = adapters.find(args.adapter)
+    adapters.check_experts(args.adapter, found)
+    suite = session.read_suite(args)
+    adapters.check_tasks(found, suite)
+    suite, which = adapters.unseen(suite, found, args.rows)
+    measure_all(args, found, suite, which)
+
+
+def run_mmlu(args):
+    """The command `mmlu`: the same on MMLU's questions, with the accuracy beside it."""
+    found = adapters.find(args.adapter)
+    adapters.check_experts(args.adapter, found)
+    tasks, source, dropped = mmlu.load(args.mmlu, args.subjects)
+    suite = Suite("mmlu", tasks)
+    adapters.check_tasks(found, suite)
+    about = f"MMLU's test questions from {source}" + (
+        f", without {dropped} header lines" if dropped else "")
+    measure_all(args, found, suite, about, letters_of)
+
+
+def letters_of(tokenizer):
+    """The token ids of A to D, (4,). Raises InputError where a letter is not one token."""
+    ids = [tokenizer(letter, add_special_tokens=False).input_ids for letter in mmlu.LETTERS]
+    if any(len(each) != 1 for each in ids):
+        raise InputError("the tokenizer splits one of the letters A to D: answers cannot be read "
+                         "off one token")
+    return torch.tensor([each[0] for each in ids])
+
+
+def measure_all(args, found, suite, about, letters_of=None):
+    """Measure all adapters on all tasks of a suite, and write it into --out."""
+    tokenizer, skeleton = models.load_tokenizer(args.model), models.skeleton(args.model)
+    drawn = session.draw(suite, tokenizer, args, 1, found[0].config.chat_template)
+    print(session.describe(drawn, args), flush=True)
+    letters = letters_of and letters_of(tokenizer)
+    made = session.made_with(args, suite, found[0].config.base_sha256,
+                             [path for each in found for path in each.folders.values()])
+    loaded, lines = session.Loaded(args), []
+    with session.Session(args.out, made).reserved() as folder:
+        for number, each in enumerate(found):
+            def compute(task, count, each=each):
+                return measure_task(loaded(each.folder(task)), drawn.rows[task], args,
+                                    tokenizer.pad_token_id, count, letters)
+
+            kept = folder.by_task({name: len(rows) for name, rows in drawn.rows.items()}, compute,
+                                  f"tasks of adapter {number + 1}").values()
+            names = list(find_targets(skeleton, each.settings.target_modules))
+            lines.append(statistics(each, suite, kept, names, args.seed))
+            if letters is not None:
+                right = [task["right"] for task in kept]
+                lines[-1]["accuracy"] = [float(each.double().mean()) for each in right]
+                lines[-1]["accuracy_p"] = float(stats.binomtest(
+                    int(torch.cat(right).sum()), len(torch.cat(right)), 1 / len(letters),
+                    alternative="greater").pvalue)
+        folder.finish({"command": args.command, "about": about, "adapters": lines,
+                       "tasks": session.task_lines(suite, drawn)}, {})

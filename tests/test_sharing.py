@@ -1,0 +1,207 @@
+"""The statistics on masks: naive versions, planted structure, and what chance gives."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from analysis import sharing
+
+
+def rng(seed=0):
+    return np.random.default_rng(seed)
+
+
+def exact_masks(generator, T, P, k):
+    """T independent random sets of k of P units."""
+    masks = np.zeros((T, P), dtype=bool)
+    for row in masks:
+        row[generator.choice(P, k, replace=False)] = True
+    return masks
+
+
+def measured(M, halves=None, categories=None, controls=None, seed=0):
+    halves = np.stack([M, M]) if halves is None else halves
+    categories = categories or ["one"] * len(M)
+    return sharing.sharing(M, halves, controls or {}, categories, rng(seed))
+
+
+# --- masks --------------------------------------------------------------------------------------
+
+
+def test_top_masks():
+    """Exact counts, ties by index, nested, and the same under an increasing map of the scores."""
+    scores = torch.tensor([3., 1., 3., 2., 3., 0.])
+    masks = [mask.tolist() for mask in sharing.top_masks(scores, (1, 2, 4))]
+    assert masks == [[True] + 5 * [False], [True, False, True] + 3 * [False],
+                     [True, False, True, True, True, False]]
+    assert masks == [mask.tolist() for mask in sharing.top_masks(scores.exp(), (1, 2, 4))]
+    order = torch.tensor([5, 3, 1, 0, 2, 4])
+    distinct = torch.tensor([3., 1., 2.5, 2., 7., 0.])
+    (mask,), (moved,) = (list(sharing.top_masks(each, (3,))) for each in (distinct,
+                                                                          distinct[order]))
+    assert torch.equal(moved, mask[order])
+
+
+def test_concentration():
+    assert sharing.concentration(torch.tensor([0., 0., 6., 4.]), (0.25, 0.5)) == [0.6, 1.0]
+    assert sharing.concentration(torch.zeros(4)) == [None, None]
+
+
+def test_additive_structure():
+    """A product of row and column effects is additive in logarithms; a zero entry is counted."""
+    rows, columns = torch.rand(6, dtype=torch.float64) + 1, torch.rand(9, dtype=torch.float64) + 1
+    R2, row_effects, column_effects, clamped = sharing.additive_structure(rows[:, None] * columns)
+    assert R2 == pytest.approx(1) and clamped == 0
+    assert row_effects.numpy() == pytest.approx((rows.log() - rows.log().mean()).numpy())
+    assert column_effects.numpy() == pytest.approx((columns.log() - columns.log().mean()).numpy())
+    noise = torch.rand(40, 50, generator=torch.Generator().manual_seed(0)).double()
+    logs = noise.log() - noise.log().mean()
+    naive = sum(float(logs[i, j] - logs[i].mean() - logs[:, j].mean())**2
+                for i in range(40) for j in range(50)) / float((logs**2).sum())
+    assert sharing.additive_structure(noise)[0] == pytest.approx(1 - naive)
+    assert sharing.additive_structure(torch.ones(3, 3)) [0] is None
+    assert sharing.additive_structure(torch.tensor([[0., 1.], [1., 1.]]))[3] == 1
+
+
+# --- overlap ------------------------------------------------------------------------------------
+
+
+def test_overlap_by_loops():
+    M = rng(1).random((4, 30)) < 0.3
+    sets = [set(np.flatnonzero(mask)) for mask in M]
+    J = sharing.jaccard(M, M)
+    for t, u in itertools.product(range(4), repeat=2):
+        assert J[t, u] == pytest.approx(len(sets[t] & sets[u]) / len(sets[t] | sets[u]))
+    n = M.sum(0)
+    pairs = sum(len(sets[t] & sets[u]) for t, u in itertools.combinations(range(4), 2))
+    assert pairs == (n * (n - 1) // 2).sum() == sharing.off_diagonal(sharing.common(M, M)).sum()
+    naive = np.mean([len([p for p in mine if n[p] >= 2]) / len(mine) for mine in sets])
+    found = measured(M)
+    assert found["shared"] == pytest.approx(naive)
+    assert sum(found["histogram"]) == 30 == pytest.approx(sum(found["chance_histogram"]))
+    assert sum(n * count for n, count in enumerate(found["histogram"])) == M.sum()
+
+
+@pytest.mark.parametrize("k", [2, 3])
+def test_chance_jaccard_by_enumeration(k):
+    sets = [set(each) for each in itertools.combinations(range(6), k)]
+    mean = np.mean([len(a & b) / len(a | b) for a in sets for b in sets])
+    assert sharing.chance_jaccard(k, k, 6) == pytest.approx(mean)
+
+
+def test_chance_jaccard():
+    """Of random draws, of four experts of eight, and of a matrix too large to sum over."""
+    generator = rng(2)
+    draws = [sharing.jaccard(*exact_masks(generator, 2, 40, 8)[:, None])[0, 0]
+             for _ in range(20_000)]
+    assert sharing.chance_jaccard(8, 8, 40) == pytest.approx(np.mean(draws), abs=0.002)
+    assert sharing.chance_jaccard(4, 4, 8) == pytest.approx(0.35551, abs=1e-5)
+    exact = sharing.chance_jaccard(10_000, 10_000, 100_000)
+    assert sharing.chance_jaccard(10_001, 10_001, 100_010) == pytest.approx(exact, abs=1e-5)
+
+
+def test_chance_histogram_by_enumeration():
+    q = [0.1, 0.35, 0.5, 0.02, 0.9]
+    naive = np.zeros(6)
+    for active in itertools.product((0, 1), repeat=5):
+        naive[sum(active)] += np.prod([p if on else 1 - p for p, on in zip(q, active, strict=True)])
+    assert sharing.chance_histogram(q) == pytest.approx(naive)
+    assert sharing.shared_chance([0.1] * 15) == pytest.approx(1 - 0.9**14)
+
+
+# --- planted ------------------------------------------------------------------------------------
+
+
+def test_independent_masks_have_no_structure():
+    """kappa is 0, and the p of category labels is uniform."""
+    generator, kappas, ps = rng(3), [], []
+    for _ in range(200):
+        M = exact_masks(generator, 6, 300, 30)
+        J = sharing.jaccard(M, M)
+        ps.append(sharing.category_effect(J, list("aabbcc"), generator)[1])
+        swapped = [np.where(generator.random((6, 300)) < 0.5, M, exact_masks(
+            generator, 6, 300, 30)) for _ in range(2)]
+        chance = sharing.mean_chance_jaccard(np.array(swapped).sum(2).mean(0).round(), 300)
+        kappas.append(sharing.kappa(sharing.cross_jaccard(np.array(swapped)), chance, 0.4))
+    assert abs(np.mean(kappas)) < 0.05 and 0.4 < np.mean(ps) < 0.6
+
+
+def test_equal_tasks():
+    M = np.repeat(exact_masks(rng(4), 1, 100, 10), 5, axis=0)
+    found = measured(M)
+    assert found["jaccard"] == found["ceiling"] == found["kappa"] == found["shared"] == 1
+    assert found["patterns"]["observed"] == {"active": 10, "distinct": 1, "cover_half": 1,
+                                             "largest": 1, "all_tasks": 1}
+    assert found["histogram"] == [90, 0, 0, 0, 0, 10] and found["patterns"]["permuted"][
+        "distinct"] > 4
+
+
+def test_base_groups_of_units():
+    """Three groups of units, each task the union of two: exactly these patterns come out."""
+    units = np.repeat(np.arange(4), [60, 10, 20, 30])  # 0: never active
+    M = np.array([(units > 0) & (units != absent) for absent in (1, 2, 3)])
+    groups = measured(M)["patterns"]["groups"]
+    assert [(group["tasks"], group["size"]) for group in groups] == [
+        ([True, True, False], 30), ([True, False, True], 20), ([False, True, True], 10)]
+    q = M.mean(1)
+    assert groups[0]["expected"] == pytest.approx(120 * q[0] * q[1] * (1 - q[2]))
+
+
+def test_core_and_control():
+    """Units that are always on are in a control too."""
+    M = exact_masks(rng(5), 6, 400, 20)
+    M[:, :15] = True
+    control = np.arange(400) < 30
+    found = measured(M, controls={"random": control})["controls"]["random"]
+    assert found["core"] == 1
+    assert found["by_task"] == pytest.approx([sharing.jaccard(M[t:t + 1], control[None])[0, 0]
+                                              for t in range(6)])
+
+
+def test_planted_categories():
+    M = np.concatenate([np.repeat(exact_masks(rng(6 + c), 1, 200, 20), 3, axis=0)
+                        ^ (rng(c).random((3, 200)) < 0.02) for c in range(3)])
+    found = measured(M, categories=list("aaabbbccc"))
+    assert found["category_p"] < 0.01 and found["category_effect"] > 0.5
+    assert measured(M)["category_p"] is None
+    assert measured(M, categories=list("aabcdefgh"))["category_p"] is None
+
+
+def test_empty_and_full_masks_are_left_out():
+    M = exact_masks(rng(7), 4, 50, 5)
+    M[1], M[2] = False, True
+    found = measured(M)
+    assert found["left_out"] == [1, 2] and found["active"] == [5, 0, 50, 5]
+    assert found["jaccard"] == pytest.approx(sharing.jaccard(M[:1], M[3:])[0, 0])
+    assert "jaccard" not in measured(M[1:3])
+
+
+def test_mean_correlation():
+    profiles = rng(8).random((3, 20))
+    naive = np.mean([np.corrcoef(profiles)[t, u] for t, u in itertools.combinations(range(3), 2)])
+    assert sharing.mean_correlation(profiles) == pytest.approx(naive)
+    assert sharing.mean_correlation([[1, 1], [1, 2]]) is None
+
+
+# --- signs --------------------------------------------------------------------------------------
+
+
+def test_signs():
+    """Fair coins give the chance values, one sign gives none; a zero counts in neither."""
+    M = np.ones((5, 20_000), dtype=bool)
+    up = rng(9).random(M.shape) < 0.5
+    other = rng(10).random(M.shape) < 0.5
+    found = sharing.signs(M, up, ~up, [(up, ~up), (other, ~other)])
+    assert found["both"] == pytest.approx(1 - 2**-4, abs=0.01) == found["both_chance"]
+    assert found["minority_all"] == pytest.approx(sharing.minority_chance(5), abs=0.005)
+    assert found["pairwise"] == pytest.approx(0.5, abs=0.01)
+    assert found["reliability"] == pytest.approx(0.5, abs=0.01)
+    same = sharing.signs(M, M, ~M, [(M, ~M)] * 2)
+    assert same["both"] == same["minority_all"] == 0
+    assert same["pairwise"] == same["reliability"] == 1
+    up[:, 0] = False
+    none = sharing.signs(M[:, :1], up[:, :1], up[:, :1], [(up[:, :1], up[:, :1])] * 2)
+    assert none["zero"] == 5 and none["both"] is None and none["pairwise"] is None
+    assert sharing.minority_chance(15) == pytest.approx(0.395, abs=0.001)
