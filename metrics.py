@@ -264,9 +264,16 @@ def _highest(values):
     return None if any(value is None for value in values) else max(values)
 
 
-def headline(tasks):
-    """What the mean over `tasks`, as results.json has them, is: rouge where all are Rouge-L."""
-    return "rouge" if all(task["metric"] == "rouge_l" for task in tasks) else "mean score"
+def headline(kinds):
+    """What a mean over tasks of these metrics is: rouge where all are Rouge-L."""
+    return "rouge" if set(kinds) == {"rouge_l"} else "mean score"
+
+
+def named_metrics(results):
+    """(name, value or None) of the metrics over tasks of a results.json, named by what they are."""
+    kinds = [task["metric"] for task in results["tasks"].values()]
+    for name, value in results["metrics"].items():
+        yield headline(kinds) if name == "rouge" else name, value
 
 
 def score_table(results):
@@ -288,8 +295,7 @@ def score_table(results):
     means = [before and mean(before), mean(last)]
     yield (f"{'mean':{width}}  {'':8}  "
            + "  ".join(f"{'' if cell is None else f'{cell:.2f}':>7}" for cell in means))
-    for name, value in results["metrics"].items():
-        name = headline(results["tasks"].values()) if name == "rouge" else name
+    for name, value in named_metrics(results):
         yield f"{name}: {'not measured' if value is None else f'{value:.2f}'}"
     for name, value in results.get("loss_metrics", {}).items():
         name = name if name == "loss" else f"{name} of the loss"

@@ -3,6 +3,7 @@
 from dataclasses import asdict
 
 from data import build_prompt
+from metrics import headline
 from registry import EMBEDDED, MODELS
 
 # By the hub's identifiers; of another model it is not known here.
@@ -57,8 +58,9 @@ def score_lines(run):
     """What the adapter's run was, and its scores after all training."""
     if run is None:
         return []
-    numbers = ", ".join(f"{name} {value:.2f}" for name, value in sorted(run.metrics.items())
-                        if value is not None)
+    mean = headline(task.metric for task in run.tasks.values())
+    numbers = ", ".join(f"{mean if name == 'rouge' else name} {value:.2f}"
+                        for name, value in sorted(run.metrics.items()) if value is not None)
     return [f"- trained: {run.args['setting']}, suite {run.args['suite']}, {len(run.tasks)} tasks, "
             f"{run.args['epochs']} epochs, learning rate {run.args['learning_rate']:g}, seed "
             f"{run.args['seed']}, precision {run.precision}", f"- scores of its run: {numbers}"]

@@ -35,7 +35,7 @@ def render(record, answers, regroupings):
         title=f"{record.variant}, {record.setting}, {record.model}, seed {record.seed}",
         scores=scores(record), over_tasks=[
             (name, "not measured" if value is None else value)
-            for name, value in results["metrics"].items()],
+            for name, value in metrics.named_metrics(results)],
         examples=list(examples(record, answers)), flags=[
             (name, None if value is None else str(value))  # all digits of a learning rate
             for name, value in sorted(results["args"].items())],

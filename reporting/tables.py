@@ -122,8 +122,8 @@ def beside_paper(records, paper, table, model, variant, columns):
 
 def score_name(records):
     """What the mean over tasks is called: Rouge only where all tasks are Rouge-L."""
-    tasks = [about for record in records for about in record.results["tasks"].values()]
-    return METRICS["rouge"] if metrics.headline(tasks) == "rouge" else "score"
+    kinds = {about["metric"] for record in records for about in record.results["tasks"].values()}
+    return METRICS["rouge"] if metrics.headline(kinds) == "rouge" else "score"
 
 
 def variants(records):

@@ -376,7 +376,7 @@ def test_the_card(llama, suite, tmp_path, capsys, monkeypatch):
         "license: apache-2.0", "tags:", "- lora", "- badit", "- base_model:adapter:someone/tiny"]
     results = json.loads(Path("run/results.json").read_text())
     for word in (results["base_sha256"], "alpha 16.0", "rank 2", "suite",
-                 f"rouge {results['metrics']['rouge']:.2f}", "Input: {input}\nOutput: ",
+                 f"mean score {results['metrics']['rouge']:.2f}", "Input: {input}\nOutput: ",
                  "without a chat template"):
         assert word in body
     assert str(llama) not in front
