@@ -161,7 +161,8 @@ def random_batch(model, batch, length, targets, device):
     ids = ids.to(device)
     kept = {"logits_to_keep": torch.arange(length - targets - 1, length, device=device),
             "labels": ids[:, -targets - 1:]}
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), **kept}
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids),
+            "position_ids": torch.arange(length, device=device).expand(batch, -1), **kept}
 
 
 def training_step(model, batch, device):
@@ -170,7 +171,7 @@ def training_step(model, batch, device):
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=1e-4)
     method = getattr(model, "adapted_by", Method(None))  # its hooks cost time as well
-    method.start_stage(Stage("benchmark", ("benchmark",), 1, 10**6), None)
+    method.start_stage(Stage("benchmark", ("benchmark",), 1, 10**6), [batch])
 
     def step():
         method.before_forward(batch)
@@ -197,7 +198,8 @@ def step(options):
                 "LoRA r=32 (PEFT)": with_peft(copy.deepcopy(model), 32),
                 "LoRAMoE (textbook)": textbook_moe(copy.deepcopy(model)),
                 "LoRAMoE (ours)": adapted(copy.deepcopy(model), "loramoe"),
-                "LoRA r=34 (ours)": adapted(copy.deepcopy(model), "lora", rank=34)}
+                "LoRA r=34 (ours)": adapted(copy.deepcopy(model), "lora", rank=34),
+                "BADIT by energy": adapted(copy.deepcopy(model), "badit", routing="energy")}
     batch = random_batch(model, 4, 256, 32, options.device)
     steps = {name: training_step(variant, batch, options.device)
              for name, variant in variants.items()}
@@ -205,6 +207,25 @@ def step(options):
     for against, target in (("LoRA r=32 (PEFT)", 1.05), ("LoRAMoE (textbook)", 0.8),
                             ("LoRAMoE (ours)", None), ("LoRA r=34 (ours)", None)):
         yield row("training step", seconds, "BADIT", against, target)
+    yield row("training step", seconds, "BADIT by energy", "BADIT", "1.06")
+
+
+@section
+def precision(options):
+    """The same step in bf16 beside float32, and with the last logits as a slice."""
+    steps = {}
+    for name, dtype in (("bf16", torch.bfloat16), ("float32", torch.float32)):
+        options = copy.copy(options)
+        options.dtype = dtype
+        model = adapted(base_model(options), "badit")
+        batch = random_batch(model, 4, 256, 32, options.device)
+        sliced = batch | {"logits_to_keep": len(batch["logits_to_keep"])}
+        steps[name] = training_step(model, batch, options.device)
+        steps[f"{name}, a slice"] = training_step(model, sliced, options.device)
+    seconds = in_turn(steps, options.rounds, options.device, warmup=2)
+    yield row("training step in bf16", seconds, "bf16", "float32", "0.67")
+    for name in ("bf16", "float32"):
+        yield row("training step", seconds, name, f"{name}, a slice")
 
 
 # --- 2. regrouping ------------------------------------------------------------------------------
