@@ -19,10 +19,9 @@ from analysis.probes import (
     mlp_names,
     positions,
     refuse_non_finite,
-    row_losses,
     row_means,
-    target_logits,
 )
+from evaluation import row_losses, target_logits
 from inputs.bars import Bar
 from inputs.errors import InputError
 from inputs.numbers import stable_seed

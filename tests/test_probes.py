@@ -9,14 +9,8 @@ from conftest import wrapped
 from tiny import base_model, one_line, rows_of
 
 from analysis import probes, session, sharing, units
-from analysis.probes import (
-    GradientProbe,
-    NeuronProbe,
-    batch_of,
-    positions,
-    row_losses,
-    target_logits,
-)
+from analysis.probes import GradientProbe, NeuronProbe, batch_of, positions
+from evaluation import row_losses, target_logits
 from inputs.errors import InputError
 
 LAYERS = (0, 1)
