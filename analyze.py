@@ -58,6 +58,8 @@ OWN = {
         ("neurons", Literal["gate", "pre", "intermediate"], "gate", "a neuron's value: output of "
          "the activation, its input, or what reaches down_proj (default: gate)"),
         ("row_loss", Literal["mean", "sum"], "mean", "over a row's target tokens (default: mean)"),
+        ("released", bool, False, "for comparison, the released scripts' reading too: averages of "
+         "32 neighbouring neurons, of 32 x 32 weights"),
     ),
     "experts": (*SUITE, ADAPTERS),
     "mmlu": (
@@ -110,6 +112,8 @@ def parse_flags(argv):
     if args.command == "sharing":
         if args.share and args.epsilon is not None:
             raise InputError("--share is not read with --epsilon: give one of them")
+        if args.released and args.epsilon is not None:
+            raise InputError("--released compares the largest tenths: --epsilon has none")
         args.share = args.share or (SHARE if args.epsilon is None else None)
     return args
 

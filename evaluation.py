@@ -1,4 +1,4 @@
-"""Evaluation: batched greedy generation, predictions on disk, and scores per task."""
+"""Evaluation: batched greedy generation, losses, predictions on disk, and scores per task."""
 
 import json
 import os
@@ -73,6 +73,27 @@ def generate(model, tokenizer, batch, max_new_tokens, **options):
     return [text.strip() for text in texts]
 
 
+def target_logits(model, batch):
+    """Logits (B, k - 1, vocabulary) of the last tokens of every row; float32 at least."""
+    if hasattr(model, "adapted_by"):
+        model.adapted_by.before_forward(batch)
+    inputs = {key: batch[key] for key in ("input_ids", "attention_mask", "position_ids",
+                                          "logits_to_keep")}
+    logits = model(**inputs, use_cache=False).logits[:, :-1]  # (B, k - 1, vocabulary)
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def row_losses(logits, batch, reduction="mean"):
+    """l_d = -(1/|y|) sum_j log p(y_j | x, y_<j) of every row, (B,); "sum" leaves out 1/|y|.
+
+    From `target_logits` (B, k - 1, vocabulary).
+    """
+    labels = batch["labels"][:, 1:]  # (B, k - 1)
+    losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
+    losses = losses.view_as(labels).sum(1)  # (B,)
+    return losses / (labels != -100).sum(1) if reduction == "mean" else losses
+
+
 @torch.no_grad()
 def answer_losses(model, framer, rows):
     """[(summed cross-entropy, number of tokens)] of the first reference and EOS of test rows.
@@ -86,12 +107,7 @@ def answer_losses(model, framer, rows):
     batch = collate(answers, framer.tokenizer.pad_token_id, 1)
     batch = {key: value.to(model.device) if torch.is_tensor(value) else value
              for key, value in batch.items()}
-    model.adapted_by.before_forward(batch)
-    labels = batch.pop("labels")  # (batch, k); the model itself would give one mean
-    del batch["num_items_in_batch"]
-    logits = model(**batch, use_cache=False).logits  # (batch, k, vocabulary)
-    losses = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(),
-                             reduction="none").view_as(labels[:, 1:]).sum(1)  # (batch,)
+    losses = row_losses(target_logits(model, batch), batch, "sum")  # (B,)
     if not torch.isfinite(losses).all():
         raise InputError("the loss of a test answer is NaN or infinite")
     return list(zip(losses.tolist(), (row["num_targets"] for row in answers), strict=True))

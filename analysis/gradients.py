@@ -14,14 +14,9 @@ import torch
 import models
 from analysis import adapters, session
 from analysis.conflict import conflict, gram_matrix, interference
-from analysis.probes import (
-    GradientProbe,
-    batch_of,
-    refuse_non_finite,
-    row_losses,
-    target_logits,
-)
+from analysis.probes import GradientProbe, batch_of, refuse_non_finite
 from analysis.routing import information, known
+from evaluation import row_losses, target_logits
 from inputs.errors import InputError
 from method import find_targets
 

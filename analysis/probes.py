@@ -1,4 +1,4 @@
-"""What a row does inside a model: its loss, activations, and the gradient of every weight.
+"""What a row does inside a model: its activations, and the gradient of every weight.
 
 Axis names
     B, S      rows, tokens of the longest
@@ -8,7 +8,6 @@ Gradients are those of one row each: squares of means over rows are another quan
 """
 
 import torch
-import torch.nn.functional as F
 
 import data
 from inputs.errors import InputError
@@ -24,26 +23,6 @@ def batch_of(rows, pad_token_id, device):
     moved = {key: value.to(device) if torch.is_tensor(value) else value
              for key, value in batch.items()}
     return moved | {"tasks": [row["task"] for row in rows]}
-
-
-def target_logits(model, batch):
-    """Logits (B, k - 1, vocabulary) of the last tokens of every row; float32 at least."""
-    if hasattr(model, "adapted_by"):
-        model.adapted_by.before_forward(batch)
-    inputs = {key: batch[key] for key in ("input_ids", "attention_mask", "position_ids",
-                                          "logits_to_keep")}
-    logits = model(**inputs, use_cache=False).logits[:, :-1]  # (B, k - 1, vocabulary)
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
-
-
-def row_losses(logits, batch, reduction="mean"):
-    """l_d = -(1/|y|) sum_j log p(y_j | x, y_<j) of every row, (B,); "sum" leaves out 1/|y|.
-
-    From `target_logits` (B, k - 1, vocabulary).
-    """
-    labels = batch["labels"][:, 1:]  # (B, k - 1)
-    losses = F.cross_entropy(logits.mT, labels, ignore_index=-100, reduction="none").sum(1)
-    return losses / (labels != -100).sum(1) if reduction == "mean" else losses
 
 
 def positions(batch):

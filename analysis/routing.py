@@ -22,9 +22,7 @@ from analysis.probes import (
     batch_of,
     positions,
     refuse_non_finite,
-    row_losses,
     row_means,
-    target_logits,
 )
 from analysis.sharing import (
     LABEL_PERMUTATIONS,
@@ -34,6 +32,7 @@ from analysis.sharing import (
     off_diagonal,
 )
 from data import Suite
+from evaluation import row_losses, target_logits
 from experts import select_experts
 from inputs import mmlu
 from inputs.errors import InputError

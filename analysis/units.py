@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 import models
-from analysis import session, sharing
+from analysis import released, session, sharing
 from analysis.conflict import conflict, gram_matrix
 from analysis.probes import (
     GradientProbe,
@@ -19,10 +19,9 @@ from analysis.probes import (
     mlp_names,
     positions,
     refuse_non_finite,
-    row_losses,
     row_means,
-    target_logits,
 )
+from evaluation import row_losses, target_logits
 from inputs.bars import Bar
 from inputs.errors import InputError
 from inputs.numbers import stable_seed
@@ -116,10 +115,13 @@ class Sweep:
                    for layer, m in self.neurons.items()}
         sums = {name: torch.zeros(2, FOLDS, *shape, device=device)  # (moment, H, out, in)
                 for name, shape in self.shapes.items()}
+        z = {layer: torch.zeros(m, dtype=torch.float64, device=device)
+             for layer, m in self.neurons.items()}
         losses, in_fold = 0.0, [len(rows[fold::FOLDS]) for fold in range(FOLDS)]
         for fold, some in session.micro_batches(rows, FOLDS, self.args.micro_batch):
             batch = batch_of(some, self.pad_token_id, device)
             with (NeuronProbe(self.model, self.mlps, self.args.neurons) as seen,
+                  NeuronProbe(self.model, self.mlps if self.args.released else {}, "pre") as before,
                   GradientProbe(self.model, self.names) as probe):
                 logits = target_logits(self.model, batch)  # (B, k - 1, vocabulary)
                 loss = row_losses(logits, batch, self.args.row_loss)  # (B,)
@@ -131,6 +133,8 @@ class Sweep:
                 means = row_means(values.double().abs(), where).sum(1)  # (positions, m)
                 refuse_non_finite(means, some, f"an activation of layer {layer}")
                 neurons[layer][fold] += means
+            for layer, values in before.values.items():
+                z[layer] += values[where[0]].double().sum(0)
             for name in self.names:
                 G = probe.gradients(name)  # (B, out, in)
                 squares = G.square().sum(0)
@@ -142,6 +146,9 @@ class Sweep:
         each = torch.tensor([len(rows), *in_fold], device=device)[:, None, None]
         for layer, total in neurons.items():
             kept[f"neurons.{layer}"] = torch.cat([total.sum(0, True), total]) / each
+        if self.args.released:
+            tokens = sum(len(row["input_ids"]) for row in rows)
+            kept |= {f"released.{layer}": total / tokens for layer, total in z.items()}
         for name, (first, second) in sums.items():
             kept |= {f"{name}.{key}": value for key, value in
                      self.reduce(first, second, in_fold).items()}
@@ -167,6 +174,10 @@ class Sweep:
                    float(first.sum(0).norm() / n)]
         kept["numbers"] = torch.tensor([float("nan") if number is None else number
                                         for number in numbers], dtype=torch.float64)
+        if self.args.released:
+            theirs = released.matrix_scores(first.sum(0) / n, F)
+            kept |= {f"released.{key}": packed(value) if key == "top" else value
+                     for key, value in theirs.items()}
         return kept | {"rows": rows, "columns": columns}
 
     def masks(self, scores):
@@ -209,6 +220,10 @@ class Counted:
             for index, place in enumerate(POSITIONS):
                 masks = functools.partial(self.neuron_masks, sweep, layer, index)
                 found = self.of_masks(masks("main"), f"neurons {layer} {place}")
+                if self.args.released and place == "all":
+                    z = torch.stack([self.kept[task][f"released.{layer}"] for task in self.tasks])
+                    found["released"] = released.compared(released.neuron_masks(z),
+                                                          self.tenth(masks))
                 neurons.append({"layer": layer, "positions": place} | found)
                 table += self.table(masks, f"neurons, {place} tokens", layer)
                 arrays[f"neurons.{layer}.{place}"] = masks("main")[0]
@@ -224,6 +239,8 @@ class Counted:
             found |= self.structure(name, row_counts)
             if module == "gate_proj":
                 found |= {"conflict": self.conflict(name)}
+            if self.args.released:
+                found["released"] = self.released(name, self.tenth(masks))
             weights.append({"layer": layer, "module": module, "shape": sweep.shapes[name]} | found)
             arrays[f"rows.{module}.{layer}"] = row_counts / sweep.shapes[name][1]
             table += self.table(masks, module, layer)
@@ -249,6 +266,17 @@ class Counted:
                        for one, other in zip(parts[1], parts[2], strict=True)]
                 yield {"what": what, "layer": layer, "share": share, "jaccard": float(J.mean()),
                        "chance": sharing.mean_chance_jaccard(k, P), "ceiling": float(np.mean(own))}
+
+    def tenth(self, masks):
+        """Our masks (T, P) of a tenth, from which --share may differ."""
+        return masks(f"share{released.SHARE}")[0][:len(self.tasks)]
+
+    def released(self, name, ours):
+        """`released.compared_weights` of a matrix with our masks `ours` (T, P)."""
+        tops, blocks, fisher = ([self.kept[task][f"{name}.released.{key}"] for task in self.tasks]
+                                for key in ("top", "blocks", "fisher"))
+        tops = np.array([unpacked(bits, ours.shape[1]) for bits in tops])
+        return released.compared_weights(tops, blocks, fisher, ours)
 
     def neuron_masks(self, sweep, layer, place, key):
         """Masks (3 parts, tasks and controls, m) of a layer's neurons."""

@@ -65,10 +65,11 @@ def probability(value):
 def of_sharing(result):
     """Title, sentences and tables of the command `sharing`."""
     facts = [concentration(result), chance(result), categories(result), cores(result),
-             opposite_signs(result), base_conflict(result)]
+             opposite_signs(result), base_conflict(result), *released(result)]
     return ("Neurons and weights that tasks activate, and share", facts,
             [sharing_table(result), structure_table(result), sign_table(result),
-             share_table(result), conflict_table(result), task_table(result)])
+             share_table(result), conflict_table(result), released_table(result),
+             task_table(result)])
 
 
 def concentration(result):
@@ -160,6 +161,36 @@ def base_conflict(result):
             "on format and length, and noise is negative half of the time.")
 
 
+def released(result):
+    """What the released scripts' reading makes of the same rows; nothing without --released."""
+    neurons, weights = ([line["released"] for line in result[key] if "released" in line]
+                        for key in ("neurons", "weights"))
+    if neurons:
+        counts = [count for found in neurons for count in found["active"]]
+        yield (f"Released scripts' reading of neurons (signed means, averaged over 32 neighbours, "
+               f"one threshold for all tasks): {min(counts)} to {max(counts)} of "
+               f"{neurons[0]['blocks']} blocks are active in a task; {against_ours(neurons)}.")
+    if weights:
+        overlap = [value for found in weights for value in found["overlap"]]
+        yield (f"Released scripts' reading of weights (squared mean gradients, averaged over "
+               f"32 x 32 blocks): {against_ours(weights)}. One step at a time: by the squared "
+               f"mean gradient of single weights J of tasks is "
+               f"{span([found['single'] for found in weights])}, by F in their blocks "
+               f"{span([found['fisher_blocks'] for found in weights])}. Without blocks, J of their "
+               f"active weights with those of F is {span(overlap)} (1: the same weights).")
+
+
+def against_ours(lines):
+    """J of tasks in their reading beside ours, in words."""
+    known = [found for found in lines if None not in (found["jaccard"], found["ours"])]
+    above = sum(found["jaccard"] > found["ours"] for found in known)
+    return (f"J of tasks {span([found['jaccard'] for found in lines])} (chance "
+            f"{span([found['chance'] for found in lines])}), ours "
+            f"{span([found['ours'] for found in lines])} (chance "
+            f"{span([found['ours_chance'] for found in lines])}), and theirs is higher in {above} "
+            f"of {len(known)} cases")
+
+
 def place(line):
     return f"{line['module']} of layer {line['layer']}"
 
@@ -244,6 +275,30 @@ def conflict_table(result):
     return Table("base", "Mean gradients of the model as it is", "Cosines over pairs of tasks; R: "
                  "median reliability, from two halves; rho: 1 all pull alike, 0 orthogonal.",
                  ["matrix", "mean cosine", "smallest", "negative", "R", "rho"], rows)
+
+
+def released_table(result):
+    rows = []
+    for what, line in ((f"neurons, all tokens, layer {line['layer']}" if "positions" in line
+                        else place(line), line) for line in result["neurons"] + result["weights"]):
+        if found := line.get("released"):
+            overlap, out = found.get("overlap"), len(found["left_out"])
+            rows.append([what, found["blocks"], span(found["active"], 0)
+                         + (f" ({out} left out)" if out else ""),
+                         f"{number(found['jaccard'], 3)} ({number(found['chance'], 3)})",
+                         f"{number(found['ours'], 3)} ({number(found['ours_chance'], 3)})",
+                         *(number(found[key], 3) if overlap else "–"
+                           for key in ("single", "fisher_blocks")),
+                         f"{np.mean(overlap):.3f} ({span(overlap)})" if overlap else "–"])
+    return Table("released", "The released scripts' reading, beside ours", "For comparison only: "
+                 "neighbours in a block have nothing to do with each other. Blocks that are active "
+                 "in a task (tasks with none, or all, are left out of J); J of tasks (by chance), "
+                 "where the largest tenth is active, of neurons theirs over all tasks together; J "
+                 "of tasks by the squared mean gradient of "
+                 "single weights and by F in their blocks; J of their single weights with those "
+                 "of F, mean over tasks (smallest to largest).",
+                 ["units", "blocks", "active", "J theirs (chance)", "J ours (chance)",
+                  "without blocks", "F in blocks", "overlap with F"], rows)
 
 
 def task_table(result):

@@ -149,6 +149,8 @@ def test_threshold_and_adapted_model(tiny, tmp_path, loramoe):
     assert result["shares"] == [] and len(result["made"]["adapters"]) == 1
     assert all(line["left_out"] == [0, 1, 2] for line in result["weights"] + result["neurons"])
     text = (tmp_path / "analysis.md").read_text()
+    refused("--released compares the largest tenths", "sharing", *tiny, "--epsilon", 1,
+            "--released", "--out", tmp_path / "x")
     assert "a threshold that was given" in text and "No unit is shared by all tasks" in text
 
 
@@ -170,6 +172,29 @@ def test_text_follows_from_the_numbers(sharing):
     assert "0.25 get gradients of both signs" in changed[4]
     assert f"one sign in {len(result['weights'])} of {len(result['weights'])}" in changed[4]
     assert "gate_proj weights that all" not in changed[3]
+
+
+def test_released(tiny, sharing, tmp_path):
+    """Beside the same numbers of ours; sentences follow from theirs, blocks too few to tell too."""
+    succeed("sharing", *tiny, *BRIEF, *QUARTER, "--released", "--out", tmp_path)
+    result, before = (load(folder / "analysis.json") for folder in (tmp_path, sharing))
+    text, facts = (tmp_path / "analysis.md").read_text(), list(analyses.released(result))
+    assert len(facts) == 2 and all(fact in text for fact in facts)
+    assert "J of tasks not measured" in facts[1] and "higher in 0 of 0" in facts[1]
+    ours = [line["jaccard"] for line in before["shares"] if line["share"] == 0.1
+            and "neurons" not in line["what"]]
+    for line, J in zip(result["weights"], ours, strict=True):
+        assert line["released"]["ours"] == pytest.approx(J)
+        assert line["released"]["active"] == [0, 0, 0]  # of four blocks
+        line["released"] |= {"jaccard": 0.5, "ours": 0.25, "overlap": [0.375, 0.75]}
+    _, changed = analyses.released(result)
+    for words in ("J of tasks 0.50 (chance not measured), ours 0.25", "is 0.38 to 0.75",
+                  "higher in 2 of 2 cases"):
+        assert words in changed
+    for line in result["weights"] + result["neurons"]:
+        line.pop("released", None)
+    assert all(result[key] == before[key] for key in ("neurons", "weights", "shares", "tasks"))
+    assert "released" not in (sharing / "analysis.md").read_text()
 
 
 def test_neuron_figure_shows_every_active_neuron(sharing):

@@ -10,7 +10,8 @@ from conftest import Killed, failing, wrapped
 from tiny import assert_same, base_model, rows_of, trainable, weights_of
 
 from analysis import conflict, gradients
-from analysis.probes import batch_of, row_losses, target_logits
+from analysis.probes import batch_of
+from evaluation import row_losses, target_logits
 
 T, H = 5, 8
 

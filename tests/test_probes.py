@@ -9,14 +9,8 @@ from conftest import wrapped
 from tiny import base_model, one_line, rows_of
 
 from analysis import probes, session, sharing, units
-from analysis.probes import (
-    GradientProbe,
-    NeuronProbe,
-    batch_of,
-    positions,
-    row_losses,
-    target_logits,
-)
+from analysis.probes import GradientProbe, NeuronProbe, batch_of, positions
+from evaluation import row_losses, target_logits
 from inputs.errors import InputError
 
 LAYERS = (0, 1)
@@ -137,7 +131,7 @@ def test_adapted_layer():
 
 def sweep_of(model, **changed):
     args = argparse.Namespace(**{"micro_batch": 2, "neurons": "gate", "row_loss": "mean",
-                                 "share": 0.1, "epsilon": None} | changed)
+                                 "share": 0.1, "epsilon": None, "released": False} | changed)
     gates = session.linear_layers(model, LAYERS, ["gate_proj"])
     return units.Sweep(args, model, 2, session.linear_layers(model, LAYERS, MODULES),
                        probes.mlp_names(dict(zip(LAYERS, gates, strict=True))))
@@ -171,6 +165,27 @@ def test_sweep():
     for layer in LAYERS:
         assert torch.allclose(kept[f"neurons.{layer}"][0], doubled[f"neurons.{layer}"][0])
         assert torch.allclose(kept[f"neurons.{layer}"][1:].mean(0), kept[f"neurons.{layer}"][0])
+
+
+def test_sweep_of_the_released_reading():
+    """Signed means over all tokens but padding; the square of the mean gradient."""
+    model = base_model("llama").requires_grad_(False)
+    sweep, exact = sweep_of(model, released=True), base_model("llama").double()
+    kept, z = sweep.task(ROWS, lambda rows: None), {layer: [] for layer in LAYERS}
+    for row in ROWS:
+        with torch.no_grad(), NeuronProbe(exact, sweep.mlps, "pre") as probe:
+            exact(input_ids=torch.tensor([row["input_ids"]]))
+        for layer in LAYERS:
+            z[layer] += probe.values[layer][0]
+    for layer in LAYERS:
+        naive = torch.stack(z[layer]).mean(0)  # (m,)
+        assert torch.allclose(kept[f"released.{layer}"], naive, atol=1e-6)
+    name = sweep.names[0]
+    mean = naive_gradients(exact, name, ROWS).mean(0)
+    blocks = mean.square().unfold(0, 32, 32).unfold(1, 32, 32).mean((2, 3)).flatten()
+    assert torch.allclose(kept[f"{name}.released.blocks"].double(), blocks, rtol=1e-4)
+    top = units.unpacked(kept[f"{name}.released.top"], mean.numel())
+    assert mean.flatten().abs()[top].min() >= 0.999 * mean.flatten().abs()[~top].max()
 
 
 def test_planted_input_channel():
