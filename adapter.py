@@ -5,17 +5,12 @@ from pathlib import Path
 
 import torch
 
+from harness.adapter_config import ADAPTER_CONFIG, ADAPTER_FORMATS, NOT_OF_PEFT, read_adapter_config
 from inputs.errors import InputError
 from inputs.files import atomic_path, write_json
 from inputs.tensors import read_tensors, write_tensors
 from method import fingerprint, method_of
-from registry import (
-    ADAPTER_CONFIG,
-    ADAPTER_FORMATS,
-    NOT_OF_PEFT,
-    method_class,
-    read_adapter_config,
-)
+from registry import method_class
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 FLOATS = {torch.float16, torch.bfloat16, torch.float32, torch.float64}  # taken one for another

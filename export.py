@@ -13,12 +13,12 @@ import argparse
 import sys
 from pathlib import Path
 
+from harness.adapter_config import read_adapter_config
 from harness.afterwards import add_model_flags, base_name, carry_out
 from inputs.errors import InputError
 from inputs.numbers import NonNegative, PositiveInt, from_text
 from inputs.settings import Parser
 from inputs.suites import NAMED
-from registry import read_adapter_config
 
 
 def build_parser():

@@ -8,17 +8,12 @@ import argparse
 import importlib
 import re
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal, NamedTuple
 
-from inputs import formats
 from inputs.errors import InputError
 from inputs.numbers import Fraction, NonNegative, Positive, PositiveInt, Seed
 from inputs.settings import Settings, setting
 
-ADAPTER_CONFIG, ADAPTER_FORMATS = "adapter_config.json", (1, 2)  # the last is written
-# PEFT has a file of that name, too, and quotes what it does not know of this key.
-NOT_OF_PEFT = "BADIT: no adapter of PEFT's; `python export.py FOLDER --out OTHER` makes one of it"
 ALL_LINEAR = "all-linear"  # of --target_modules: all but the output layer
 
 # --- settings of several methods ----------------------------------------------------------------
@@ -228,35 +223,6 @@ def method_class(name):
     module, _, cls = METHODS[name].where.partition(":")
     package = __name__.removesuffix("registry")  # none in the repository, one where installed
     return getattr(importlib.import_module(package + module), cls)
-
-
-def read_adapter_config(path):
-    """The configuration of a saved adapter, and its settings. Raises InputError for none."""
-    file = Path(path) / ADAPTER_CONFIG
-    if not file.exists():
-        raise InputError(f"no adapter at {path}: there is no {file}{nearest_adapter(Path(path))}")
-    content = formats.load(file)
-    kind = content.get("peft_type", NOT_OF_PEFT) if isinstance(content, dict) else NOT_OF_PEFT
-    if kind != NOT_OF_PEFT:
-        raise InputError(f"{path} is an adapter of PEFT's (peft_type {kind!r:.40}): PEFT and "
-                         "transformers load it; what this program loads is the folder adapter/ of "
-                         "a run, of which export.py made it")
-    config = formats.convert(content, formats.AdapterConfig, file)
-    if config.format not in ADAPTER_FORMATS:
-        raise InputError(f"{file} has format {config.format}, this code reads "
-                         f"{' and '.join(map(str, ADAPTER_FORMATS))}")
-    if config.method not in METHODS:
-        raise InputError(f"{file}: method {config.method!r} is unknown; known: "
-                         f"{', '.join(METHODS)}")
-    return config, METHODS[config.method].settings.from_values(config.settings, file)
-
-
-def nearest_adapter(path):
-    """Words that name the adapter one level below `path`, or above, where there is one."""
-    for near in (path / "adapter", *sorted(path.glob("*")), path.parent):
-        if (near / ADAPTER_CONFIG).is_file():
-            return f"; there is one at {near}"
-    return ""
 
 
 # --- names for studies and models ---------------------------------------------------------------

@@ -36,13 +36,14 @@ from harness import (
     results_file,
     resume,
 )
+from harness.adapter_config import ADAPTER_CONFIG
 from harness.arguments import parse_flags, recorded_args, settings_of, trained_on
 from harness.recorder import Recorder
 from harness.run import Position, Progress, Run, Setup, say
 from inputs.errors import InputError
 from inputs.numbers import stable_seed
 from method import Stage
-from registry import ADAPTER_CONFIG, METHODS, method_class
+from registry import METHODS, method_class
 
 __all__ = ["main", "parse_flags", "train_stage"]
 

@@ -3,11 +3,12 @@
 from pathlib import Path
 from typing import NamedTuple
 
+from harness.adapter_config import ADAPTER_CONFIG, read_adapter_config
 from inputs import formats
 from inputs.errors import InputError
 from inputs.formats import AdapterConfig
 from inputs.settings import Settings
-from registry import ADAPTER_CONFIG, METHODS, read_adapter_config
+from registry import METHODS
 
 WITH_EXPERTS = [name for name, entry in METHODS.items() if "num_experts" in entry.settings.names()]
 

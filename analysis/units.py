@@ -22,10 +22,10 @@ from analysis.probes import (
     row_means,
 )
 from evaluation import row_losses, target_logits
+from harness.adapter_config import read_adapter_config
 from inputs.bars import Bar
 from inputs.errors import InputError
 from inputs.numbers import stable_seed
-from registry import read_adapter_config
 
 FOLDS = 2
 SHARES = (0.01, 0.05, 0.1, 0.2)  # of the small table: no conclusion may hang on one of them

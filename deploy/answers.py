@@ -16,12 +16,12 @@ import adapter
 import data
 import evaluation
 import models
+from harness.adapter_config import read_adapter_config
 from inputs import formats
 from inputs.bars import Bar
 from inputs.errors import InputError, Interrupted, one_line
 from inputs.files import atomic_path, sha256_file
 from inputs.numbers import stable_seed
-from registry import read_adapter_config
 
 
 class Printer(TextStreamer):

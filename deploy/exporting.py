@@ -14,12 +14,13 @@ import adapter
 import data
 import models
 from deploy import card, fidelity, low_rank
+from harness.adapter_config import ADAPTER_CONFIG, read_adapter_config
 from inputs import formats
 from inputs.errors import InputError, one_line
 from inputs.files import fsync, write_json, write_text
 from inputs.model_folders import read_config
 from inputs.tensors import write_tensors
-from registry import ADAPTER_CONFIG, EMBEDDED, MODELS, read_adapter_config
+from registry import EMBEDDED, MODELS
 
 BATCH = 8  # rows of a calibration pass
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what its --max-lora-rank takes

@@ -6,9 +6,10 @@ Nothing here needs torch.
 import sys
 from pathlib import Path
 
+from harness.adapter_config import ADAPTER_CONFIG, read_adapter_config
 from harness.early import print_anything
 from inputs.errors import InputError, Interrupted, error_lines, one_line
-from registry import ADAPTER_CONFIG, MODELS, read_adapter_config
+from registry import MODELS
 
 
 def add_model_flags(parser, adapter, **options):

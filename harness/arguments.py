@@ -13,12 +13,13 @@ from typing import Any, Literal
 
 import msgspec
 
+from harness.adapter_config import read_adapter_config
 from inputs import formats
 from inputs.errors import InputError
 from inputs.numbers import Fraction, Positive, PositiveInt, Seed
 from inputs.settings import Parser, add_argument, check_each
 from inputs.suites import NAMED, ORDERS
-from registry import EMBEDDED, METHODS, MODELS, read_adapter_config
+from registry import EMBEDDED, METHODS, MODELS
 
 PAPER_BATCH = 8
 # What --allow_other lets differ: such a run completes, but may differ in its last digits.

@@ -18,8 +18,9 @@ import adapter
 import export
 import models
 from deploy import exporting, fidelity, low_rank
+from harness.adapter_config import read_adapter_config
 from inputs.errors import InputError
-from registry import method_class, read_adapter_config
+from registry import method_class
 
 ROOT = Path(__file__).resolve().parents[1]
 # What has an exact form, and the rank of its update: name of the method, settings, rank.

@@ -21,9 +21,9 @@ from conftest import (
 from tiny import assert_same
 
 from harness import checkpoint
+from harness.adapter_config import read_adapter_config
 from harness.arguments import parse_flags
 from inputs.errors import InputError
-from registry import read_adapter_config
 
 ORDER = ("say_both", "colour_name", "which_is")
 STEPS = ("--epochs", 2, "--max_train_per_task", 8, "--batch_size", 4, "--learning_rate", 0.01)

@@ -41,7 +41,7 @@ def test_imports(name):
     """The rooms of the house, from the paper to the reports, and which doors there are."""
     own = IMPORTS[name] & FILES.keys()
     if name in PAPER:
-        more = {"inputs.settings", "inputs.formats"} if name == "registry" else set()
+        more = {"inputs.settings"} if name == "registry" else set()
         assert own <= PAPER | BELOW | more
     if is_of(name, "baselines"):
         assert "badit" not in own

@@ -14,8 +14,9 @@ from tiny import base_model, continuations, learn, logits_of, one_line
 
 import adapter
 import models
+from harness.adapter_config import ADAPTER_CONFIG, NOT_OF_PEFT, read_adapter_config
 from inputs.errors import InputError
-from registry import ADAPTER_CONFIG, NOT_OF_PEFT, method_class, read_adapter_config
+from registry import method_class
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -34,10 +34,11 @@ from torch.testing import assert_close
 import adapter
 import data
 import evaluation
+from harness.adapter_config import ADAPTER_CONFIG, read_adapter_config
 from harness.arguments import ALL_FLAGS, as_argv, names, parse_flags, settings_of
 from inputs.errors import InputError
 from method import fingerprint
-from registry import ADAPTER_CONFIG, METHODS, method_class, read_adapter_config
+from registry import METHODS, method_class
 
 NAMES = [name for name, entry in METHODS.items() if entry.trains]
 # By name of setting. The thresholds leave room in 32 dimensions for several tasks.

@@ -26,10 +26,11 @@ import data
 import evaluation
 import models
 from adapter import WEIGHTS_FILE
+from harness.adapter_config import ADAPTER_CONFIG
 from inputs import embedded
 from inputs.errors import InputError
 from method import method_of
-from registry import ADAPTER_CONFIG, EMBEDDED
+from registry import EMBEDDED
 
 FP32, BF16 = torch.float32, torch.bfloat16
 

@@ -8,8 +8,8 @@ import safetensors.torch
 from conftest import BRIEF, SMALL, results_of, write_json
 from suite_files import complaint
 
+from harness.adapter_config import read_adapter_config
 from hostile.conftest import rejected
-from registry import read_adapter_config
 
 
 @pytest.mark.parametrize("change, named", [
