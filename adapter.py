@@ -36,6 +36,8 @@ def load(model, path, settings=None):
     place of the saved ones, with another seed, to train on. Raises InputError for a damaged adapter
     and for any base model but the one that it was made on.
     """
+    if hasattr(model, "adapted_by"):
+        raise InputError("this model has an adapter already: load its base anew")
     path = Path(path)
     config, saved = read_adapter_config(path)
     state = read_tensors(path / WEIGHTS_FILE)

@@ -259,18 +259,21 @@ def describe(suite, encoded, max_length, max_new_tokens):
     if suite.unread:
         yield f"not read: {listed(suite.unread)}"
     for task in suite.tasks.values():
-        yield from _describe_task(task, encoded, max_length, max_new_tokens)
+        yield from _describe_task(task, encoded, suite.unread, max_length, max_new_tokens)
     for task, name in encoded.left_out:
         yield f"left out, does not fit {max_length} tokens without input: {task} {name}"
 
 
-def _describe_task(task, encoded, max_length, max_new_tokens):
+def _describe_task(task, encoded, unread, max_length, max_new_tokens):
     """A line for each thing that a reader of the task's score should know."""
     train, test = encoded.train[task.name], encoded.test[task.name]
     shortened = [encoded.shortened[split][task.name] for split in SPLITS]
     if any(shortened):
         yield (f"{task.name}: input shortened to fit {max_length} tokens in {shortened[0]} of "
                f"{len(train)} training and {shortened[1]} of {len(test)} test items")
+    if f"{task.name}/labels.json" in unread and task.metric == "rouge_l":
+        yield (f"{task.name}: it has a labels.json, and is scored by rouge_l: a key Metric, or "
+               "`python data.py convert`, makes that accuracy")
     too_long = sum(length > max_new_tokens for length in encoded.answer_tokens[task.name])
     if too_long:
         yield (f"{task.name}: {too_long} of {len(test)} test items have no reference of at most "

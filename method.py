@@ -169,6 +169,8 @@ def find_targets(model, target_modules):
     if tuple(target_modules) == (ALL_LINEAR,):
         return linears
     existing = {name.rpartition(".")[2] for name in linears}
+    if ALL_LINEAR in target_modules:
+        raise InputError(f"--target_modules {' '.join(target_modules)}: {ALL_LINEAR} stands alone")
     for target in target_modules:
         if target not in existing:
             raise InputError(f"--target_modules {target}: the model has no such linear layer; "

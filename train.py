@@ -210,6 +210,8 @@ def train_all(run, resumed):
             with run.progress.seconds.timed("train"), Recorder(run, stage) as recorder:
                 train_stage(run, stage, recorder, resumed)
             folder = args.output_dir / "adapter" / (stage.name if alone else "")
+            if alone:
+                run.method.trained_on = run.method.trained_on | {"tasks": list(stage.tasks)}
             if run.accelerator.is_main_process:
                 adapter.save(run.model, folder)
             if alone or index == len(stages) - 1:  # else the next stage writes it again

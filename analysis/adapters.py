@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import NamedTuple
 
+from msgspec import structs
+
 from harness.adapter_config import ADAPTER_CONFIG, read_adapter_config
 from inputs import formats
 from inputs.errors import InputError
@@ -49,13 +51,14 @@ def find(paths):
 def read(path):
     """The Adapter in a folder. Raises InputError for none, or single ones of different settings."""
     folders = {None: path}
-    if not (path / ADAPTER_CONFIG).exists():
+    if not (path / ADAPTER_CONFIG).exists() and not (path / "adapter" / ADAPTER_CONFIG).exists():
         folders = {file.parent.name: file.parent
                    for file in sorted(path.glob(f"*/{ADAPTER_CONFIG}"))} or folders
     about = {folder: read_adapter_config(folder) for folder in folders.values()}
     first, *others = about.items()
     for folder, (config, settings) in others:
-        if (config, settings) != first[1]:
+        same = structs.replace(config, trained_on=first[1][0].trained_on)  # but for the task
+        if (same, settings) != first[1]:
             raise InputError(f"{folder} and {first[0]} are of different runs: their experts cannot "
                              "be compared")
     results = path.parent / "results.json"
@@ -87,9 +90,11 @@ def unseen(suite, adapters, needed):
     """The suite with rows that no adapter was trained on in `train`, and words that say which.
 
     Training rows beyond each run's --max_train_per_task, as its results.json says; where they are
-    fewer than `needed` in a task, test rows as well.
+    fewer than `needed` in a task, test rows as well. Test rows alone where a run drew its rows, or
+    went on from another whose rows are not known.
     """
-    seen = [each.results.get("args", {}).get("max_train_per_task") for each in adapters]
+    seen = [None if each.results.get("args", {}).get("sample") or each.results.get("went_on_from")
+            else each.results.get("args", {}).get("max_train_per_task") for each in adapters]
     first = None if None in seen else max(seen)
     rest = {name: task.train[first:] if first else [] for name, task in suite.tasks.items()}
     if all(len(rows) >= needed for rows in rest.values()):

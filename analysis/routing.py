@@ -120,14 +120,25 @@ class RouterProbe(Probe):
 
         def hook_of(name):
             def hook(layer, inputs):
-                with torch.no_grad():
-                    logits = F.linear(inputs[0].to(layer.router.dtype), layer.router)  # (B, S, K)
-                    self.seen[name] = (logits.softmax(-1),
-                                       select_experts(logits, layer.top_k).to(logits.dtype))
+                scores, weights = scores_and_weights(layer, inputs[0])
+                self.seen[name] = weights, select_experts(scores, layer.top_k).to(weights.dtype)
             return hook
 
         self.handles = [layer.register_forward_pre_hook(hook_of(name))
                         for name, layer in layers.items()]
+
+
+@torch.no_grad()
+def scores_and_weights(layer, x):
+    """What selects the experts of tokens x (..., in), and w before top-k: both (..., K).
+
+    The router's logits and their softmax; by energy, which weights nothing, shares of energy.
+    """
+    if getattr(layer, "routing", None) == "energy":
+        scores = layer.energies(x, layer.expert_of)
+        return scores, scores / scores.sum(-1, keepdim=True)
+    logits = F.linear(x.to(layer.router.dtype), layer.router)
+    return logits, logits.softmax(-1)
 
 
 def expert_energy(layer):

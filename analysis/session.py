@@ -72,8 +72,9 @@ def draw(suite, tokenizer, args, folds, chat_template, more=0):
         order = random.Random(stable_seed("analysis", args.seed, name))
         rows[name] = order.sample(fitting, min(count, len(fitting)))
         if len(rows[name]) < 2 * folds + more:
-            raise InputError(f"{name} has {len(rows[name])} rows of {len(fitting)} that fit; "
-                             f"{2 * folds + more} are needed (--rows, --max_length)")
+            raise InputError(f"{name}: {2 * folds + more} rows are needed, two in each of {folds} "
+                             f"fold(s) and {more} more; --rows {args.rows}, of {len(fitting)} that "
+                             f"fit --max_length {args.max_length}, gives {len(rows[name])}")
     available = {name: len(fitting) for name, fitting in encoded.train.items()}
     return Drawn(rows, available, len(encoded.left_out), sum(encoded.shortened["train"].values()))
 

@@ -17,6 +17,7 @@ import data
 import evaluation
 import models
 from harness.adapter_config import read_adapter_config
+from harness.arguments import refuse_odd_words
 from inputs import formats
 from inputs.bars import Bar
 from inputs.errors import InputError, Interrupted, one_line
@@ -118,6 +119,7 @@ def chat(args):
         elif text:
             asked = [*turns, data.build_prompt("" if turns else args.definition, text)]
             try:
+                refuse_odd_words([text])
                 turns = [*asked, speaker.stream(asked, len(asked))]
             except InputError as error:
                 print(one_line(f"{error}; /reset begins anew"), flush=True)

@@ -61,6 +61,9 @@ def score_lines(run):
     mean = headline(task.metric for task in run.tasks.values())
     numbers = ", ".join(f"{mean if name == 'rouge' else name} {value:.2f}"
                         for name, value in sorted(run.metrics.items()) if value is not None)
-    return [f"- trained: {run.args['setting']}, suite {run.args['suite']}, {len(run.tasks)} tasks, "
-            f"{run.args['epochs']} epochs, learning rate {run.args['learning_rate']:g}, seed "
-            f"{run.args['seed']}, precision {run.precision}", f"- scores of its run: {numbers}"]
+    count = f"each of {len(run.tasks)} tasks alone" if run.args["setting"] == "single" else (
+        f"{run.args['setting']}, {len(run.tasks)} tasks")
+    trained = (f"- trained: {count}, suite {run.args['suite']}, {run.args['epochs']} epochs, "
+               f"learning rate {run.args['learning_rate']:g}, seed {run.args['seed']}, precision "
+               f"{run.precision}")
+    return [trained, f"- scores of its run: {numbers}"] if numbers else [trained]

@@ -42,7 +42,7 @@ def export(args):
     device = torch.device("cpu") if device.type == "mps" else device  # which has no float64
     run = run_of(args.adapter, config)
     trained, tokenizer = models.load(args.model)
-    suite, encoded = read_rows(args, run, tokenizer, config.chat_template)
+    suite, encoded = read_rows(args, run, tokenizer, config)
     adapter.load(trained.to(device), args.adapter).eval()
     updates, form = fit(args, trained, tokenizer, encoded.train, device)
     dtype = stored_dtype(args.model) if args.merged else None
@@ -63,7 +63,7 @@ def export(args):
             exported.to("cpu", dtype).save_pretrained(folder)
             tokenizer.save_pretrained(folder)
         else:
-            write_lora(folder, updates, form.rank, settings.target_modules, args.model)
+            write_lora(folder, updates, form.rank, args.model)
     size = sum(file.stat().st_size for file in args.out.iterdir())
     print(one_line(f"{args.out}: {size / 2**20:.1f} MiB"
                    + ("" if args.merged else f"; {serving(form.rank)}")))
@@ -108,20 +108,21 @@ def run_of(path, config):
     return results if results.base_sha256 == config.base_sha256 else None
 
 
-def read_rows(args, run, tokenizer, chat_template):
+def read_rows(args, run, tokenizer, config):
     """(the suite, its first rows encoded): that of --suite, or of the adapter's run."""
     name, folder, tasks = args.suite, args.data_dir, None
     if name is None:
         if run is None:
             raise InputError(f"beside {args.adapter} stands no results.json of its run: --suite "
                              "names tasks on which to measure the export")
-        name, folder, tasks = run.args["suite"], run.args["data_dir"], run.args["tasks"]
+        name, folder = run.args["suite"], run.args["data_dir"]
+        tasks = config.trained_on.get("tasks", run.args["tasks"])  # of --setting single: one
     suite = data.load_suite(name, folder)
     suite = data.select_tasks(suite, tasks) if tasks else suite
     each = -(-args.rows // len(suite.tasks))
     suite = data.cut(suite, each, each)
     length = 1024 if run is None else run.args["max_length"]
-    return suite, data.encode_suite(suite, tokenizer, length, chat_template)
+    return suite, data.encode_suite(suite, tokenizer, length, config.chat_template)
 
 
 def in_turn(by_task, count):
@@ -153,7 +154,7 @@ def whole_folder(path):
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def write_lora(folder, updates, rank, target_modules, model):
+def write_lora(folder, updates, rank, model):
     """The two files of a LoRA adapter as PEFT, transformers and vLLM read them, in float32.
 
     With lora_alpha = r their scale is 1.
@@ -165,9 +166,9 @@ def write_lora(folder, updates, rank, target_modules, model):
     write_tensors(folder / adapter.WEIGHTS_FILE, tensors)
     write_json(folder / ADAPTER_CONFIG, {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": rank,
-        "target_modules": sorted(target_modules), "lora_dropout": 0.0, "bias": "none",
-        "fan_in_fan_out": False, "inference_mode": True, "init_lora_weights": True,
-        "use_rslora": False, "use_dora": False, "modules_to_save": None,
+        "target_modules": sorted({name.rpartition(".")[2] for name in updates}),
+        "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": False, "inference_mode": True,
+        "init_lora_weights": True, "use_rslora": False, "use_dora": False, "modules_to_save": None,
         "base_model_name_or_path": where(model)})
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from inputs import formats
 from inputs.errors import InputError
-from registry import METHODS
+from registry import METHODS, MODELS
 
 ADAPTER_CONFIG, ADAPTER_FORMATS = "adapter_config.json", (1, 2)  # the last is written
 # PEFT has a file of that name, too, and quotes what it does not know of this key.
@@ -30,6 +30,16 @@ def read_adapter_config(path):
         raise InputError(f"{file}: method {config.method!r} is unknown; known: "
                          f"{', '.join(METHODS)}")
     return config, METHODS[config.method].settings.from_values(config.settings, file)
+
+
+def base_name(path, config):
+    """The base model that an adapter names, or None. Raises InputError for a folder that has moved.
+    """
+    name = config.model
+    if name is not None and "/" not in name and name not in MODELS and not Path(name).is_dir():
+        raise InputError(f"{path} names its base model {name!r}, a folder that is not here: give "
+                         "--model")
+    return name
 
 
 def nearest_adapter(path):

@@ -6,8 +6,11 @@ Nothing here needs torch.
 import sys
 from pathlib import Path
 
+from harness import adapter_config
 from harness.adapter_config import ADAPTER_CONFIG, read_adapter_config
+from harness.arguments import refuse_odd_words
 from harness.early import print_anything
+from harness.signals import StopSignals
 from inputs.errors import InputError, Interrupted, error_lines, one_line
 from registry import MODELS
 
@@ -32,16 +35,22 @@ def newest_adapter(folder=Path("runs")):
 def base_name(adapter, model):
     """What to load as the base of an adapter: `model`, or what its configuration names."""
     config, _ = read_adapter_config(adapter)
-    if model is None and config.model is None:
+    model = model or adapter_config.base_name(adapter, config)
+    if model is None:
         raise InputError(f"{adapter} does not name its base model: give --model")
-    return model or config.model
+    return model
 
 
 def carry_out(argv, read, execute):
-    """Call execute(read(argv)) -> its exit status; 2 after one line on bad input, 130 on Ctrl-C."""
+    """Call execute(read(argv)) -> its exit status; 2 after one line on bad input, 130 on Ctrl-C.
+
+    SIGTERM and SIGHUP end it as Ctrl-C does, so nothing temporary is left behind.
+    """
     print_anything()
     try:
-        return execute(read(argv))
+        refuse_odd_words(sys.argv[1:] if argv is None else argv)
+        with StopSignals():
+            return execute(read(argv))
     except (InputError, OSError) as error:
         print(error_lines(error), file=sys.stderr)
         return 2

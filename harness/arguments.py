@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from harness.adapter_config import read_adapter_config
+from harness.adapter_config import base_name, read_adapter_config
 from inputs import formats
 from inputs.errors import InputError
 from inputs.numbers import Fraction, Positive, PositiveInt, Seed
@@ -227,7 +227,8 @@ def take_frame(args, typed, config):
 
     Typed flags count more. Raises InputError for values that no such flag takes.
     """
-    taken = {"model": config.model, "chat_template": config.chat_template}
+    model = None if "model" in typed else base_name(args.adapter, config)
+    taken = {"model": model, "chat_template": config.chat_template}
     taken |= config.trained_on if args.eval_only else {}
     unknown = taken.keys() - {"model", "chat_template", *PROMPT_FLAGS}
     if unknown:

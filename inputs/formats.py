@@ -246,6 +246,8 @@ def try_lines(path, kind):
     file cannot be read.
     """
     for number, where, line in _lines(path):
+        if not line.strip():
+            continue
         try:
             value = _parse(line, where)
             convert(value, kind, where, verdict="")

@@ -11,10 +11,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import NO_EVAL, SMALL, failing, files_of, reset_accelerate, write_json
 from conftest import succeed as train_well
 
 import analyze
+import models
+from adapter import load as load_adapter
 from analysis import gradients, routing, session, units
 from inputs import mmlu
 from inputs.errors import InputError
@@ -91,7 +94,7 @@ def test_help_and_flags_need_no_torch():
     ("'-1' is not a whole number from 0", ("--layers", "-1")),
     ("it has down_proj, gate_proj, k_proj", ("--target_modules", "c_fc")),
     ("'x' is not a whole number", ("--rows", "x")),
-    ("4 are needed (--rows, --max_length)", ("--rows", 3)),
+    ("4 rows are needed, two in each of 2 fold(s)", ("--rows", 3)),
     ("'0' is not a number between 0 and 1", ("--share", 0)),
     ("'1' is not a number between 0 and 1", ("--share", 1)),
     ("--share 0.001 of a layer's neurons, 64, is 0", ("--share", 0.001)),
@@ -281,6 +284,28 @@ def test_rows_that_a_run_has_seen_are_left_alone(tiny, loramoe, tmp_path):
     shutil.copytree(loramoe, lone)
     succeed("experts", *tiny, *BRIEF, "--adapter", lone, "--out", tmp_path / "b")
     assert load(tmp_path / "b" / "analysis.json")["about"] == "test rows"
+    for number, change in enumerate((
+            {"went_on_from": {"adapter": "x"}}, {"args": {"sample": True}})):
+        run_folder = tmp_path / f"run{number}"
+        shutil.copytree(loramoe, run_folder / "adapter")
+        results = load(loramoe.parent / "results.json")
+        results |= {key: results[key] | value if key == "args" else value
+                    for key, value in change.items()}
+        write_json(run_folder / "results.json", results)
+        succeed("experts", *tiny, *BRIEF, "--adapter", run_folder / "adapter", "--out",
+                tmp_path / f"out{number}")
+        assert load(tmp_path / f"out{number}" / "analysis.json")["about"] == "test rows"
+
+
+def test_experts_by_energy(tiny, tmp_path):
+    """They are selected without a router; the weights shown are their shares of energy."""
+    adapter = adapter_of(tiny, tmp_path / "energy", "badit", "--routing", "energy")
+    succeed("experts", *tiny, *BRIEF, "--adapter", adapter, "--out", tmp_path / "out")
+    model = load_adapter(models.load(tiny[1])[0], adapter).eval()
+    layer, x = next(iter(model.adapted_by.layers.values())), torch.randn(2, 7, 32)
+    scores, weights = routing.scores_and_weights(layer, x)
+    assert torch.equal(routing.select_experts(scores, layer.top_k), layer.route(x).active)
+    assert torch.allclose(weights.sum(-1), torch.ones(2, 7))
 
 
 def test_bad_adapters(tiny, loramoe, lora, single, checkpoints, suite, tmp_path):
@@ -289,6 +314,8 @@ def test_bad_adapters(tiny, loramoe, lora, single, checkpoints, suite, tmp_path)
     bad("is of lora, which has no router; methods with one: loramoe, badit", "experts", *tiny,
         "--adapter", loramoe, lora, "--out", tmp_path / "x")
     bad("no adapter at", "experts", *tiny, "--adapter", tmp_path, "--out", tmp_path / "x")
+    bad(f"there is one at {loramoe}", "experts", *tiny, "--adapter", loramoe.parent, "--out",
+        tmp_path / "x")
     bad("names one twice", "experts", *tiny, "--adapter", lora, lora, "--out", tmp_path / "x")
     bad("made on another base model", "experts", "--model", checkpoints["qwen3"], "--suite", suite,
         *BRIEF, "--adapter", loramoe, "--out", tmp_path / "y")
@@ -363,7 +390,7 @@ def test_conflict_stopped_and_resumed(tiny, conflict, loramoe, lora, tmp_path):
 def test_bad_conflict(tiny, loramoe, single, tmp_path):
     for named, *flags in (
             ("holds an adapter for each task", "--adapter", single),
-            ("18 are needed (--rows, --max_length)", "--adapter", loramoe, "--folds", 8),
+            ("18 rows are needed", "--adapter", loramoe, "--folds", 8),
             ("'-1' is not a whole number from 0", "--adapter", loramoe, "--lookahead", "-1"),
             ("'1' is not a whole number from 2", "--adapter", loramoe, "--folds", 1),
             ("'0' is not a finite number above 0", "--adapter", loramoe, "--step_scale", 0)):
@@ -421,7 +448,7 @@ def test_mmlu(lettered, suite, tmp_path):
             ("line 10: Object missing required", '{"question": "x"}')):
         refused(named, *flags, "--mmlu", write_questions(tmp_path / "bad.jsonl", bad))
     refused("--subjects green: ", *flags, "--mmlu", file, "--subjects", "red", "green")
-    refused("has 1 rows of 1 that fit", *flags, "--out", tmp_path / "x", "--mmlu",
+    refused("of 1 that fit", *flags, "--out", tmp_path / "x", "--mmlu",
             write_questions(tmp_path / "few.jsonl", count=1))
 
 

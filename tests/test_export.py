@@ -26,6 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # What has an exact form, and the rank of its update: name of the method, settings, rank.
 EXACT = {"lora": ("lora", {}, 2), "pissa": ("pissa", {}, 4), "olora": ("olora", {}, 4),
          "static": ("badit", dict(routing="static"), 32),
+         "all linear": ("lora", dict(target_modules=("all-linear",)), 2),
          "two targets": ("badit", dict(routing="static", num_experts=2,
                                        target_modules=("gate_proj", "k_proj")), 8)}
 ROUTED = {"badit": ("badit", {}, 32), "top_8": ("badit", dict(top_k=8), 32),

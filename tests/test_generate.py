@@ -249,6 +249,24 @@ def test_turns_in_a_chat_template():
 # --- bad input ----------------------------------------------------------------------------------
 
 
+def test_words_that_are_no_text(monkeypatch, capsys, runs):
+    """Refused in one line; in a dialogue the next one is asked for."""
+    rejected(capsys, "not UTF-8", "h\udcff", "--adapter", runs / "badit" / "adapter")
+    rejected(capsys, "not UTF-8", "hot", "--definition", "\udcff", "--adapter",
+             runs / "badit" / "adapter")
+    status, out, _ = talk(monkeypatch, capsys, runs, "\udcff", "red cat", "/quit")
+    assert status == 0 and "not UTF-8" in out[1] and out[2]
+
+
+def test_a_base_that_has_moved_is_asked_for(capsys, runs, tmp_path):
+    """By its name in the adapter, which a user need not know."""
+    shutil.copytree(runs / "badit" / "adapter", tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"model": "moved"}))
+    rejected(capsys, "names its base model 'moved', a folder that is not here: give --model",
+             "red cat", "--adapter", "adapter")
+
+
 @pytest.mark.parametrize("words, named", [
     ((), "give a prompt"), (("a", "--chat"), "one of them"), (("",), "the prompt is empty"),
     ((" \n",), "the prompt is empty"), (("--prompts", "a"), "--out"),
@@ -284,3 +302,10 @@ def test_help_and_wrong_flags_wait_for_no_library(program):
         assert done.returncode == status
         imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
         assert not imported & {"torch", "transformers", "accelerate", "numpy", "safetensors"}
+
+
+def test_blank_lines_are_no_prompts(capsys, runs):
+    Path("q.jsonl").write_text('\n{"prompt": "red cat"}\n\n')
+    status, _, _ = call(capsys, "--prompts", "q.jsonl", "--out", "o.jsonl", "--adapter",
+                        runs / "badit" / "adapter", "--max_new_tokens", 3)
+    assert status == 0 and [line["line"] for line in lines_of(Path("o.jsonl"))] == [2]

@@ -176,3 +176,11 @@ def test_the_recipe_for_another_harness(llama, tmp_path):
             "PYTHONPATH": str(ROOT), "HF_DATASETS_OFFLINE": "1"})
     assert done.returncode == 0, done.stderr[-2000:]
     assert "'sample_len': 2, 'acc,none': " in done.stdout
+
+
+def test_a_second_adapter_is_refused(tmp_path):
+    """The base is right; it is the first adapter that is in the way."""
+    model = wrapped(base_model())
+    adapter.save(model, tmp_path)
+    with pytest.raises(InputError, match="has an adapter already"):
+        adapter.load(model, tmp_path)

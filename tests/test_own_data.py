@@ -128,6 +128,14 @@ def test_files_that_are_not_read_are_named(tmp_path):
     assert described(None, suite=suite)[1] == "not read: beta/dev.json"
 
 
+def test_labels_of_a_task_without_a_metric_are_pointed_at(tmp_path):
+    for name, keys in (("alpha", {}), ("beta", {"Metric": "accuracy"})):
+        write_task(tmp_path / "s", name, **keys)
+        (tmp_path / "s" / name / "labels.json").write_text("[]")
+    (line,) = (line for line in described(tmp_path / "s") if "it has a labels.json" in line)
+    assert line.startswith("alpha: ") and "data.py convert" in line
+
+
 # --- special tokens -----------------------------------------------------------------------------
 
 
