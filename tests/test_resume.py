@@ -139,7 +139,7 @@ def test_a_resumed_run_is_the_undisturbed_one(method, flags, whole, tmp_path):
 
 
 @pytest.mark.parametrize("more", [
-    "--setting single", "--setting mixed --eval_before --regroup_every 1",
+    "--setting single", "--setting mixed --eval_before --regroup_every 1", "--eval_loss",
     "--routing static --no_dog", "--routing energy", "--inactive initial", "--grouping random",
     "--no_bad", "--svd fast",
     "--gradient_checkpointing --eval_tasks none", "--method gainlora --branches olora"])

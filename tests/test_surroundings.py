@@ -184,6 +184,16 @@ def test_evaluation_takes_what_the_adapter_was_trained_on(tiny, tmp_path):
     assert str(tiny[1]) in other
 
 
+def test_an_adapter_of_one_task_alone_names_that_task(tiny, tmp_path):
+    """Evaluated by itself it is scored on what it was trained on."""
+    run = tmp_path / "run"
+    succeed(*tiny, *SMALL, "--setting", "single", "--epochs", 1, "--max_train_per_task", 2,
+            "--eval_tasks", "none", "--output_dir", run)
+    for task in ("say_both", "which_is"):
+        args, _ = parse_flags(["--eval_only", "--adapter", str(run / "adapter" / task)])
+        assert args.tasks == [task]
+
+
 def changed(folder):
     """The folder of a checkpoint, with another weight in it."""
     tensors = safetensors.torch.load_file(folder / "model.safetensors")
