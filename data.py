@@ -91,6 +91,21 @@ def cut(suite, max_train, max_test, sample_seed=None):
                                  for name, task in suite.tasks.items()})
 
 
+def hold_out(suite, count):
+    """The suite with the last `count` training rows of each task in place of its test rows.
+
+    For choosing settings: neither the test rows nor these are trained on. Raises InputError for a
+    task without other training rows.
+    """
+    for name, task in suite.tasks.items():
+        if len(task.train) <= count:
+            raise InputError(f"--validation {count} leaves {name} nothing to train on: it has "
+                             f"{len(task.train)} training rows")
+    return suite._replace(tasks={
+        name: task._replace(train=task.train[:-count], test=task.train[-count:])
+        for name, task in suite.tasks.items()})
+
+
 def task_order(names, seed, explicit=None):
     """The order in which sequential training sees the tasks `names`.
 

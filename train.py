@@ -237,7 +237,8 @@ def evaluated_tasks(run, done):
         return []
     if args.setting == "single":
         return list(stages[done - 1].tasks)
-    seen = {task for stage in stages[:done] for task in stage.tasks}
+    first = done - 1 if args.eval_tasks == "new" and done < len(stages) else 0
+    seen = {task for stage in stages[first:done] for task in stage.tasks}
     return [task for task in order if args.eval_tasks == "all" or task in seen]
 
 
@@ -267,6 +268,7 @@ def prepare(args, accelerator, stop, seconds):
     made = identity.provenance(args)
     suite = data.load_suite(args.suite, args.data_dir)
     suite = data.select_tasks(suite, args.tasks) if args.tasks else suite
+    suite = data.hold_out(suite, args.validation) if args.validation else suite
     suite = data.cut(suite, args.max_train_per_task, args.max_eval_per_task,
                      args.seed if args.sample else None)
     output_folder.check_names(suite.tasks)

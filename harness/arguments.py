@@ -98,6 +98,9 @@ FLAGS = (
          "first", of_training=True, table="trained"),
     Flag("data", "max_eval_per_task", PositiveInt | None, None, "the first N (default: all)",
          metavar="N", table=True),
+    Flag("data", "validation", PositiveInt | None, None, "to choose settings by: the last N "
+         "training rows of every task take the place of its test rows, and are not trained on",
+         metavar="N", table=True),
     Flag("data", "max_length", PositiveInt, 1024, "tokens of prompt + target in training, of the "
          "prompt in evaluation (default: 1024)", table=True),
     Flag("data", "chat_template", bool, False, "wrap prompts in the model's chat template",
@@ -118,8 +121,10 @@ FLAGS = (
     Flag("training", "gradient_checkpointing", bool, False, "less memory, about a third slower",
          of_training=True),
 
-    Flag("evaluation", "eval_tasks", Literal["all", "seen", "none"], "all", "tasks evaluated after "
-         "every stage (default: all)", of_training=True, alone="nothing"),
+    Flag("evaluation", "eval_tasks", Literal["all", "seen", "new", "none"], "all", "tasks "
+         "evaluated after every stage; new: those that it trained, and all after the last, which "
+         "gives every metric but the Forget Rate (default: all)", of_training=True,
+         alone="nothing"),
     Flag("evaluation", "eval_before", bool, False, "evaluate before training too, as row 0",
          of_training=True, alone="nothing"),
     Flag("evaluation", "eval_batch_size", PositiveInt, 16, "per process (default: 16)",

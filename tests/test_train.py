@@ -153,6 +153,20 @@ def test_the_first_items_of_each_task(trained):
             for name, task in results_of(folder)["tasks"].items()} == dict.fromkeys(tasks, (3, 2))
 
 
+def test_validation_rows(trained):
+    """`--validation` tests on the last training rows, and trains on the first of the others."""
+    folder = trained("--validation", "4", "--max_train_per_task", "5", "--tasks", "which_is")
+    assert [row["id"] for row in lines_of(folder / "predictions/01_mixed.jsonl")] == [
+        f"which_is-{i}" for i in (8, 9, 10, 11)]
+    assert {(task["train"], task["test"])
+            for task in results_of(folder)["tasks"].values()} == {(5, 4)}
+
+
+def test_validation_leaves_rows_to_train_on(flags):
+    refused("--validation 12 leaves which_is nothing to train on: it has 12 training rows",
+            *flags, "--validation", 12, "--tasks", "which_is")
+
+
 def test_training_learns(trained):
     """The loss falls, and the scores move."""
     losses = losses_of(trained(*MIXED))
@@ -300,6 +314,17 @@ def test_eval_tasks_seen(trained):
         [score if i <= j else None for i, score in enumerate(row)]
         for j, row in enumerate(full["score_matrix"][1:])]
     assert results["metrics"].items() <= full["metrics"].items()
+
+
+def test_eval_tasks_new(trained):
+    """Every stage evaluates its own tasks and the last one all: the Forget Rate needs more."""
+    results = results_of(trained("--setting", "sequential", "--eval_tasks", "new"))
+    full = results_of(trained(*SEQUENTIAL))
+    rows = full["score_matrix"][1:]
+    assert results["score_matrix"] == [
+        [score if i == j or j == len(rows) - 1 else None for i, score in enumerate(row)]
+        for j, row in enumerate(rows)]
+    assert results["metrics"].items() <= (full["metrics"] | {"forget_rate": None}).items()
 
 
 def test_eval_tasks_none(trained):
