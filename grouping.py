@@ -38,6 +38,15 @@ def component_gram(gradients):
     return (unit @ unit.mT).to("cpu", torch.float64)
 
 
+def sign_free_gram(gram):
+    """Beyond the paper: inner products of the outer products ghat_i ghat_i', (..., N, N).
+
+    Squared cosines: components that learn along one line are close, whichever way they go, so the
+    grouping does not depend on the sign of (u, v).
+    """
+    return gram.square()
+
+
 def membership(grouping, K, dtype=torch.float64):
     """The one-hot grouping P: (..., N) -> (..., N, K)."""
     return F.one_hot(grouping, K).to(dtype)

@@ -80,8 +80,9 @@ class BaditSettings(Decomposed, Experts):
     inactive: Literal["keep", "drop", "initial"] = setting(
         "keep", "experts that a token does not select keep acting on it without learning from it, "
         "drop out (which breaks the base model), or act on it as pre-trained")
-    grouping: Literal["dog", "random", "fixed"] = setting(
-        "dog", "regroup by gradients, or a control on the same schedule")
+    grouping: Literal["dog", "squared", "random", "fixed"] = setting(
+        "dog", "regroup by gradients; beyond the paper, by their squared cosines, for which "
+        "opposite directions are one; or a control on the same schedule")
     refine: bool = setting(False, "beyond the paper: improve each grouping by pairwise swaps")
     no_bad: bool = setting(False, "ablation: LoRAMoE's layer and initialisation, with DOG")
     no_dog: bool = setting(False, "ablation: never regroup; angles are still logged")
@@ -98,7 +99,7 @@ class BaditSettings(Decomposed, Experts):
                   "--routing energy": (self.routing == "energy", noise),
                   "--no_bad": (self.no_bad, {"routing", "svd"} | noise),
                   "--no_dog": (self.no_dog, {"grouping", "refine"}),
-                  f"--grouping {self.grouping}": (self.grouping != "dog", {"refine"})}
+                  f"--grouping {self.grouping}": (self.grouping in ("random", "fixed"), {"refine"})}
         return {cause: names for cause, (applies, names) in causes.items() if applies}
 
 
@@ -242,6 +243,7 @@ VARIANTS = {
     "badit-energy": "badit --routing energy", "badit-initial": "badit --inactive initial",
     "badit-energy-random": "badit --grouping random --routing energy",
     "badit-energy-no_dog": "badit --no_dog --routing energy",
+    "badit-energy-squared": "badit --grouping squared --routing energy",
     # Half of the experts active and alpha / rank = 8, as at K = 8 and r = 4.
     "badit-K2": "badit --num_experts 2 --top_k 1", "badit-K4": "badit --num_experts 4 --top_k 2",
     "badit-K16": "badit --num_experts 16 --top_k 8",

@@ -14,6 +14,7 @@ from grouping import (
     grouping_objective,
     membership,
     relabel,
+    sign_free_gram,
 )
 from inputs.errors import InputError
 from inputs.numbers import stable_seed
@@ -27,7 +28,7 @@ class Regrouper:
     """Regroups the experts of all layers on a schedule, by what it has summed up since the last.
 
     `regroup_every` is in optimizer steps (None: once per epoch of the stage); `grouping` is "dog",
-    or one of the controls "random" and "fixed", which see the same schedule and the same log.
+    "squared", or one of the controls "random" and "fixed", which see the same schedule and log.
     """
 
     def __init__(self, layers, regroup_every, grouping, refine, seed):
@@ -114,6 +115,8 @@ class Regrouper:
         """The groupings (L, N) to adopt, and the rounds (L,) that they took."""
         if grouping == "dog":
             return grouping_from_gram(gram, K, old, self.refine)
+        if grouping == "squared":
+            return grouping_from_gram(sign_free_gram(gram), K, old, self.refine)
         no_rounds = torch.zeros(len(old), dtype=torch.int64)
         if grouping == "random":
             generator = torch.Generator().manual_seed(

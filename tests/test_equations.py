@@ -19,10 +19,12 @@ from grouping import (
     component_gradients,
     gradient_angles,
     group_components,
+    grouping_from_gram,
     grouping_objective,
     orthogonalized_similarity,
     refine_grouping,
     relabel,
+    sign_free_gram,
     spherical_kmeans,
     unit_gradients,
 )
@@ -430,6 +432,19 @@ def test_functions_of_gram_matrices(name, N, D, K):
         if name == "refine":
             assert is_balanced(alone, K)
             assert objective(unit[layer], alone, K) >= objective(unit[layer], labels[layer], K)
+
+
+@pytest.mark.parametrize(("N", "D", "K"), [*SHAPES, (16, 30, 8)])
+def test_sign_free_gram(N, D, K):
+    """It is the Gram matrix of ghat ghat', so groups do not depend on the gradients' signs."""
+    unit = units(5, N, D)
+    outer = torch.stack([torch.outer(row, row).flatten() for row in unit])
+    assert_close(sign_free_gram(unit @ unit.T), outer @ outer.T)
+    signs = torch.tensor([1.0, -1.0], dtype=torch.float64).repeat(N // 2)[:, None]
+    groupings = [grouping_from_gram(sign_free_gram(rows @ rows.T)[None], K)[0]
+                 for rows in (unit, signs * unit)]
+    assert_close(*groupings)
+    assert_close(groupings[0][0], group_components(outer, K))
 
 
 def test_objective_by_hand():

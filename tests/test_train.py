@@ -640,6 +640,19 @@ def test_random_groupings_are_a_control(trained):
     assert groupings_of(trained("--grouping", "random", *NO_EVAL, again=True)) == groupings
 
 
+def test_squared_groupings_are_those_of_squared_cosines(trained):
+    """On DOG's schedule and its first gradients, balanced, and by its log another rule."""
+    folder, dog = trained("--grouping", "squared", *NO_EVAL), trained(*MIXED)
+    mine, theirs = events_of(folder), events_of(dog)
+    assert list(mine) == list(theirs)
+    for a, b in zip(mine[5], theirs[5], strict=True):
+        assert a["grouping"] == "squared" and a["moved"] > 0
+        assert a["intra_before"] == b["intra_before"] and a["intra_after"] != b["intra_after"]
+    for name, grouping in groupings_of(folder).items():
+        assert sorted(grouping) == [i // 2 for i in range(N)]
+        assert grouping != groupings_of(dog)[name]
+
+
 def test_fixed_grouping_is_no_dog(trained):
     """Both never regroup and log angles at the same steps; equal to DOG up to its first move."""
     fixed, no_dog = trained("--grouping", "fixed", *NO_EVAL), trained("--no_dog", *NO_EVAL)

@@ -16,8 +16,8 @@ from harness import launch
 from hostile.conftest import rejected
 
 WHOLE = ("epochs", "batch_size", "gradient_accumulation_steps", "max_train_per_task",
-         "max_eval_per_task", "validation", "max_length", "max_new_tokens", "eval_batch_size", "rank",
-         "num_experts", "top_k", "regroup_every")
+         "max_eval_per_task", "validation", "max_length", "max_new_tokens",
+         "eval_batch_size", "rank", "num_experts", "top_k", "regroup_every")
 BAD_NUMBERS = {
     **{name: ("0", "-1", "1.5", "nan", "inf", "many", "") for name in WHOLE},
     "seed": ("-1", "0.5", "nan", "inf", "one", str(2**32), "9" * 20),
