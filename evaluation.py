@@ -61,9 +61,11 @@ def generate(model, tokenizer, batch, max_new_tokens, **options):
     """
     extremes = Extremes()
     prompt_length = batch["input_ids"].shape[1]
+    # By its index: as a slice it is not contiguous, and costs a copy of the output layer a row.
+    last = torch.tensor([-1], device=batch["input_ids"].device)
     tokens = model.generate(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"],
                             max_new_tokens=max_new_tokens, num_beams=1, use_cache=True,
-                            logits_processor=[extremes],
+                            logits_processor=[extremes], logits_to_keep=last,
                             **{"do_sample": False} | options)  # (batch, seq + new)
     if not torch.isfinite(torch.stack(extremes.seen)).all():
         raise InputError("the model answers with logits that are NaN or infinite: its "
