@@ -2,6 +2,7 @@
 
     python report.py runs/X                      # its table here; runs/X/report.html, figure.png
     python report.py runs/study --out report     # tables (Markdown, LaTeX, CSV) and figures
+    python report.py runs/tune --tuning --out T  # loss against learning rate, by method
     python report.py runs/study --export records # the small part of each run: no weights, no texts
 
 A run that is incomplete, of another version or of mixed settings is named and left out.
@@ -54,6 +55,9 @@ def build_parser():
     parser.add_argument("--out", type=Path, metavar="DIR", help="write the report of a study there")
     parser.add_argument("--export", type=Path, metavar="DIR",
                         help="copy the small part of each run that a report needs")
+    parser.add_argument("--tuning", action="store_true",
+                        help="with --out: of runs at several learning rates, which suits each "
+                             "method (scripts/tune.sh)")
     parser.add_argument("--allow_other", nargs="+", choices=runs.FREE, default=[], metavar="WHAT",
                         help="what may differ between runs of one report, of "
                              f"{', '.join(runs.FREE)}")
@@ -63,18 +67,26 @@ def build_parser():
 def main(argv=None):
     try:
         args = build_parser().parse_args(argv)
+        if args.tuning and not args.out:
+            raise InputError("--tuning needs --out DIR")
         if not (args.out or args.export):
             if args.allow_other:
                 raise InputError("--allow_other is read with --out or --export only")
             show_run(only_run(args.runs))
             return 0
-        records, left_out = runs.collect(args.runs, args.allow_other)
+        free = [*args.allow_other, *([runs.RATE] if args.tuning else [])]
+        records, left_out = runs.collect(args.runs, free)
         for folder, reason in left_out:
             print(one_line(f"left out: {folder}: {reason}"), file=sys.stderr)
         if args.export:
             runs.export(records, args.export, args.runs)
             print(one_line(f"{len(records)} records in {args.export}"))
-        if args.out:
+        if args.tuning:
+            from reporting import tuning  # not above: it takes seconds to load
+            tuning.make(records, left_out, args.out)
+            print(one_line(f"{len(records)} runs, {len(left_out)} left out: "
+                           f"{args.out / 'tuning.md'}"))
+        elif args.out:
             from reporting import study_report  # not above: it takes seconds to load
             study_report.make(records, left_out, args.out)
             print(one_line(f"{len(records)} runs, {len(left_out)} left out: "

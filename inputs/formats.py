@@ -17,6 +17,7 @@ from inputs.numbers import Seed
 Score = Annotated[float, Meta(ge=0, le=100)]
 Amount = Annotated[float, Meta(ge=-1e100, le=1e100)]  # sums and squares of such are finite
 Count = Annotated[int, Meta(ge=0, le=2**62)]
+PositiveCount = Annotated[int, Meta(ge=1, le=2**62)]
 
 
 class Instance(Struct):
@@ -179,10 +180,11 @@ class References(Struct):
 
 
 class ItemScores(Struct):
-    """The scores of one item, by metric."""
+    """The scores of one item, by metric; in a report also its loss, where it was measured."""
 
     rouge_l: References
     accuracy: References
+    loss: tuple[Amount, PositiveCount] | UnsetType = UNSET
 
 
 class Prediction(Struct):
@@ -194,6 +196,7 @@ class Prediction(Struct):
     prediction: str
     references: Annotated[list[str], Meta(min_length=1)]
     scores: ItemScores
+    loss: tuple[Amount, PositiveCount] | UnsetType = UNSET  # of the answer: its sum, its tokens
 
 
 class Question(Struct):

@@ -12,7 +12,15 @@ import numpy as np
 import metrics
 from inputs.files import atomic_path
 from registry import SENSITIVITY, VARIANTS
-from reporting.groups import cells, label, short, values_of
+from reporting.groups import (
+    cells,
+    final_loss,
+    forgets,
+    forgetting,
+    label,
+    short,
+    values_of,
+)
 
 matplotlib.rcParams["text.parse_math"] = False  # a $ in a name is a $
 SMOOTHING = 10  # steps in the running mean of the loss
@@ -284,6 +292,36 @@ def parameters_and_scores(records):
     return figure
 
 
+def losses(records):
+    """Loss of the test answers after all training, and what sequential training forgot of it.
+
+    A column for each variant, a line for each seed, a bar at the mean.
+    """
+    panels = defaultdict(dict)
+    for (model, variant, setting), runs in cells(records).items():
+        runs = [run for run in runs if run.losses()]
+        measures = {"loss after all training": final_loss}
+        if all(map(forgets, runs)):
+            measures["loss that came back"] = forgetting
+        for title, measure in measures.items() if runs else ():
+            panels[f"{model}, {setting}: {title}"][label(variant)] = {
+                run.seed: measure(run) for run in runs}
+    panels = {title: columns for title, columns in panels.items() if len(columns) > 1}
+    if not panels:
+        return None
+    figure, axes = grid(len(panels), columns=2, width=7, height=4.4)
+    for place, (title, columns) in zip(axes, panels.items(), strict=True):
+        for seed in sorted(set().union(*columns.values())):
+            place.plot([each.get(seed, math.nan) for each in columns.values()], marker="o",
+                       markersize=3, linewidth=0.7, alpha=0.6, label=f"seed {seed}")
+        place.plot([metrics.mean(each.values()) for each in columns.values()], "_k", markersize=16)
+        place.set_xticks(range(len(columns)), columns, rotation=35, ha="right",
+                         rotation_mode="anchor", fontsize=8)
+        place.set(title=title, ylabel="nats per token")
+        place.legend(fontsize=7)
+    return figure
+
+
 def sensitivity(records):
     """Fig. 12: BADIT's score against K (r = 4) and against r (K = 8)."""
     wanted = [VARIANTS[name] for name in SENSITIVITY]
@@ -327,7 +365,8 @@ def matrices(records):
 def of_study(records):
     """(name, figure) of every figure for which there is a run, one after the other."""
     for name, draw in (("learning_curves", learning_curves), ("angles", angles),
-                       ("router_health", router_health), ("parameters", parameters_and_scores),
+                       ("router_health", router_health), ("losses", losses),
+                       ("parameters", parameters_and_scores),
                        ("sensitivity", sensitivity)):
         figure = draw(records)
         if figure is not None:

@@ -48,6 +48,21 @@ def scores_of(record, records):
     return metrics.continual_metrics(record.matrix("first"), record.order, single)
 
 
+def final_loss(run):
+    """Of the test answers after all training, mean over tasks, of a run that measured losses."""
+    return metrics.mean(run.losses()[-1])
+
+
+def forgets(run):
+    """Whether a run trained tasks after others, so that `forgetting` has a meaning."""
+    return run.setting == "sequential" and len(run.order) > 1
+
+
+def forgetting(run):
+    """How far the loss of a task rises after it was trained, mean over all but the last task."""
+    return -metrics.loss_metrics(run.losses(), run.order, None)["backward"]
+
+
 def single_task_scores(record, records):
     """{task: score of the same method, model and seed trained on it alone}, of what there is."""
     scores = {}

@@ -20,6 +20,7 @@ from registry import METHODS, variant_of
 
 ITEMS_FILE = "items.json"  # per-item scores of an exported record
 RUN_SIGNS = ("results.json", "log.jsonl", "checkpoints")  # what a folder with a run has one of
+RATE = "--learning_rate"
 FREE = ("code", "versions")  # what of a protocol may differ, where it is asked for
 
 
@@ -30,7 +31,8 @@ class Record(NamedTuple):
     results: dict  # results.json
     settings: Settings  # of its method
     log: list  # of log.jsonl; empty where nothing was trained
-    items: dict  # of the last row: {task: {item id: {metric: {"best": score, "first": score}}}}
+    items: dict  # of the last row: {task: {item id: {metric: {"best": score, "first": score}}}},
+    #              and with --eval_loss of each item "loss": (its sum, tokens)
     model: str
     setting: str  # mixed, sequential, single, or eval
 
@@ -44,6 +46,11 @@ class Record(NamedTuple):
         return self.results["args"]["seed"]
 
     @property
+    def rate(self):
+        """The peak learning rate, or None where nothing was trained."""
+        return self.results["comparable"].get(RATE)
+
+    @property
     def order(self):
         return self.results["task_order"]
 
@@ -55,6 +62,11 @@ class Record(NamedTuple):
     def matrix(self, reference):
         """The rows a[j] of trained stages (of an untrained model: the only row), as lists."""
         return self.results["scores"][reference][self.results["args"]["eval_before"]:]
+
+    def losses(self):
+        """The losses of the test answers by trained stage, as `matrix`, or None: not measured."""
+        losses = self.results.get("losses")
+        return losses and losses[self.results["args"]["eval_before"]:]
 
     def final(self, reference):
         """{task: score after all training}, None where not evaluated; of a single run: its own."""
@@ -135,6 +147,19 @@ def check_items(record):
             if mean is None or not math.isclose(mean, score, abs_tol=1e-6):
                 raise InputError(f"it is damaged: the items of {task} score {mean or 0:.2f} on "
                                  f"average, results.json says {score:.2f}")
+        if record.losses():
+            check_losses(record, task, items)
+
+
+def check_losses(record, task, items):
+    """Raise InputError unless the losses per item give the loss of a task."""
+    if any("loss" not in item for item in items.values()):
+        raise InputError(f"it is damaged: items of {task} have no loss, though it was measured")
+    total, tokens = map(sum, zip(*(item["loss"] for item in items.values()), strict=True))
+    said = record.losses()[-1][record.order.index(task)]
+    if said is None or not math.isclose(total / tokens, said, rel_tol=1e-5, abs_tol=1e-7):
+        raise InputError(f"it is damaged: the items of {task} have a loss of "
+                         f"{total / tokens:.4f} on average, results.json says {said}")
 
 
 def _read(reader, path, kind):
@@ -161,7 +186,8 @@ def _read_items(folder):
         return _read(formats.read, folder / ITEMS_FILE, kind)[0]
     items = {}
     for line in read_answers(folder):
-        items.setdefault(line["task"], {})[line["id"]] = line["scores"]
+        loss = {"loss": line["loss"]} if "loss" in line else {}
+        items.setdefault(line["task"], {})[line["id"]] = line["scores"] | loss
     return items
 
 
@@ -225,14 +251,17 @@ def export(records, out, folders):
 def protocol(record, free=()):
     """{name: value} of all that must be equal in runs that stand in one table.
 
-    Beside the model, the method, the seed and the setting, which are its rows and columns. `free`
-    leaves out some of FREE.
+    Beside the model, the method, the seed and the setting, which are its rows and columns. Each
+    variant of a method may have a learning rate of its own: they need different ones. `free`
+    leaves out some of FREE, or RATE.
     """
     results = record.results
     values = results["comparable"] | {"precision": results["precision"],
                                       "code": results["code_sha256"],
                                       "versions": results["versions"],
                                       f"weights of {record.model}": results["base_sha256"]}
+    if RATE in values and RATE not in free:
+        values[f"{RATE}, {record.variant}"] = values.pop(RATE)
     values |= {f"metric of {task}": about["metric"] for task, about in results["tasks"].items()}
     if record.setting != "single":
         values["tasks"] = sorted(results["tasks"])
@@ -258,7 +287,7 @@ def select(records, free=()):
         other = sorted(name for name, value in mine.items()
                        if json.dumps(value, sort_keys=True) != usual[name])
         alone = tuple(record.order) if record.setting == "single" else ()
-        key = (*record.cell, record.seed, alone)
+        key = (*record.cell, record.seed, alone, *([record.rate] if RATE in free else []))
         if other:
             shown = "; ".join(f"{name} {_brief(mine[name])}, most have "
                               f"{_brief(json.loads(usual[name]))}" for name in other[:3])

@@ -5,11 +5,16 @@ import numpy as np
 from inputs.bars import Bar
 from inputs.errors import one_line
 from inputs.files import write_text
-from reporting import figures, runs, significance, tables
+from reporting import figures, runs, significance, tables, verdicts
 from reporting.groups import cells, label
 
 # Of the protocol, what would fill pages.
 CHECKSUMS = ("data of", "weights of", "test items of", "metric of", "code", "versions")
+
+VERDICTS = ("By the loss of the test answers, in nats per token, ours minus theirs. Paired "
+            "bootstrap over seeds and items, of forgetting over seeds and tasks "
+            f"({significance.RESAMPLES:,} resamples); the best baseline is the one with the best "
+            "mean on these runs.")
 
 
 def make(records, left_out, out):
@@ -27,6 +32,11 @@ def make(records, left_out, out):
     parts = ["# Report", f"{len(records) - alone} runs, {alone} single-task runs, "
              f"{len(left_out)} left out.", "## Settings that all runs share",
              bullets(shared_settings(records)), *(table.markdown() for table in made)]
+    for title, claims in (("The paper's claims", verdicts.PAPER),
+                          ("Beyond the paper", verdicts.BEYOND)):
+        said = verdicts.lines(records, claims)
+        if said:
+            parts += [f"## {title}", VERDICTS, bullets(said)]
     said = comparisons(records)
     if said:
         parts += ["## What the differences are worth",
@@ -48,6 +58,10 @@ def shared_settings(records):
     """What all runs of the report have in common, a line each."""
     shared = {name: value for record in records for name, value in runs.protocol(record).items()
               if not name.startswith(CHECKSUMS)}
+    rates = {name for name in shared if name.startswith(runs.RATE)}
+    if len({shared[name] for name in rates}) == 1:  # else a line for every variant
+        shared[runs.RATE] = shared[min(rates)]
+        shared = {name: value for name, value in shared.items() if name not in rates}
     return [f"{name}: {', '.join(map(str, value)) if isinstance(value, list) else value}"
             for name, value in sorted(shared.items())]
 

@@ -245,11 +245,9 @@ def categories(records):
 def losses(records):
     def measure(name):
         def number(run):
-            matrix = run.results.get("losses")
-            if matrix is None or run.setting == "single":
+            if run.losses() is None or run.setting == "single":
                 return None
-            matrix = matrix[run.results["args"]["eval_before"]:]
-            return metrics.loss_metrics(matrix, run.order, None)[name]
+            return metrics.loss_metrics(run.losses(), run.order, None)[name]
         return number
 
     header, rows = by_setting(records, {

@@ -42,6 +42,7 @@ from registry import EMBEDDED, METHODS, MODELS, VARIANTS  # noqa: E402
 
 PAPER_METHODS = ("lora", "pissa", "olora", "loramoe", "gainlora", "badit")
 SETTINGS = ("mixed", "sequential")
+RATE = "learning_rate"  # of all flags of training the one that each method may have its own of
 
 # For the estimate of cost alone. Parameters in billions, by the models' cards.
 BILLIONS = {"qwen3-8b": 8.2, "qwen3-4b": 4.0, "llama3-8b": 8.0, "llama3-3b": 3.2,
@@ -68,8 +69,8 @@ def build_parser():
         metavar="MODEL", help=f"of {', '.join(MODELS)}, or checkpoint folders (default: the six "
                               "of the paper)")
     add("--methods", nargs="+", default=list(PAPER_METHODS), metavar="METHOD",
-        help=f"of {', '.join(VARIANTS)}, or a method and its flags in quotes, such as "
-             "'badit --regroup_every 30' (default: the paper's six)")
+        help=f"of {', '.join(VARIANTS)}, or one of them and its flags in quotes, such as "
+             "'badit-random --regroup_every 30 --learning_rate 5e-4' (default: the paper's six)")
     add("--seeds", nargs="+", type=from_text(Seed), default=[1, 2, 3, 4, 5], metavar="SEED",
         help="(default: 1 2 3 4 5)")
     add("--settings", nargs="+", default=list(SETTINGS), choices=SETTINGS, metavar="SETTING",
@@ -138,14 +139,16 @@ def launcher_words(text):
 
 
 def check_method(method):
-    """Raise InputError unless it is a name, or a method with flags that this method reads."""
+    """Raise InputError unless it is a name, or one with flags that its method reads."""
     name, *words = method.split() or [""]
-    if method not in VARIANTS and name not in METHODS:
-        raise InputError(f"--methods {method!r} is unknown; allowed: {', '.join(VARIANTS)}, or a "
-                         "method and its flags in quotes")
+    if name not in VARIANTS:
+        raise InputError(f"--methods {method!r} is unknown; allowed: {', '.join(VARIANTS)}, or one "
+                         "of them and its flags in quotes")
+    name = VARIANTS[name].split()[0]
+    own = {*METHODS[name].settings.names(), RATE} - {"seed"}
     for word in words:
         flag = word.removeprefix("--").split("=")[0]
-        if word.startswith("--") and flag not in set(METHODS[name].settings.names()) - {"seed"}:
+        if word.startswith("--") and flag not in own:
             raise InputError(f"--methods {method!r}: {name} has no flag --{flag} of its own; those "
                              "for all runs stand after --")
 
@@ -153,9 +156,15 @@ def check_method(method):
 # --- the list of runs ---------------------------------------------------------------------------
 
 
+def words_of(method):
+    """The words of one of --methods: the method's name, then flags."""
+    name, *flags = method.split()
+    return [*VARIANTS[name].split(), *flags]
+
+
 def flags_of(args, passed_on, method, model, seed, setting, task=None):
     """The words for train.py of one run, but for its folder."""
-    name, *flags = VARIANTS.get(method, method).split()
+    name, *flags = words_of(method)
     tasks = [task] if task else args.tasks
     words = ["--method", name, *flags, "--model", model, "--suite", args.suite,
              *(["--tasks", *tasks] if tasks else []), "--seed", str(seed)]
@@ -209,7 +218,7 @@ def plan(args, passed_on):
     runs, single = [], []
     for model in args.models:
         for method in args.methods:
-            trains = METHODS[VARIANTS.get(method, method).split()[0]].trains
+            trains = METHODS[words_of(method)[0]].trains
             slug = "-".join(word.lstrip("-") for word in method.split())
             stem = f"{slug}-{{}}-{Path(model).name}-seed{{}}"
             # An untrained model scores the same under every seed and setting.

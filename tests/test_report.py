@@ -22,9 +22,10 @@ from scipy.stats import wilcoxon
 
 import report
 from grouping import component_gram, gradient_angles, grouping_from_gram
+from inputs.errors import InputError
 from inputs.suites import SUPERNI
 from registry import METHODS, variant_of
-from reporting import figures, runs, significance, study_report, tables
+from reporting import figures, runs, significance, study_report, tables, verdicts
 
 GONE = object()
 
@@ -287,15 +288,124 @@ def test_losses(study):
     kept, _ = runs.collect([study])
     assert "losses" not in {made.name for made in tables.all_tables(kept)}
     matrix = [[2.0, 3.5, 4.5], [2.5, 1.0, 4.0], [2.25, 1.5, 0.5]]
-    put(study / "badit-sequential-1", "losses", matrix)
+    give_losses(study / "badit-sequential-1", matrix)
     _, rows = table(study, "losses")
     row = rows["badit", "sequential"]
     assert len(rows) == 1 and row["loss"].values == pytest.approx([4.25 / 3])
     assert row["loss come back"].values == pytest.approx([((2.25 - 2.0) + (1.5 - 1.0)) / 2])
     assert row["Backward of the loss"].values == pytest.approx([((2.0 - 2.25) + (1.0 - 1.5)) / 2])
-    put(study / "badit-sequential-1", "losses", matrix[1:])
+    record = runs.read(study / "badit-sequential-1")
+    runs.export([record], study / "kept", [study])
+    assert runs.read(study / "kept" / "badit-sequential-1").items == record.items
+    for wrong, reason in ((matrix[1:], "losses do not fit"),
+                          (matrix[::-1], "have a loss of 2.2500")):
+        put(study / "badit-sequential-1", "losses", wrong)
+        with pytest.raises(InputError, match=reason):
+            runs.read(study / "badit-sequential-1")
+    put(study / "badit-sequential-1", "losses", matrix)
+    edit_lines(answers(study / "badit-sequential-1"), lambda line: without(line, "loss"))
+    with pytest.raises(InputError, match="have no loss, though it was measured"):
+        runs.read(study / "badit-sequential-1")
+
+
+def give_losses(run, matrix):
+    """Make a run one with --eval_loss: every answer has three tokens of its task's last loss."""
+    put(run, "losses", matrix)
+    last = dict(zip(results_of(run)["task_order"], matrix[-1], strict=True))
+    edit_lines(answers(run), lambda line: line | {"loss": [3 * last[line["task"]], 3]})
+
+
+TAKEN = {  # loss of the three tasks after each stage, by method and seed, and what is forgotten
+    ("badit", 1): ([[1.0, 9, 9], [1.25, 1.0, 9], [1.5, 1.25, 1.0]], 0.375),
+    ("badit", 2): ([[1.0, 9, 9], [1.0, 1.0, 9], [1.5, 1.0, 1.0]], 0.25),
+    ("lora", 1): ([[0.5, 9, 9], [1.0, 1.0, 9], [1.75, 2.0, 1.0]], 1.125),
+    ("lora", 2): ([[1.0, 9, 9], [1.0, 1.0, 9], [2.0, 1.5, 1.5]], 0.75)}
+
+
+def test_verdicts(study):
+    """By hand: BADIT's loss is lower and forgets less on both seeds; mixed nothing is measured."""
+    for (method, seed), (matrix, _) in TAKEN.items():
+        give_losses(study / f"{method}-sequential-{seed}", matrix)
+    kept, _ = runs.collect([study])
+    better, less = verdicts.verdicts(kept)
+    final = [[sum(TAKEN[method, seed][0][-1]) / 3 for method in ("badit", "lora")]
+             for seed in (1, 2)]
+    assert better.mean == pytest.approx(sum(ours - theirs for ours, theirs in final) / 2)
+    assert less.mean == pytest.approx(((0.375 - 1.125) + (0.25 - 0.75)) / 2)
+    for verdict in (better, less):
+        assert (verdict.against, verdict.seeds, verdict.lower) == ("lora", 2, 2)
+        assert verdict.low <= verdict.mean <= verdict.high
+    assert better.high < 0 and ": **shown** (against lora -0.417" in better.sentence()
+    assert "2 seeds alone could show nothing below p = 0.5" in better.sentence()
+    reverse = better._replace(mean=0.1, low=0.05, high=0.2, lower=0)
+    assert "**the reverse is shown** (against lora +0.100" in reverse.sentence()
+    unclear = better._replace(mean=0.1, low=-0.31, high=0.2, seeds=7)
+    assert "**not shown**: if there is a difference, it is below 0.310" in unclear.sentence()
+    assert "alone" not in unclear.sentence()
+
+
+def test_verdicts_take_the_best_baseline_on_the_same_seeds(study):
+    """Of two baselines the better one; one with fewer seeds is no rival."""
+    for (method, seed), (matrix, _) in TAKEN.items():
+        give_losses(study / f"{method}-sequential-{seed}", matrix)
+    for seed, lower in ((1, 0.5), (2, 0.75)):
+        shutil.copytree(study / f"lora-sequential-{seed}", study / f"matched-{seed}")
+        set_flags(study / f"matched-{seed}", match_parameters="badit", alpha=272)
+        give_losses(study / f"matched-{seed}", [[lower] * 3] * 3)
+    records = runs.collect([study])[0]
+    assert [verdict.against for verdict in verdicts.verdicts(records)] == ["lora-matched"] * 2
+    fewer = [record for record in records if record.folder.name != "matched-2"]
+    assert [verdict.against for verdict in verdicts.verdicts(fewer)] == ["lora"] * 2
+    assert not verdicts.verdicts([run for run in records if run.variant == "badit"])
+
+
+def without(line, name):
+    return {key: value for key, value in line.items() if key != name}
+
+
+RATES = {1e-4: (3.0, 4.0), 1e-3: (1.0, 1.5), 1e-2: (2.0, 2.5)}
+
+
+def test_learning_rates(folder, tmp_path, capsys):
+    """Of two methods at three rates and two seeds: the table, the best, words for a study."""
+    each = itertools.product(("badit", "lora"), RATES.items(), (1, 2))
+    for method, (rate, losses), seed in each:
+        if (method, rate) == ("lora", 1e-2):
+            continue
+        run = tmp_path / f"{method}-{rate}-{seed}"
+        shutil.copytree(folder / f"{method}-mixed-1", run)
+        set_flags(run, learning_rate=rate, seed=seed, validation=4)
+        give_losses(run, [[losses[seed - 1] + i for i in range(3)]])
+    argv = [str(tmp_path), "--tuning", "--out", str(tmp_path / "out")]
+    assert report.main(argv) == 0
+    assert capsys.readouterr().out == f"10 runs, 0 left out: {tmp_path / 'out' / 'tuning.md'}\n"
+    said = (tmp_path / "out" / "tuning.md").read_text()
+    assert "| badit | 4.500 ± 0.707 | 2.250 ± 0.354 | 3.250 ± 0.354 | 0.001 |" in said
+    assert ("| lora | 4.500 ± 0.707 | 2.250 ± 0.354 |  | 0.001 (at the edge of those tried) |"
+            in said)
+    assert "`--methods 'badit --learning_rate 0.001' 'lora --learning_rate 0.001'`" in said
+    assert matplotlib.image.imread(tmp_path / "out" / "tuning.png").shape[0] > 300
+    set_flags(tmp_path / "lora-0.001-1", validation=None)
+    set_flags(tmp_path / "lora-0.001-2", validation=None)
+    assert "--tuning needs --out" in refused(capsys, tmp_path, "--tuning")
+    assert report.main(argv) == 0
+    assert "mixed settings: --validation null" in capsys.readouterr().err
+    assert "--validation N and --eval_loss" in refused(capsys, folder / "lora-mixed-1", *argv[1:])
+
+
+def test_each_variant_has_one_learning_rate(study, tmp_path, capsys):
+    """Rates may differ between methods, which the report says, and not within one."""
+    for seed in (1, 2):
+        set_flags(study / f"lora-mixed-{seed}", learning_rate=0.5)
+        set_flags(study / f"lora-sequential-{seed}", learning_rate=0.5)
+    kept, left_out = runs.collect([study])
+    assert not left_out and {run.rate for run in kept} == {None, 1e-2, 0.5}
+    said = study_report.shared_settings(kept)
+    assert "--learning_rate, lora: 0.5" in said and "--learning_rate, badit: 0.01" in said
+    set_flags(study / "lora-mixed-1", learning_rate=0.25)
     _, left_out = runs.collect([study])
-    assert any("losses do not fit" in reason for reason in dict(left_out).values())
+    assert [folder.name for folder, _ in left_out] == ["lora-mixed-1"]
+    assert "--learning_rate, lora 0.25, most have 0.5" in left_out[0][1]
 
 
 @pytest.mark.parametrize("change_one", [

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import accelerate.commands.config.config_args as accelerate_config
@@ -84,6 +85,15 @@ def test_flags_of_one_method_stay_with_it(capsys):
     assert commands[1][:2] == ["python", "train.py"]
 
 
+def test_a_variant_may_have_a_learning_rate_of_its_own(capsys):
+    commands, _ = dry(capsys, "--models", "smollm2-135m", "--seeds", 3, "--methods", "lora",
+                      "badit-energy-random --learning_rate 5e-4 --regroup_every 3", *TINY)
+    plain, tuned = map(train_flags, commands)
+    assert (plain.method, plain.learning_rate) == ("lora", 2e-4)
+    assert (tuned.method, tuned.routing, tuned.grouping, tuned.learning_rate, tuned.regroup_every
+            ) == ("badit", "energy", "random", 5e-4, 3)
+
+
 def test_variants_have_the_names_that_a_report_gives_them():
     for words in VARIANTS.values():
         args, _ = parse_flags(["--method", *words.split()])
@@ -93,6 +103,8 @@ def test_variants_have_the_names_that_a_report_gives_them():
 @pytest.mark.parametrize("argv, named", [
     (["--models", "gpt"], "gpt"), (["--methods", "badix"], "badix"), (["--methods", ""], "''"),
     (["--methods", "lora --regroup_every 3"], "regroup_every"),
+    (["--methods", "lora-matched --top_k 2"], "lora has no flag --top_k"),
+    (["--methods", "lora --learning_rate 0"], "'0'"),
     (["--methods", "badit --seed 5"], "--seed"), (["--methods", "lora --epochs 3"], "--epochs"),
     (["--methods", "badit-no_dog", "badit --no_dog"], "share the folder"),
     (["--models", ""], "--models ''"), (["--models", "w" * 5000], "--models 'www"),
@@ -274,6 +286,16 @@ def test_experiments_by_name(script, lines, words, calls, capsys):
     commands, _ = dry(capsys, *argv)
     assert len(commands) == lines
     assert all(any(word in command for command in commands) for word in words)
+
+
+def test_tuning_tries_every_rate_for_every_method(calls, capsys):
+    """On rows that no comparison uses, with a seed of its own."""
+    (argv,) = calls("tune.sh", "--dry-run")
+    commands, _ = dry(capsys, *argv)
+    given = [train_flags(words) for words in commands]
+    assert {(args.seed, args.validation, args.eval_loss) for args in given} == {(101, 6, True)}
+    assert Counter(args.learning_rate for args in given) == dict.fromkeys(
+        (1e-4, 2e-4, 5e-4, 1e-3, 2e-3), 8)
 
 
 def test_slurm_runs_one_line_of_the_same_list(calls, capsys):
