@@ -7,6 +7,7 @@ over rounds of the ratio within a round. Needs `pip install peft` for the compar
 
 import argparse
 import copy
+import importlib.util
 import json
 import os
 import platform
@@ -21,6 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import numpy as np  # noqa: E402
+import peer  # noqa: E402
 import torch  # noqa: E402
 from torch import nn  # noqa: E402
 from tqdm import tqdm  # noqa: E402
@@ -34,6 +36,7 @@ import evaluation  # noqa: E402
 import grouping  # noqa: E402
 import models  # noqa: E402
 from harness.arguments import ALL_FLAGS  # noqa: E402
+from inputs.errors import InputError, error_lines  # noqa: E402
 from inputs.files import write_json  # noqa: E402
 from method import Method, Stage  # noqa: E402
 from registry import METHODS, method_class  # noqa: E402
@@ -440,7 +443,67 @@ def processes(options):
     yield row("SmolLM2 training, processes", seconds, "2", "1")
 
 
+# --- 7. against TRL -----------------------------------------------------------------------------
+
+
+def beside_trl(options):
+    """An epoch of `train.py` beside TRL's SFTTrainer, each in a process of its own, in turn."""
+    for package in ("trl", "peft"):
+        if importlib.util.find_spec(package) is None:
+            raise InputError(f"--peer: {package} is not installed, run `pip install trl peft`")
+    suite = data.load_suite(options.suite)
+    per_task, left = divmod(options.rows, len(suite.tasks))
+    if left or not per_task:
+        raise InputError(f"--rows {options.rows} must be a multiple of {len(suite.tasks)}, the "
+                         f"number of tasks of {suite.name}")
+    variants = [*peer.OURS, *options.peer]
+    measured = {name: [] for name in variants}
+    for _ in tqdm(range(options.rounds), desc=" / ".join(variants), leave=False):
+        for name in variants:
+            measured[name].append(epoch_of(name, options, per_task))
+    for name, runs in measured.items():
+        check_same_work(name, runs[0], measured["lora"][0], options)
+    seconds = {name: [run["seconds"] for run in runs] for name, runs in measured.items()}
+    what = f"an epoch of {options.rows} rows of {suite.name}"
+    for name, runs in measured.items():
+        more = {"tokens_per_second": runs[0]["tokens"] / median(seconds[name]),
+                "gib": max(run["gib"] for run in runs)}
+        if name in options.peer:
+            yield row(what, seconds, name, **more)
+        for against in options.peer if name in peer.OURS else ():
+            yield row(what, seconds, name, against, {"lora": 0.8, "badit": 0.833}[name], **more)
+
+
+def epoch_of(name, options, rows_per_task):
+    """What scripts/peer.py measures of one variant, in a new process."""
+    words = [sys.executable, ROOT / "scripts" / "peer.py", name, "--suite", options.suite,
+             "--rows_per_task", str(rows_per_task),
+             *["--precision", "bf16"] * (options.dtype == torch.bfloat16)]
+    environment = os.environ | {"OMP_NUM_THREADS": str(options.threads)}
+    if name in peer.PEERS and name not in peer.OUR_MALLOC:
+        environment = {key: value for key, value in environment.items() if key not in MALLOC}
+    done = subprocess.run(words, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        said = done.stderr.strip().splitlines() or ["nothing"]
+        raise InputError(f"scripts/peer.py {name} ends with status {done.returncode}: {said[-1]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def check_same_work(name, mine, lora, options):
+    """Raise InputError unless a variant trains on the same tokens, from the same first loss."""
+    if mine["tokens"] != lora["tokens"]:
+        raise InputError(f"{name} trains on {mine['tokens']} tokens, lora on {lora['tokens']}")
+    near = 1e-2 if options.dtype == torch.bfloat16 else 1e-4
+    difference = abs(mine["first_loss"] - lora["first_loss"])
+    if name in options.peer and difference > near:  # BADIT's own dropout acts from the start
+        raise InputError(f"{name} starts at loss {mine['first_loss']}, lora at "
+                         f"{lora['first_loss']}, from the same rows")
+
+
 # --- the table ----------------------------------------------------------------------------------
+
+
+SIZES = {"seconds": "{:.4g} s", "tokens_per_second": "{:.0f} tokens/s", "gib": "{:.2f} GiB"}
 
 
 def markdown(rows, machine):
@@ -448,7 +511,7 @@ def markdown(rows, machine):
     lines = ["| what | variant | seconds or GiB | against | ratio | quartiles | target |",
              "|---|---|---|---|---|---|---|"]
     for row in rows:
-        size = f"{row['seconds']:.4g} s" if "seconds" in row else f"{row['gib']:.2f} GiB"
+        size = ", ".join(form.format(row[key]) for key, form in SIZES.items() if key in row)
         energy = f", {100 * row['captured']:.3f} % captured" if "captured" in row else ""
         ratio = f"{row['ratio']:.3f}" if "ratio" in row else ""
         spread = f"{row['low']:.3f}–{row['high']:.3f}" if "low" in row else ""
@@ -477,7 +540,13 @@ def main():
     parser.add_argument("--rounds", type=int,
                         help="of every comparison (default: 3, with --full 7)")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of torch")
-    parser.add_argument("--suite", default="mini", help="for `evaluate` (default: mini)")
+    parser.add_argument("--bf16", action="store_true", help="in place of float32, on a CPU")
+    parser.add_argument("--suite", default="mini", help="for `evaluate` and --peer (default: mini)")
+    parser.add_argument("--peer", nargs="+", choices=peer.PEERS, metavar="NAME",
+                        help="alone: train.py's lora and badit beside SFTTrainer (`pip install "
+                             "trl peft`): " + ", ".join(peer.PEERS))
+    parser.add_argument("--rows", type=int, default=240,
+                        help="of the suite, as many of each task, for --peer (default: 240)")
     parser.add_argument("--adapter", help="of SmolLM2, for `evaluate` (default: untrained)")
     parser.add_argument("--out", type=Path, default=Path("runs/benchmark"),
                         help="folder for benchmark.json and benchmark.md")
@@ -485,29 +554,37 @@ def main():
     parser.add_argument("--checkpointing", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     options.rounds = options.rounds or (7 if options.full else 3)
+    sections = {"beside_trl": beside_trl} if options.peer else SECTIONS
+    if options.peer:
+        options.only = [*sections]
     options.only = options.only or [name for name in SECTIONS
                                     if options.full or name != "processes"]
     if not (options.peak or os.environ.keys() & MALLOC.keys()):  # read when a process starts
         os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | MALLOC)
     cuda = torch.cuda.is_available()
     options.device = torch.device("cuda" if cuda else "cpu")
-    options.dtype = torch.bfloat16 if cuda else torch.float32
+    options.dtype = torch.bfloat16 if cuda or options.bf16 else torch.float32
     torch.set_num_threads(options.threads)
     if options.peak:
         print_peak(options)
-        return
+        return 0
     rows = []
-    for name in tqdm(options.only, desc="sections"):
-        for row in SECTIONS[name](options):
-            rows.append({"section": name} | row)
-            tqdm.write(json.dumps(rows[-1]))
+    try:
+        for name in tqdm(options.only, desc="sections"):
+            for row in sections[name](options):
+                rows.append({"section": name} | row)
+                tqdm.write(json.dumps(rows[-1]))
+    except InputError as error:
+        print(error_lines(error), file=sys.stderr)
+        return 2
     machine = machine_of(options)
     options.out.mkdir(parents=True, exist_ok=True)
     write_json(options.out / "benchmark.json", {"machine": machine, "rows": rows})
     text = markdown(rows, machine)
     (options.out / "benchmark.md").write_text(text, encoding="utf-8")
     print(text)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
