@@ -35,6 +35,7 @@ import decomposition  # noqa: E402
 import evaluation  # noqa: E402
 import grouping  # noqa: E402
 import models  # noqa: E402
+from harness import products  # noqa: E402
 from harness.arguments import ALL_FLAGS  # noqa: E402
 from inputs.errors import InputError, error_lines  # noqa: E402
 from inputs.files import write_json  # noqa: E402
@@ -225,10 +226,20 @@ def precision(options):
         sliced = batch | {"logits_to_keep": len(batch["logits_to_keep"])}
         steps[name] = training_step(model, batch, options.device)
         steps[f"{name}, a slice"] = training_step(model, sliced, options.device)
+    steps["float32, PyTorch's default products"] = partial(with_default_products, steps["float32"])
     seconds = in_turn(steps, options.rounds, options.device, warmup=2)
     yield row("training step in bf16", seconds, "bf16", "float32", "0.67")
     for name in ("bf16", "float32"):
         yield row("training step", seconds, name, f"{name}, a slice")
+    yield row("training step", seconds, "float32", "float32, PyTorch's default products")
+
+
+def with_default_products(call):
+    """Call with the float32 products that PyTorch takes unless it is told otherwise."""
+    matmul = torch.backends.mkldnn.matmul
+    chosen, matmul.fp32_precision = matmul.fp32_precision, "ieee"
+    call()
+    matmul.fp32_precision = chosen
 
 
 # --- 2. regrouping ------------------------------------------------------------------------------
@@ -565,6 +576,7 @@ def main():
     options.device = torch.device("cuda" if cuda else "cpu")
     options.dtype = torch.bfloat16 if cuda or options.bf16 else torch.float32
     torch.set_num_threads(options.threads)
+    onednn = not cuda and products.use_onednn()  # as train.py
     if options.peak:
         print_peak(options)
         return 0
@@ -577,7 +589,7 @@ def main():
     except InputError as error:
         print(error_lines(error), file=sys.stderr)
         return 2
-    machine = machine_of(options)
+    machine = machine_of(options) | {"float32 products": "oneDNN" if onednn else "default"}
     options.out.mkdir(parents=True, exist_ok=True)
     write_json(options.out / "benchmark.json", {"machine": machine, "rows": rows})
     text = markdown(rows, machine)

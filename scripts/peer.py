@@ -21,19 +21,20 @@ from inputs.errors import InputError, error_lines  # noqa: E402
 
 RANK = 32
 # SFTTrainer as it comes would checkpoint activations, which costs time and saves memory: only the
-# last does. The first two draw rows at random, as it does unless it is told otherwise.
-PEERS = {"trl": {}, "trl-malloc": {},
+# last does. The others get one after the other what makes the difference.
+PEERS = {"trl": {}, "trl-malloc": {}, "trl-products": {},
          "trl-by-length": {"train_sampling_strategy": "group_by_length"},
          "trl-checkpointing": {"gradient_checkpointing": True}}
-OUR_MALLOC = ("trl-malloc", "trl-by-length")  # the others leave the allocator as it is
+OUR_MALLOC = ("trl-malloc", "trl-products", "trl-by-length")  # the settings of scripts/setup.sh
+OUR_PRODUCTS = ("trl-products", "trl-by-length")  # harness/products.py
 OURS = {"lora": ("--rank", str(RANK)), "badit": ()}
 
 
 def rows_of(args):
     """(rows of the training files in our order, the rows of our first batch, the tokenizer)."""
-    import data  # not above: train.py reads its flags first
-    import models
-    from train import parse_flags
+    import data  # these three not above: --help must not wait for them
+    import models  # as `data`
+    from train import parse_flags  # as `data`
     flags, _ = parse_flags(train_flags("lora", args, Path("unused")))
     suite = data.cut(data.load_suite(args.suite), flags.max_train_per_task, 0)
     tokenizer = models.load_tokenizer(flags.model)
@@ -52,7 +53,7 @@ def train_flags(method, args, folder):
 
 def ours(method, args):
     """One epoch of `train.py`."""
-    import train  # not above: it takes seconds, and a wrong flag must not wait
+    import train  # not above: as in `rows_of`
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
         status = train.main(train_flags(method, args, run))
@@ -72,13 +73,13 @@ def as_labels(row):
 
 def sft_trainer(args, rows, tokenizer, folder, **options):
     """TRL's trainer for one epoch over `rows`, by our defaults."""
-    import torch  # the three below need not be installed
-    from datasets import Dataset
-    from peft import LoraConfig
-    from trl import SFTConfig, SFTTrainer
+    import torch  # not above: as in `rows_of`
+    from datasets import Dataset  # as torch
+    from peft import LoraConfig  # need not be installed
+    from trl import SFTConfig, SFTTrainer  # need not be installed
 
-    import models
-    from harness.arguments import ALL_FLAGS
+    import models  # as torch
+    from harness.arguments import ALL_FLAGS  # as torch
     bf16 = args.precision == "bf16"
     model, _ = models.load("smollm2-135m", torch.bfloat16 if bf16 else torch.float32)
     default = {name: ALL_FLAGS[name].default for name in
@@ -97,8 +98,12 @@ def sft_trainer(args, rows, tokenizer, folder, **options):
 
 def peer(name, args):
     """One epoch of SFTTrainer."""
-    import torch  # not above: as in `ours`
+    import torch  # not above: as in `rows_of`
+
+    from harness import products  # as torch
     rows, first, tokenizer = rows_of(args)
+    if name in OUR_PRODUCTS and not torch.cuda.is_available():
+        products.use_onednn()
     with tempfile.TemporaryDirectory() as folder:
         trainer = sft_trainer(args, rows, tokenizer, folder, **PEERS[name])
         batch = trainer.data_collator([as_labels(row) for row in first])
@@ -113,7 +118,7 @@ def peer(name, args):
 
 def peak_gib():
     """Peak memory of this process, or of its GPU."""
-    import torch  # not above: as in `ours`
+    import torch  # not above: as in `rows_of`
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
     status = dict(line.split(":", 1) for line in open("/proc/self/status"))
