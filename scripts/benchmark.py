@@ -242,6 +242,38 @@ def with_default_products(call):
     matmul.fp32_precision = chosen
 
 
+@section
+def limits(options):
+    """The products of a training step as one core can do them, and the share of it that is theirs.
+
+    A step multiplies each token with every weight of the frozen layers forward, and again backward
+    for the gradient of its input; attention, adapter and head are left out.
+    """
+    for dtype in (torch.float32, torch.bfloat16):
+        options = copy.copy(options)
+        options.dtype = dtype
+        model = base_model(options)
+        shapes = [tuple(layer.weight.shape) for name, layer in model.named_modules()
+                  if isinstance(layer, nn.Linear) and layer is not model.get_output_embeddings()]
+        flops = 4 * 8 * 160 * sum(rows * columns for rows, columns in shapes)
+        pairs = {shape: (torch.randn(8 * 160, shape[1], dtype=dtype, device=options.device),
+                         torch.randn(shape, dtype=dtype, device=options.device))
+                 for shape in set(shapes)}
+
+        def products(pairs=pairs, shapes=shapes):
+            for x, W in map(pairs.get, shapes):
+                (x @ W.T) @ W
+
+        variant = adapted(model, "badit")
+        batch = random_batch(variant, 8, 160, 16, options.device)
+        seconds = in_turn({"step": training_step(variant, batch, options.device),
+                           "its products alone": products}, options.rounds, options.device)
+        speed = flops / 1e9 / median(seconds["its products alone"])
+        name = str(dtype).removeprefix("torch.")
+        yield row(f"products of a step of 8 x 160, {name}, {speed:.0f} GFLOP/s", seconds,
+                  "its products alone", "step")
+
+
 # --- 2. regrouping ------------------------------------------------------------------------------
 
 
