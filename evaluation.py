@@ -60,9 +60,10 @@ def generate(model, tokenizer, batch, max_new_tokens, **options):
     not finite: the answer to them would be token 0.
     """
     extremes = Extremes()
-    prompt_length = batch["input_ids"].shape[1]
-    # By its index: as a slice it is not contiguous, and costs a copy of the output layer a row.
+    # By its column, as in training: the frozen output layer takes a slice of a batch of prompts for
+    # as many products, each with a copy of its matrix.
     last = torch.tensor([-1], device=batch["input_ids"].device)
+    prompt_length = batch["input_ids"].shape[1]
     tokens = model.generate(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"],
                             max_new_tokens=max_new_tokens, num_beams=1, use_cache=True,
                             logits_processor=[extremes], logits_to_keep=last,

@@ -16,6 +16,7 @@ import adapter
 import data
 import evaluation
 import models
+from harness import products
 from harness.adapter_config import read_adapter_config
 from harness.arguments import refuse_odd_words
 from inputs import formats
@@ -45,6 +46,8 @@ class Speaker:
         self.model, self.tokenizer = models.load(args.model,
                                                  torch.bfloat16 if args.bf16 else torch.float32)
         self.device = PartialState().device
+        if self.device.type == "cpu":
+            products.use_onednn()  # as the evaluation in a run
         self.model.to(self.device)
         self.framer = data.Framer(self.tokenizer, chat_template)
         self.sampling = {}

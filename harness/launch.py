@@ -13,7 +13,7 @@ import yaml
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.commands.config.config_args import default_config_file
 
-from harness import checkpoint, output_folder, processes
+from harness import checkpoint, output_folder, processes, products
 from harness.arguments import PAPER_BATCH, parse_flags
 from harness.early import print_anything
 from harness.run import say
@@ -126,6 +126,8 @@ def make_accelerator(args):
         raise InputError(f"distributed training by {kind} is not supported, only DDP on GPUs or "
                          "CPUs")
     args.batch_size = args.batch_size or share_of_batch(accelerator)
+    if accelerator.device.type == "cpu":
+        products.use_onednn()
     return accelerator
 
 

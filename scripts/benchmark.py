@@ -7,6 +7,7 @@ over rounds of the ratio within a round. Needs `pip install peft` for the compar
 
 import argparse
 import copy
+import importlib.util
 import json
 import os
 import platform
@@ -21,6 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import numpy as np  # noqa: E402
+import peer  # noqa: E402
 import torch  # noqa: E402
 from torch import nn  # noqa: E402
 from tqdm import tqdm  # noqa: E402
@@ -33,7 +35,9 @@ import decomposition  # noqa: E402
 import evaluation  # noqa: E402
 import grouping  # noqa: E402
 import models  # noqa: E402
+from harness import products  # noqa: E402
 from harness.arguments import ALL_FLAGS  # noqa: E402
+from inputs.errors import InputError, error_lines  # noqa: E402
 from inputs.files import write_json  # noqa: E402
 from method import Method, Stage  # noqa: E402
 from registry import METHODS, method_class  # noqa: E402
@@ -222,10 +226,52 @@ def precision(options):
         sliced = batch | {"logits_to_keep": len(batch["logits_to_keep"])}
         steps[name] = training_step(model, batch, options.device)
         steps[f"{name}, a slice"] = training_step(model, sliced, options.device)
+    steps["float32, PyTorch's default products"] = partial(with_default_products, steps["float32"])
     seconds = in_turn(steps, options.rounds, options.device, warmup=2)
     yield row("training step in bf16", seconds, "bf16", "float32", "0.67")
     for name in ("bf16", "float32"):
         yield row("training step", seconds, name, f"{name}, a slice")
+    yield row("training step", seconds, "float32", "float32, PyTorch's default products")
+
+
+def with_default_products(call):
+    """Call with the float32 products that PyTorch takes unless it is told otherwise."""
+    matmul = torch.backends.mkldnn.matmul
+    chosen, matmul.fp32_precision = matmul.fp32_precision, "ieee"
+    call()
+    matmul.fp32_precision = chosen
+
+
+@section
+def limits(options):
+    """The products of a training step as one core can do them, and the share of it that is theirs.
+
+    A step multiplies each token with every weight of the frozen layers forward, and again backward
+    for the gradient of its input; attention, adapter and head are left out.
+    """
+    for dtype in (torch.float32, torch.bfloat16):
+        options = copy.copy(options)
+        options.dtype = dtype
+        model = base_model(options)
+        shapes = [tuple(layer.weight.shape) for name, layer in model.named_modules()
+                  if isinstance(layer, nn.Linear) and layer is not model.get_output_embeddings()]
+        flops = 4 * 8 * 160 * sum(rows * columns for rows, columns in shapes)
+        pairs = {shape: (torch.randn(8 * 160, shape[1], dtype=dtype, device=options.device),
+                         torch.randn(shape, dtype=dtype, device=options.device))
+                 for shape in set(shapes)}
+
+        def products(pairs=pairs, shapes=shapes):
+            for x, W in map(pairs.get, shapes):
+                (x @ W.T) @ W
+
+        variant = adapted(model, "badit")
+        batch = random_batch(variant, 8, 160, 16, options.device)
+        seconds = in_turn({"step": training_step(variant, batch, options.device),
+                           "its products alone": products}, options.rounds, options.device)
+        speed = flops / 1e9 / median(seconds["its products alone"])
+        name = str(dtype).removeprefix("torch.")
+        yield row(f"products of a step of 8 x 160, {name}, {speed:.0f} GFLOP/s", seconds,
+                  "its products alone", "step")
 
 
 # --- 2. regrouping ------------------------------------------------------------------------------
@@ -358,7 +404,9 @@ def evaluate(options):
             batch = data.pad_left([row["input_ids"] for row in some], tokenizer.pad_token_id)
             batch = {key: tensor.to(options.device) for key, tensor in batch.items()}
             if fixed:  # as many tokens for every prompt
-                model.generate(input_ids=batch["input_ids"], do_sample=False,
+                ours_only = {} if model is bare else {
+                    "logits_to_keep": torch.tensor([-1], device=options.device)}
+                model.generate(input_ids=batch["input_ids"], do_sample=False, **ours_only,
                                attention_mask=batch["attention_mask"], **fixed)
             else:
                 evaluation.generate(model, tokenizer, batch, 50)
@@ -369,7 +417,7 @@ def evaluate(options):
             "BADIT": lambda: predict(ours, [by_length[-16:]], **fixed),
             "bare base model": lambda: predict(bare, [by_length[-16:]], **fixed),
         }, options.rounds, options.device)
-        yield row("20 tokens for each prompt", seconds, "BADIT", "bare base model", "1.11")
+        yield row("20 tokens for each prompt", seconds, "BADIT", "bare base model", "1.08")
         batches = {
             "our batches": evaluation.make_batches(
                 rows, ALL_FLAGS["eval_batch_size"].default),
@@ -440,7 +488,67 @@ def processes(options):
     yield row("SmolLM2 training, processes", seconds, "2", "1")
 
 
+# --- 7. against TRL -----------------------------------------------------------------------------
+
+
+def beside_trl(options):
+    """An epoch of `train.py` beside TRL's SFTTrainer, each in a process of its own, in turn."""
+    for package in ("trl", "peft"):
+        if importlib.util.find_spec(package) is None:
+            raise InputError(f"--peer: {package} is not installed, run `pip install trl peft`")
+    suite = data.load_suite(options.suite)
+    per_task, left = divmod(options.rows, len(suite.tasks))
+    if left or not per_task:
+        raise InputError(f"--rows {options.rows} must be a multiple of {len(suite.tasks)}, the "
+                         f"number of tasks of {suite.name}")
+    variants = [*peer.OURS, *options.peer]
+    measured = {name: [] for name in variants}
+    for _ in tqdm(range(options.rounds), desc=" / ".join(variants), leave=False):
+        for name in variants:
+            measured[name].append(epoch_of(name, options, per_task))
+    for name, runs in measured.items():
+        check_same_work(name, runs[0], measured["lora"][0], options)
+    seconds = {name: [run["seconds"] for run in runs] for name, runs in measured.items()}
+    what = f"an epoch of {options.rows} rows of {suite.name}"
+    for name, runs in measured.items():
+        more = {"tokens_per_second": runs[0]["tokens"] / median(seconds[name]),
+                "gib": max(run["gib"] for run in runs)}
+        if name in options.peer:
+            yield row(what, seconds, name, **more)
+        for against in options.peer if name in peer.OURS else ():
+            yield row(what, seconds, name, against, {"lora": 0.8, "badit": 0.833}[name], **more)
+
+
+def epoch_of(name, options, rows_per_task):
+    """What scripts/peer.py measures of one variant, in a new process."""
+    words = [sys.executable, ROOT / "scripts" / "peer.py", name, "--suite", options.suite,
+             "--rows_per_task", str(rows_per_task),
+             *["--precision", "bf16"] * (options.dtype == torch.bfloat16)]
+    environment = os.environ | {"OMP_NUM_THREADS": str(options.threads)}
+    if name in peer.PEERS and name not in peer.OUR_MALLOC:
+        environment = {key: value for key, value in environment.items() if key not in MALLOC}
+    done = subprocess.run(words, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        said = done.stderr.strip().splitlines() or ["nothing"]
+        raise InputError(f"scripts/peer.py {name} ends with status {done.returncode}: {said[-1]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def check_same_work(name, mine, lora, options):
+    """Raise InputError unless a variant trains on the same tokens, from the same first loss."""
+    if mine["tokens"] != lora["tokens"]:
+        raise InputError(f"{name} trains on {mine['tokens']} tokens, lora on {lora['tokens']}")
+    near = 1e-2 if options.dtype == torch.bfloat16 else 1e-4
+    difference = abs(mine["first_loss"] - lora["first_loss"])
+    if name in options.peer and difference > near:  # BADIT's own dropout acts from the start
+        raise InputError(f"{name} starts at loss {mine['first_loss']}, lora at "
+                         f"{lora['first_loss']}, from the same rows")
+
+
 # --- the table ----------------------------------------------------------------------------------
+
+
+SIZES = {"seconds": "{:.4g} s", "tokens_per_second": "{:.0f} tokens/s", "gib": "{:.2f} GiB"}
 
 
 def markdown(rows, machine):
@@ -448,7 +556,7 @@ def markdown(rows, machine):
     lines = ["| what | variant | seconds or GiB | against | ratio | quartiles | target |",
              "|---|---|---|---|---|---|---|"]
     for row in rows:
-        size = f"{row['seconds']:.4g} s" if "seconds" in row else f"{row['gib']:.2f} GiB"
+        size = ", ".join(form.format(row[key]) for key, form in SIZES.items() if key in row)
         energy = f", {100 * row['captured']:.3f} % captured" if "captured" in row else ""
         ratio = f"{row['ratio']:.3f}" if "ratio" in row else ""
         spread = f"{row['low']:.3f}–{row['high']:.3f}" if "low" in row else ""
@@ -477,7 +585,13 @@ def main():
     parser.add_argument("--rounds", type=int,
                         help="of every comparison (default: 3, with --full 7)")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of torch")
-    parser.add_argument("--suite", default="mini", help="for `evaluate` (default: mini)")
+    parser.add_argument("--bf16", action="store_true", help="in place of float32, on a CPU")
+    parser.add_argument("--suite", default="mini", help="for `evaluate` and --peer (default: mini)")
+    parser.add_argument("--peer", nargs="+", choices=peer.PEERS, metavar="NAME",
+                        help="alone: train.py's lora and badit beside SFTTrainer (`pip install "
+                             "trl peft`): " + ", ".join(peer.PEERS))
+    parser.add_argument("--rows", type=int, default=240,
+                        help="of the suite, as many of each task, for --peer (default: 240)")
     parser.add_argument("--adapter", help="of SmolLM2, for `evaluate` (default: untrained)")
     parser.add_argument("--out", type=Path, default=Path("runs/benchmark"),
                         help="folder for benchmark.json and benchmark.md")
@@ -485,29 +599,38 @@ def main():
     parser.add_argument("--checkpointing", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     options.rounds = options.rounds or (7 if options.full else 3)
+    sections = {"beside_trl": beside_trl} if options.peer else SECTIONS
+    if options.peer:
+        options.only = [*sections]
     options.only = options.only or [name for name in SECTIONS
                                     if options.full or name != "processes"]
     if not (options.peak or os.environ.keys() & MALLOC.keys()):  # read when a process starts
         os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | MALLOC)
     cuda = torch.cuda.is_available()
     options.device = torch.device("cuda" if cuda else "cpu")
-    options.dtype = torch.bfloat16 if cuda else torch.float32
+    options.dtype = torch.bfloat16 if cuda or options.bf16 else torch.float32
     torch.set_num_threads(options.threads)
+    onednn = not cuda and products.use_onednn()  # as train.py
     if options.peak:
         print_peak(options)
-        return
+        return 0
     rows = []
-    for name in tqdm(options.only, desc="sections"):
-        for row in SECTIONS[name](options):
-            rows.append({"section": name} | row)
-            tqdm.write(json.dumps(rows[-1]))
-    machine = machine_of(options)
+    try:
+        for name in tqdm(options.only, desc="sections"):
+            for row in sections[name](options):
+                rows.append({"section": name} | row)
+                tqdm.write(json.dumps(rows[-1]))
+    except InputError as error:
+        print(error_lines(error), file=sys.stderr)
+        return 2
+    machine = machine_of(options) | {"float32 products": "oneDNN" if onednn else "default"}
     options.out.mkdir(parents=True, exist_ok=True)
     write_json(options.out / "benchmark.json", {"machine": machine, "rows": rows})
     text = markdown(rows, machine)
     (options.out / "benchmark.md").write_text(text, encoding="utf-8")
     print(text)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

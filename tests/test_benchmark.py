@@ -5,10 +5,12 @@ import sys
 from types import SimpleNamespace
 
 import benchmark
+import peer
 import pytest
 import torch
 
 from baselines.loramoe import LoraMoeLinear
+from inputs.errors import InputError
 
 
 @pytest.fixture
@@ -88,3 +90,34 @@ def test_the_command_writes_json_and_a_table(tmp_path, monkeypatch, capsys):
     assert all(row["seconds"] > 0 for row in written["rows"])
     table = (tmp_path / "benchmark.md").read_text()
     assert table.strip() in capsys.readouterr().out and table.count("| regrouping") == 3
+
+
+def test_trl_gets_our_tokens_and_labels():
+    """The prompt has no loss, the target with its EOS has."""
+    row = {"input_ids": [5, 6, 7, 8, 9], "num_targets": 2}
+    assert peer.as_labels(row) == {"input_ids": [5, 6, 7, 8, 9],
+                                   "labels": [-100, -100, -100, 8, 9]}
+
+
+def test_other_work_is_no_comparison(options):
+    """Other tokens, or another loss before training, end the benchmark."""
+    lora = {"tokens": 100, "first_loss": 3.0}
+    options.peer = ["trl"]
+    benchmark.check_same_work("trl", {"tokens": 100, "first_loss": 3.00001}, lora, options)
+    benchmark.check_same_work("badit", {"tokens": 100, "first_loss": 3.1}, lora, options)
+    for mine in ({"tokens": 99, "first_loss": 3.0}, {"tokens": 100, "first_loss": 3.1}):
+        with pytest.raises(InputError, match="trl"):
+            benchmark.check_same_work("trl", mine, lora, options)
+
+
+@pytest.mark.parametrize(("installed", "flags", "named"), [
+    (False, [], "trl is not installed"), (True, ["--rows", "16"], "--rows 16")])
+def test_a_comparison_that_cannot_be_made(installed, flags, named, tmp_path, monkeypatch, capsys):
+    """One line, exit status 2."""
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", "--peer", "trl", "--threads", "1", *flags,
+                                      "--out", str(tmp_path)])
+    for name, value in benchmark.MALLOC.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(benchmark.importlib.util, "find_spec", lambda name: installed or None)
+    assert benchmark.main() == 2
+    assert named in capsys.readouterr().err.splitlines()[-1]

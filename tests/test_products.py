@@ -1,0 +1,44 @@
+"""harness/products.py: oneDNN multiplies float32 matrices where it does so in float32 alone."""
+
+import pytest
+import torch
+
+from harness import products
+
+
+@pytest.fixture
+def matmul():
+    """The setting, put back afterwards."""
+    matmul = torch.backends.mkldnn.matmul
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "ieee"
+    yield matmul
+    matmul.fp32_precision = before
+
+
+def rounded(left, right):
+    """What a processor that multiplies in bf16 would give."""
+    return (left.bfloat16() @ right.bfloat16()).float()
+
+
+def test_they_keep_float32s_digits(matmul):
+    """Whatever is chosen on this machine, a product is as near to float64 as float32 is."""
+    chosen = products.use_onednn()
+    assert matmul.fp32_precision == ("bf16" if chosen else "ieee")
+    x, W = torch.randn(40, 96), torch.randn(64, 96)
+    exact = x.double() @ W.double().T
+    assert ((x @ W.T).double() - exact).norm() < 1e-6 * exact.norm()
+
+
+def test_bf16_inside_is_refused(matmul, monkeypatch):
+    """Where the setting does what it is called, it is taken back."""
+    multiply = torch.Tensor.__matmul__
+    monkeypatch.setattr(torch.Tensor, "__matmul__", lambda left, right: (
+        rounded(left, right) if left.dtype == torch.float32 == right.dtype
+        and matmul.fp32_precision == "bf16" else multiply(left, right)))
+    assert not products.use_onednn() and matmul.fp32_precision == "ieee"
+
+
+def test_nothing_changes_without_onednn(matmul, monkeypatch):
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    assert not products.use_onednn() and matmul.fp32_precision == "ieee"
