@@ -43,6 +43,7 @@ from harness.run import Position, Progress, Run, Setup, say
 from inputs.errors import InputError
 from inputs.numbers import stable_seed
 from method import Stage
+from quantized import BLOCK, quantise
 from registry import METHODS, method_class
 
 __all__ = ["main", "parse_flags", "train_stage"]
@@ -298,23 +299,32 @@ def load_model(run, resumed=None):
     with seconds.timed("load"):
         model, tokenizer = models.load(args.model, dtype)
         config_sha256 = models.config_sha256(model, tokenizer)
-        model.to(accelerator.device)
+        if args.base == "dense":  # else it may fit the device only when it is quantised
+            model.to(accelerator.device)
     with seconds.timed("decompose"):
         set_seed(args.seed)
         if args.adapter and (args.eval_only or resumed is None):  # else a checkpoint holds it
-            adapter.load(model, args.adapter, None if args.eval_only else settings_of(args))
+            adapter.load(model, args.adapter, None if args.eval_only else settings_of(args),
+                         accelerator.device)
             checks.check_frame(args, model.adapted_by)
         else:
             method = new_method(args)
-            method.chat_template = args.chat_template
+            method.chat_template, method.device = args.chat_template, accelerator.device
             method.wrap(model, fresh=resumed is None)
         model.adapted_by.base_name, model.adapted_by.trained_on = args.model, trained_on(args)
+        run.model = model
+        hashes = {"base_sha256": run.method.base_sha256, "config_sha256": config_sha256}
+        checks.check_hashes(run, hashes)
+        run.progress.hashes = hashes
+        if resumed is not None:
+            adapter.restore(run.method, checkpoint.part(resumed, "adapter"))
+        left = quantise(model, args.base, accelerator.device)
+        if left:
+            run.print(f"stored dense, as their inputs are no multiple of {BLOCK}: "
+                      f"{checks.patterns(left)}")
+        model.to(accelerator.device)
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    run.model = model
-    hashes = {"base_sha256": run.method.base_sha256, "config_sha256": config_sha256}
-    checks.check_hashes(run, hashes)
-    run.progress.hashes = hashes
     if resumed is not None:
         checkpoint.restore(run, resumed)
 
@@ -366,7 +376,8 @@ def carry_out(run, argv, resumed, first_to_say):
         if run.setup.stages:
             train_all(run, resumed)
         else:
-            evaluate_row(run, 1, args.method, run.setup.order)
+            name = args.method if args.base == "dense" else f"{args.method}-{args.base}"
+            evaluate_row(run, 1, name, run.setup.order)
         results = results_file.write_results(run, argv)
         accelerator.log({key: value for key, value in results["metrics"].items()
                          if value is not None}, step=run.steps)

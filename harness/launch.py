@@ -161,7 +161,8 @@ def share_of_batch(accelerator):
 def greet(args, accelerator):
     """Say what runs where."""
     trains = "evaluation only" if args.eval_only else args.setting
-    say(accelerator, f"badit: method {args.method}, {trains}, model {args.model}, precision "
+    say(accelerator, f"badit: method {args.method}, {trains}, model {args.model}"
+        f"{'' if args.base == 'dense' else f' stored as {args.base}'}, precision "
         f"{accelerator.mixed_precision}, processes {accelerator.num_processes}, device "
         f"{accelerator.device}")
     idle = (os.cpu_count() or 1) - torch.get_num_threads() * accelerator.num_processes

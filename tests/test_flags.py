@@ -24,7 +24,7 @@ from inputs.numbers import Fraction, NonNegative, Positive, PositiveInt, Seed
 from registry import METHODS, method_class
 
 DEFAULTS = vars(build_parser().parse_args([]))
-EVALUATED = "max_eval_per_task max_length max_new_tokens chat_template".split()
+EVALUATED = "base max_eval_per_task max_length max_new_tokens chat_template".split()
 TRAINED = [*EVALUATED, *"epochs learning_rate warmup_ratio max_grad_norm max_train_per_task sample "
            "target_modules dropout".split()]
 
