@@ -35,6 +35,7 @@ from harness import (
     processes,
     results_file,
     resume,
+    sharding,
 )
 from harness.adapter_config import ADAPTER_CONFIG
 from harness.arguments import parse_flags, recorded_args, settings_of, trained_on
@@ -106,7 +107,7 @@ def begin(run, stage, resumed):
     # The schedule is not prepared: Accelerate would step it once for every process.
     schedule = LambdaLR(optimizer, partial(cosine_with_warmup, warmup=warmup, steps=stage.steps),
                         last_epoch=start - 1)
-    model, optimizer = accelerator.prepare(run.model, optimizer)
+    model, optimizer = sharding.prepare(accelerator, run.model), accelerator.prepare(optimizer)
     model.train()
     if start:
         checkpoint.restore_random_states(resumed, accelerator)
@@ -292,14 +293,23 @@ def prepare(args, accelerator, stop, seconds):
 
 def load_model(run, resumed=None):
     """Load the base model and wrap it, with a new adapter, a saved one or a checkpoint's."""
+    run.model = None  # of an earlier stage: not two models at a time
+    run.accelerator.free_memory()
+    mesh = sharding.mesh_of(run.accelerator) if run.args.shard_base else None
+    with sharding.turn(run.accelerator, run.args.shard_base):
+        load_alone(run, resumed, mesh)
+    if resumed is not None:
+        checkpoint.restore(run, resumed)
+
+
+def load_alone(run, resumed, mesh):
+    """`load_model` as far as one process needs no other; `mesh` for a base that they share."""
     args, accelerator, seconds = run.args, run.accelerator, run.progress.seconds
     dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
-    run.model = None  # of an earlier stage: not two models at a time
-    accelerator.free_memory()
     with seconds.timed("load"):
         model, tokenizer = models.load(args.model, dtype)
         config_sha256 = models.config_sha256(model, tokenizer)
-        if args.base == "dense":  # else it may fit the device only when it is quantised
+        if args.base == "dense" and mesh is None:  # else it may not fit the device yet
             model.to(accelerator.device)
     with seconds.timed("decompose"):
         set_seed(args.seed)
@@ -322,11 +332,12 @@ def load_model(run, resumed=None):
         if left:
             run.print(f"stored dense, as their inputs are no multiple of {BLOCK}: "
                       f"{checks.patterns(left)}")
-        model.to(accelerator.device)
+        if mesh is None:
+            model.to(accelerator.device)
+        else:
+            sharding.shard(model, mesh, accelerator.device)
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    if resumed is not None:
-        checkpoint.restore(run, resumed)
 
 
 def new_method(args):

@@ -58,6 +58,9 @@ FLAGS = (
          f"hub id such as Qwen/Qwen3-0.6B (default: {EMBEDDED})", is_path=True, of_study=True),
     Flag("run", "base", formats.Base, "dense", "store the frozen linear layers of the model's "
          "blocks as they are, in 8 bits a weight or in 4.5 (default: dense)", table=True),
+    Flag("run", "shard_base", bool, False, "share the frozen base out over the processes (FSDP2); "
+         "the result is that of DDP; as by `accelerate launch --use_fsdp`",
+         of_run=True),
     Flag("run", "setting", Literal["mixed", "sequential", "single"], "mixed",
          "train all tasks together, one after the other, or each alone from the base model "
          "(default: mixed)", of_training=True, alone="nothing", of_study=True),

@@ -34,7 +34,7 @@ TRAINED = [*EVALUATED, *"epochs learning_rate warmup_ratio max_grad_norm max_tra
      "gradient_accumulation_steps learning_rate warmup_ratio max_grad_norm gradient_checkpointing "
      "eval_tasks eval_before paper_metrics single_task_results"),
     ({"of_run": True}, "from_results output_dir overwrite resume checkpoint_every allow_other "
-     "report_to"),
+     "report_to shard_base"),
     ({"is_path": True}, "model suite data_dir adapter single_task_results"),
     ({"of_study": True}, "method model seed setting suite tasks output_dir resume overwrite "
      "from_results eval_only adapter"),

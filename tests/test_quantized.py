@@ -6,9 +6,7 @@ import pytest
 import torch
 from conftest import (
     NO_EVAL,
-    SHAPE,
     lines_of,
-    make_tokenizer,
     refused,
     results_of,
     run,
@@ -16,9 +14,7 @@ from conftest import (
     wrapped,
     write_json,
 )
-from tiny import PROMPTS, assert_same, continuations, learn, logits_of, one_line, randn
-from transformers import AutoModelForCausalLM
-from transformers.models.llama import LlamaConfig
+from tiny import PROMPTS, assert_same, base_model, continuations, learn, logits_of, one_line, randn
 
 import adapter
 import export
@@ -35,21 +31,9 @@ TRAINED = [name for name, method in METHODS.items() if method.trains]
 ERROR = {"nf4": 0.10, "int8": 0.012}
 
 
-def model_of(hidden=64):
+def model_of():
     """A random Llama whose layers have whole blocks of 64 inputs, the same at every call."""
-    torch.manual_seed(0)
-    config = LlamaConfig(**SHAPE | dict(hidden_size=hidden, intermediate_size=128,
-                                         head_dim=16))
-    return AutoModelForCausalLM.from_config(config).eval()
-
-
-@pytest.fixture(scope="module")
-def wide(tmp_path_factory):
-    """The folder of such a checkpoint."""
-    folder = tmp_path_factory.mktemp("wide")
-    model_of().save_pretrained(folder)
-    make_tokenizer().save_pretrained(folder)
-    return folder
+    return base_model("wide")
 
 
 @pytest.fixture
@@ -180,7 +164,7 @@ def test_the_bank_stays_exact():
 
 def test_layers_without_whole_blocks_stay_dense():
     """They are named; a second call changes nothing."""
-    model = wrapped(model_of(hidden=32))
+    model = wrapped(base_model())
     left = quantise(model, "int8")
     assert {name.rpartition(".")[2] for name in left} == {
         "q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"} and len(left) == 10
