@@ -92,12 +92,14 @@ class Method:
         targets = self.targets(model)
         for name, linear in tqdm(targets.items(), desc="adapt layers", unit="layer", delay=2,
                                  leave=False):
-            home = linear.weight.device  # the base may be too large for the device
-            layer = self.build_layer(linear.to(self.device), fresh).train(linear.training)
-            for tensor in (getattr(layer, base) for base in layer.base_tensors):
-                if tensor is not None:
-                    tensor.data = tensor.data.to(home)
-            self.layers[name] = layer
+            home = linear.weight.device
+            if self.device is not None:
+                linear.to(self.device)
+            layer = self.layers[name] = self.build_layer(linear, fresh).train(linear.training)
+            if self.device is not None:  # which the whole base may not fit
+                for tensor in (getattr(layer, base) for base in layer.base_tensors):
+                    if tensor is not None:
+                        tensor.data = tensor.data.to(home)
             model.set_submodule(name, layer)
         model.adapted_by = self
         if targets:

@@ -32,6 +32,7 @@ from harness import (
     identity,
     launch,
     output_folder,
+    plan,
     processes,
     results_file,
     resume,
@@ -345,7 +346,9 @@ def new_method(args):
 
 
 def execute(args, argv, stop, first_to_say):
-    """One whole run -> the content of its results.json."""
+    """One whole run -> the content of its results.json, or None where it is only planned."""
+    if args.plan:
+        return plan.show(args, launch.base_dtype())
     there = output_folder.listing(args.output_dir)
     accelerator = launch.make_accelerator(args)
     first_to_say.meet(accelerator)

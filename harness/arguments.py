@@ -61,6 +61,9 @@ FLAGS = (
     Flag("run", "shard_base", bool, False, "share the frozen base out over the processes (FSDP2); "
          "the result is that of DDP; as by `accelerate launch --use_fsdp`",
          of_run=True),
+    Flag("run", "plan", bool, False, "only say what it takes of a device's memory, with every "
+         "--base, on one to eight processes; loads no weights", of_training=True, of_run=True,
+         of_study=True),
     Flag("run", "setting", Literal["mixed", "sequential", "single"], "mixed",
          "train all tasks together, one after the other, or each alone from the base model "
          "(default: mixed)", of_training=True, alone="nothing", of_study=True),

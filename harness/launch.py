@@ -95,12 +95,18 @@ def command(args, argv, stop):
     return f"{prefix}{processes.launcher()} train.py {shlex.join(argv)}"
 
 
-def make_accelerator(args):
-    """The Accelerator, and a batch size for every process. Raises InputError."""
+def base_dtype():
+    """The type of the base's weights, by the launcher's precision. Raises InputError."""
     precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")  # what the launcher sets
     if precision not in ("no", "bf16"):
         raise InputError(f"--mixed_precision {precision} is not supported; allowed: no, bf16"
                          f"{launcher_file('mixed_precision', precision)}")
+    return torch.bfloat16 if precision == "bf16" else torch.float32
+
+
+def make_accelerator(args):
+    """The Accelerator, and a batch size for every process. Raises InputError."""
+    base_dtype()
     refuse_sharding()
     sharding.take_over(args)
     if args.report_to != "none" and importlib.util.find_spec(args.report_to) is None:

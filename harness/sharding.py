@@ -76,15 +76,21 @@ def shard(model, mesh: DeviceMesh, device):
     outside the forward pass, and tied embeddings are one tensor.
     """
     blocks = find_blocks(model)
-    shared = {tensor for block in blocks.values() for tensor in block.parameters()}
-    for layer in model.adapted_by.layers.values():
-        shared -= {tensor for name, tensor in layer.named_parameters() if not of_base(layer, name)}
+    shared = {tensor for block in blocks.values()
+              for tensor in shared_tensors(block, model.adapted_by)}
     whole = {tensor for tensor in model.parameters() if tensor not in shared}
     for tensor in (*whole, *model.buffers()):
         tensor.data = tensor.data.to(device)
     for module in (*blocks.values(), model):  # the last manages nothing: it orders the blocks
         fully_shard(module, mesh=mesh, ignored_params=whole)
     model._is_fsdp_managed_module = True  # transformers: generate until all processes have ended
+
+
+def shared_tensors(block, method):
+    """What of a decoder block the processes share: all but the adapters in it."""
+    kept = {tensor for layer in method.layers.values()
+            for name, tensor in layer.named_parameters() if not of_base(layer, name)}
+    return [tensor for tensor in block.parameters() if tensor not in kept]
 
 
 def prepare(accelerator, model):
