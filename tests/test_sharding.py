@@ -28,7 +28,8 @@ def assert_equal_runs(one, other):
 
 
 METHODS = ["gainlora", *(pytest.param(name, marks=pytest.mark.slow) for name in (
-    "lora", "pissa", "olora", "loramoe", "badit", "badit --routing energy"))]
+    "lora", "pissa", "olora", "loramoe", "badit", "badit --routing energy",
+    "badit --setting single"))]
 
 
 @pytest.mark.parametrize("words", METHODS)
