@@ -167,7 +167,7 @@ def test_layers_without_whole_blocks_stay_dense():
     model = wrapped(base_model())
     left = quantise(model, "int8")
     assert {name.rpartition(".")[2] for name in left} == {
-        "q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"} and len(left) == 10
+        "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj"} and len(left) == 12
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     assert quantise(model, "int8") == left
     assert_same(before, dict(model.state_dict()))
