@@ -10,6 +10,7 @@ from inputs.errors import InputError
 from inputs.files import atomic_path, write_json
 from inputs.tensors import read_tensors, write_tensors
 from method import fingerprint, method_of
+from quantized import quantise
 from registry import method_class
 
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -24,16 +25,18 @@ def save(model, path):
     write_json(path / ADAPTER_CONFIG, {
         "format": ADAPTER_FORMATS[-1], "peft_type": NOT_OF_PEFT, "method": method.name,
         "settings": asdict(method.settings), "base_sha256": method.base_sha256,
-        "model": method.base_name, "model_type": model.config.model_type,
+        "model": method.base_name, "model_type": model.config.model_type, "base": method.base,
         "trained_on": method.trained_on,
         "chat_template": method.chat_template})
 
 
-def load(model, path, settings=None):
+def load(model, path, settings=None, device=None):
     """Wrap the bare base `model` with the adapter saved in `path` and return it.
 
-    Nothing is decomposed again: the saved initial bank gives the residual. `settings` take the
-    place of the saved ones, with another seed, to train on. Raises InputError for a damaged adapter
+    Nothing is decomposed again: the saved initial bank gives the residual. Where the adapter was
+    made on a quantised base, this one is quantised so. `settings` take the place of the saved ones,
+    with another seed, to train on. The adapter, and what is quantised, end up on `device`, by
+    default where the model is. Raises InputError for a damaged adapter
     and for any base model but the one that it was made on.
     """
     if hasattr(model, "adapted_by"):
@@ -49,9 +52,10 @@ def load(model, path, settings=None):
     method = method_class(config.method)(settings or saved)
     method.base_sha256, method.base_name = sha256, config.model
     method.trained_on = config.trained_on
-    method.chat_template = config.chat_template
+    method.chat_template, method.device = config.chat_template, device
     method.wrap(model, fresh=False)
     restore(method, state)
+    quantise(model, config.base, device)
     return model
 
 

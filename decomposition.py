@@ -67,8 +67,8 @@ def krylov_basis(W, width):
 
 
 def residual_weight(W0, A, B, s):
-    """Eq. (6): residual = W0 - s B A, computed in the bank's precision, stored in that of W0."""
-    return (W0.to(A.dtype) - s * (B @ A)).to(W0.dtype)  # (out, in)
+    """Eq. (6): residual = W0 - s B A, in the bank's precision and place, stored in those of W0."""
+    return (W0.to(A) - s * (B @ A)).to(W0)  # (out, in)
 
 
 @torch.no_grad()

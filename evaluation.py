@@ -137,6 +137,8 @@ def evaluate(run, rows, path):
             # One batch for each process; the last round may have none for some of them.
             mine = batches[first:first + processes][accelerator.process_index:][:1]
             texts = [each for batch in mine for each in _predict(run, rows, batch)]
+            if args.shard_base and not mine:  # the others need this process' part of the base
+                _predict(run, rows, batches[first])
             for index, text, loss in gather_object(texts):
                 predicted[index] = scored(rows[index], text) | loss
                 file.write(json.dumps(predicted[index], ensure_ascii=False) + "\n")

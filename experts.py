@@ -10,12 +10,12 @@ All N components of a layer live in one bank, `lora_A` (N, in) and `lora_B` (out
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from decomposition import check_bank_size
 from inputs.errors import InputError
-from method import frozen
+from method import frozen, of_base
+from quantized import frozen_linear
 
 
 def select_experts(logits, top_k):
@@ -113,7 +113,7 @@ class BankLinear(nn.Module):
 
     def forward(self, x):
         """(..., in) -> (..., out)."""
-        y = F.linear(x, self.residual, self.bias)  # (..., out)
+        y = frozen_linear(x, self.residual, self.bias)  # (..., out)
         return self.add_bank(y.reshape(-1, y.shape[-1]), x).view_as(y)
 
     def add_bank(self, y, x, bank=None):
@@ -153,7 +153,7 @@ class BankLinear(nn.Module):
             raise InputError(f"expert_of of the adapter does not give each of {self.num_experts} "
                              f"experts {self.rank} components")
         for name, tensor in self.state_dict().items():
-            if name not in self.base_tensors:
+            if not of_base(self, name):
                 tensor.copy_(tensors[name])
 
     @property

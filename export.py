@@ -69,6 +69,10 @@ def read_flags(argv):
         raise InputError("--data_dir is read with --suite only")
     if args.out.exists() and not (args.out.is_dir() and not any(args.out.iterdir())):
         raise InputError(f"--out {args.out} is in use: name a new folder")
+    if args.merged and config.base != "dense":
+        raise InputError(f"--merged is not read: the adapter was trained on a base that is stored "
+                         f"{config.base}, which a merged checkpoint would not be; without --merged "
+                         "the update is exported, and measured on the dense base")
     args.model = base_name(args.adapter, args.model)
     return args
 

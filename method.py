@@ -48,6 +48,8 @@ class Method:
     name: str  # its value for --method
     chat_template = False  # whether its prompts were wrapped in one; kept with the adapter
     base_name = None  # of the base model, a name or a path, where it is known; kept, too
+    device = None  # where layers are decomposed and adapters are; None: where the model is
+    base = "dense"  # how the frozen base is stored: see quantized.py; kept, too
     trained_on = {}  # the run's flags that say on which prompts, {name: value}; kept, too
 
     def __init__(self, settings):
@@ -90,8 +92,15 @@ class Method:
         targets = self.targets(model)
         for name, linear in tqdm(targets.items(), desc="adapt layers", unit="layer", delay=2,
                                  leave=False):
-            self.layers[name] = self.build_layer(linear, fresh).train(linear.training)
-            model.set_submodule(name, self.layers[name])
+            home = linear.weight.device
+            if self.device is not None:
+                linear.to(self.device)
+            layer = self.layers[name] = self.build_layer(linear, fresh).train(linear.training)
+            if self.device is not None:  # which the whole base may not fit
+                for tensor in (getattr(layer, base) for base in layer.base_tensors):
+                    if tensor is not None:
+                        tensor.data = tensor.data.to(home)
+            model.set_submodule(name, layer)
         model.adapted_by = self
         if targets:
             model.save_pretrained = refuse_to_save
@@ -145,7 +154,7 @@ class Method:
         """All tensors of the adapter by name: what a frozen base needs to become this model."""
         return {f"{name}.{key}": tensor.detach()
                 for name, layer in self.layers.items()
-                for key, tensor in layer.state_dict().items() if key not in layer.base_tensors}
+                for key, tensor in layer.state_dict().items() if not of_base(layer, key)}
 
     def grow(self, state):
         """Make room for the tensors of a `state_dict` that a fresh adapter does not have."""
@@ -156,6 +165,23 @@ class Method:
             prefix = f"{name}."
             layer.restore({key.removeprefix(prefix): tensor for key, tensor in state.items()
                            if key.startswith(prefix)})
+
+
+def of_base(layer, key):
+    """Whether a key of an adapted layer's state_dict is of its frozen base, not of the adapter."""
+    return key.partition(".")[0] in layer.base_tensors
+
+
+def find_blocks(model):
+    """The decoder blocks by full name. Raises InputError where the model names none."""
+    kinds = set(model._no_split_modules or ())
+    blocks = {name: module for name, module in model.named_modules()
+              if type(module).__name__ in kinds}
+    if not blocks:
+        raise InputError(f"model type {model.config.model_type} does not say which of its modules "
+                         "are its blocks (_no_split_modules): they can be neither quantised nor "
+                         "sharded")
+    return blocks
 
 
 def find_targets(model, target_modules):

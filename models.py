@@ -61,13 +61,20 @@ def load_tokenizer(name_or_path):
     return tokenizer
 
 
-def skeleton(name_or_path):
-    """The model without weights (on the meta device), for checks before they are loaded."""
+def skeleton(name_or_path, device="meta", dtype=None, layers=None):
+    """The model without weights (on the meta device), for checks before they are loaded.
+
+    Under a FakeTensorMode the device may be another; `layers` cuts the model to its first ones.
+    """
     source = locate(name_or_path)
     with reading(name_or_path, source):
         config = read_config(source)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        if layers is not None:
+            config.num_hidden_layers = layers
+            if getattr(config, "layer_types", None):
+                config.layer_types = config.layer_types[:layers]
+        with torch.device(device):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
         check_causal(model)
     return model
 

@@ -32,9 +32,11 @@ from harness import (
     identity,
     launch,
     output_folder,
+    plan,
     processes,
     results_file,
     resume,
+    sharding,
 )
 from harness.adapter_config import ADAPTER_CONFIG
 from harness.arguments import parse_flags, recorded_args, settings_of, trained_on
@@ -43,6 +45,7 @@ from harness.run import Position, Progress, Run, Setup, say
 from inputs.errors import InputError
 from inputs.numbers import stable_seed
 from method import Stage
+from quantized import BLOCK, quantise
 from registry import METHODS, method_class
 
 __all__ = ["main", "parse_flags", "train_stage"]
@@ -105,7 +108,7 @@ def begin(run, stage, resumed):
     # The schedule is not prepared: Accelerate would step it once for every process.
     schedule = LambdaLR(optimizer, partial(cosine_with_warmup, warmup=warmup, steps=stage.steps),
                         last_epoch=start - 1)
-    model, optimizer = accelerator.prepare(run.model, optimizer)
+    model, optimizer = sharding.prepare(accelerator, run.model), accelerator.prepare(optimizer)
     model.train()
     if start:
         checkpoint.restore_random_states(resumed, accelerator)
@@ -293,32 +296,51 @@ def prepare(args, accelerator, stop, seconds):
 
 def load_model(run, resumed=None):
     """Load the base model and wrap it, with a new adapter, a saved one or a checkpoint's."""
+    run.model = None  # of an earlier stage: not two models at a time
+    run.accelerator.free_memory()
+    mesh = sharding.mesh_of(run.accelerator) if run.args.shard_base else None
+    with sharding.turn(run.accelerator, run.args.shard_base):
+        load_alone(run, resumed, mesh)
+    if resumed is not None:
+        checkpoint.restore(run, resumed)
+
+
+def load_alone(run, resumed, mesh):
+    """`load_model` as far as one process needs no other; `mesh` for a base that they share."""
     args, accelerator, seconds = run.args, run.accelerator, run.progress.seconds
     dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
-    run.model = None  # of an earlier stage: not two models at a time
-    accelerator.free_memory()
     with seconds.timed("load"):
         model, tokenizer = models.load(args.model, dtype)
         config_sha256 = models.config_sha256(model, tokenizer)
-        model.to(accelerator.device)
+        if args.base == "dense" and mesh is None:  # else it may not fit the device yet
+            model.to(accelerator.device)
     with seconds.timed("decompose"):
         set_seed(args.seed)
         if args.adapter and (args.eval_only or resumed is None):  # else a checkpoint holds it
-            adapter.load(model, args.adapter, None if args.eval_only else settings_of(args))
+            adapter.load(model, args.adapter, None if args.eval_only else settings_of(args),
+                         accelerator.device)
             checks.check_frame(args, model.adapted_by)
         else:
             method = new_method(args)
-            method.chat_template = args.chat_template
+            method.chat_template, method.device = args.chat_template, accelerator.device
             method.wrap(model, fresh=resumed is None)
         model.adapted_by.base_name, model.adapted_by.trained_on = args.model, trained_on(args)
+        run.model = model
+        hashes = {"base_sha256": run.method.base_sha256, "config_sha256": config_sha256}
+        checks.check_hashes(run, hashes)
+        run.progress.hashes = hashes
+        if resumed is not None:
+            adapter.restore(run.method, checkpoint.part(resumed, "adapter"))
+        left = quantise(model, args.base, accelerator.device)
+        if left:
+            run.print(f"stored dense, as their inputs are no multiple of {BLOCK}: "
+                      f"{checks.patterns(left)}")
+        if mesh is None:
+            model.to(accelerator.device)
+        else:
+            sharding.shard(model, mesh, accelerator.device)
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    run.model = model
-    hashes = {"base_sha256": run.method.base_sha256, "config_sha256": config_sha256}
-    checks.check_hashes(run, hashes)
-    run.progress.hashes = hashes
-    if resumed is not None:
-        checkpoint.restore(run, resumed)
 
 
 def new_method(args):
@@ -326,7 +348,9 @@ def new_method(args):
 
 
 def execute(args, argv, stop, first_to_say):
-    """One whole run -> the content of its results.json."""
+    """One whole run -> the content of its results.json, or None where it is only planned."""
+    if args.plan:
+        return plan.show(args, launch.base_dtype())
     there = output_folder.listing(args.output_dir)
     accelerator = launch.make_accelerator(args)
     first_to_say.meet(accelerator)
@@ -368,7 +392,8 @@ def carry_out(run, argv, resumed, first_to_say):
         if run.setup.stages:
             train_all(run, resumed)
         else:
-            evaluate_row(run, 1, args.method, run.setup.order)
+            name = args.method if args.base == "dense" else f"{args.method}-{args.base}"
+            evaluate_row(run, 1, name, run.setup.order)
         results = results_file.write_results(run, argv)
         accelerator.log({key: value for key, value in results["metrics"].items()
                          if value is not None}, step=run.steps)

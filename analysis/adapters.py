@@ -42,6 +42,9 @@ def find(paths):
     for path, each in zip(paths, found, strict=True):
         if each.config.base_sha256 != found[0].config.base_sha256:
             raise InputError(f"--adapter {path} was made on another base model than {paths[0]}")
+        if each.config.base != found[0].config.base:
+            raise InputError(f"--adapter {path} was made on a base stored as {each.config.base}, "
+                             f"{paths[0]} on one stored as {found[0].config.base}")
         if each.config.chat_template != found[0].config.chat_template:
             raise InputError(f"--adapter {path} and {paths[0]}: only one of them was trained on "
                              "prompts in the chat template")

@@ -25,6 +25,7 @@ from torch import nn
 from baselines.olora import BranchMethod, OloraLinear, branch_penalty
 from inputs.errors import InputError
 from method import find_targets, frozen
+from quantized import frozen_linear
 
 MAX_INSTANCES = 1000  # of a task, in one pass over its data; the published code takes 1002 batches
 SCHEDULE_TASKS = 15  # over which the published thresholds rise towards 1
@@ -300,7 +301,7 @@ class GainLinear(OloraLinear):
         if self.gain is None or len(self.gain) != len(x):
             raise InputError("gainlora: the gates of these sequences are not computed: call the "
                              "method's before_forward(batch) before the model")
-        y = F.linear(x, self.residual, self.bias)  # (batch, seq, out)
+        y = frozen_linear(x, self.residual, self.bias)  # (batch, seq, out)
         u = self.dropout(x).to(y.dtype)
         A = torch.cat(list(self.lora_A)).to(y.dtype)  # (t * r, in)
         B = torch.cat(list(self.lora_B), dim=1).to(y.dtype)  # (out, t * r)
@@ -522,7 +523,7 @@ class GainLora(BranchMethod):
             tokens = batch["attention_mask"].bool()
             if left <= 0:
                 continue
-            left -= int(tokens.any(dim=1).sum())
+            left -= len(tokens)  # with fillers: as many passes in every process
             if self.has_memory:
                 self.before_forward(batch)
                 self.model(**{key: batch[key] for key in DATA_KEYS}, logits_to_keep=1,

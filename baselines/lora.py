@@ -12,6 +12,7 @@ from torch import nn
 
 from inputs.errors import InputError
 from method import Method, find_targets, frozen
+from quantized import frozen_linear
 
 
 def low_rank_update(u, A, B, s):
@@ -66,7 +67,7 @@ class LoraLinear(nn.Module):
 
     def forward(self, x):
         """(..., in) -> (..., out)."""
-        y = F.linear(x, self.residual, self.bias)  # (..., out)
+        y = frozen_linear(x, self.residual, self.bias)  # (..., out)
         u = self.dropout(x).to(y.dtype)
         return y + low_rank_update(u, self.lora_A.to(y.dtype), self.lora_B.to(y.dtype),
                                    self.scaling)

@@ -14,6 +14,7 @@ from torch import nn
 
 from baselines.lora import check_rank, low_rank_update
 from method import Method, frozen
+from quantized import frozen_linear
 
 
 def orthogonality(A_t, A_old, norm):
@@ -65,6 +66,7 @@ class OloraLinear(nn.Module):
         super().__init__()
         check_rank(rank, base.weight.shape)
         self.rank, self.scaling = rank, alpha / rank
+        self.in_features, self.out_features = base.in_features, base.out_features
         self.dropout = nn.Dropout(dropout)
         self.residual = frozen(base.weight)  # (out, in), all of W0
         self.bias = None if base.bias is None else frozen(base.bias)
@@ -74,16 +76,15 @@ class OloraLinear(nn.Module):
     def add_branch(self):
         """Freeze the branches so far and append a trainable one."""
         self.requires_grad_(False)
-        out_features, in_features = self.residual.shape
-        kind = dict(dtype=torch.promote_types(self.residual.dtype, torch.float32),
-                    device=self.residual.device)
-        self.lora_A.append(nn.Parameter(torch.empty(self.rank, in_features, **kind)))
-        self.lora_B.append(nn.Parameter(torch.zeros(out_features, self.rank, **kind)))
+        like = self.lora_B[-1] if len(self.lora_B) else self.residual  # which may be quantised
+        kind = dict(dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
+        self.lora_A.append(nn.Parameter(torch.empty(self.rank, self.in_features, **kind)))
+        self.lora_B.append(nn.Parameter(torch.zeros(self.out_features, self.rank, **kind)))
         nn.init.kaiming_uniform_(self.lora_A[-1], a=math.sqrt(5))
 
     def forward(self, x):
         """(..., in) -> (..., out)."""
-        y = F.linear(x, self.residual, self.bias)  # (..., out)
+        y = frozen_linear(x, self.residual, self.bias)  # (..., out)
         u = self.dropout(x).to(y.dtype)
         A = torch.cat(list(self.lora_A)).to(y.dtype)  # (t * r, in)
         B = torch.cat(list(self.lora_B), dim=1).to(y.dtype)  # (out, t * r)

@@ -42,14 +42,15 @@ class Speaker:
 
     def __init__(self, args):
         self.args = args
-        chat_template = read_adapter_config(args.adapter)[0].chat_template
+        config, _ = read_adapter_config(args.adapter)
         self.model, self.tokenizer = models.load(args.model,
                                                  torch.bfloat16 if args.bf16 else torch.float32)
         self.device = PartialState().device
         if self.device.type == "cpu":
             products.use_onednn()  # as the evaluation in a run
-        self.model.to(self.device)
-        self.framer = data.Framer(self.tokenizer, chat_template)
+        if config.base == "dense" or args.base:  # else it may fit the device only when quantised
+            self.model.to(self.device)
+        self.framer = data.Framer(self.tokenizer, config.chat_template)
         self.sampling = {}
         if args.temperature is not None:
             self.sampling = {"do_sample": True, "temperature": args.temperature, "top_k": 0,
@@ -57,7 +58,7 @@ class Speaker:
 
     def adapt(self):
         """From now on the adapter answers."""
-        adapter.load(self.model, self.args.adapter).eval()
+        adapter.load(self.model, self.args.adapter, device=self.device).to(self.device).eval()
 
     def encode(self, turns):
         """Token ids of a dialogue. Raises InputError where the model has no room for an answer."""

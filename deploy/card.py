@@ -46,7 +46,9 @@ def render(args, config, settings, run, form, near, suite, hub_name):
         "A LoRA adapter: `PeftModel.from_pretrained(base, folder)`.", "",
         *(f"- {line}" for line in measured(form, near, suite)),
         f"- method: {config.method} ({given})",
-        f"- base model: {base}, SHA-256 of its weights as float32 {config.base_sha256}",
+        f"- base model: {base}, SHA-256 of its weights as float32 {config.base_sha256}"
+        + ("" if config.base == "dense" else f"; trained on it stored as {config.base}, exported "
+           "for the dense one"),
         *score_lines(run), "",
         "Prompts were framed so" + (", inside the model's chat template:" if config.chat_template
                                     else ", without a chat template:"), "",

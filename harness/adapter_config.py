@@ -6,7 +6,7 @@ from inputs import formats
 from inputs.errors import InputError
 from registry import METHODS, MODELS
 
-ADAPTER_CONFIG, ADAPTER_FORMATS = "adapter_config.json", (1, 2)  # the last is written
+ADAPTER_CONFIG, ADAPTER_FORMATS = "adapter_config.json", (1, 2, 3)  # the last is written
 # PEFT has a file of that name, too, and quotes what it does not know of this key.
 NOT_OF_PEFT = "BADIT: no adapter of PEFT's; `python export.py FOLDER --out OTHER` makes one of it"
 
@@ -25,7 +25,7 @@ def read_adapter_config(path):
     config = formats.convert(content, formats.AdapterConfig, file)
     if config.format not in ADAPTER_FORMATS:
         raise InputError(f"{file} has format {config.format}, this code reads "
-                         f"{' and '.join(map(str, ADAPTER_FORMATS))}")
+                         f"{', '.join(map(str, ADAPTER_FORMATS))}")
     if config.method not in METHODS:
         raise InputError(f"{file}: method {config.method!r} is unknown; known: "
                          f"{', '.join(METHODS)}")

@@ -56,6 +56,14 @@ FLAGS = (
          of_study=True),
     Flag("run", "model", str, EMBEDDED, f"one of {', '.join(MODELS)}, a checkpoint's folder, or a "
          f"hub id such as Qwen/Qwen3-0.6B (default: {EMBEDDED})", is_path=True, of_study=True),
+    Flag("run", "base", formats.Base, "dense", "store the frozen linear layers of the model's "
+         "blocks as they are, in 8 bits a weight or in 4.5 (default: dense)", table=True),
+    Flag("run", "shard_base", bool, False, "share the frozen base out over the processes (FSDP2); "
+         "the result is that of DDP; as by `accelerate launch --use_fsdp`",
+         of_run=True),
+    Flag("run", "plan", bool, False, "only say what it takes of a device's memory, with every "
+         "--base, on one to eight processes; loads no weights", of_training=True, of_run=True,
+         of_study=True),
     Flag("run", "setting", Literal["mixed", "sequential", "single"], "mixed",
          "train all tasks together, one after the other, or each alone from the base model "
          "(default: mixed)", of_training=True, alone="nothing", of_study=True),
@@ -210,7 +218,10 @@ def parse_flags(argv):
             take_frame(args, typed, config)
         if "method" in typed and args.method != config.method:
             raise InputError(f"--method {args.method}: the adapter was made by {config.method}")
-        args.method = config.method
+        if "base" in typed and args.base != config.base:
+            raise InputError(f"--base {args.base}: the adapter was made on a base that is stored "
+                             f"{config.base}, which is another model")
+        args.method, args.base = config.method, config.base
         if not args.eval_only:
             take_settings(args, typed, settings)
     if args.method not in METHODS:

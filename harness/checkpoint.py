@@ -20,7 +20,6 @@ import torch
 from accelerate.utils import broadcast_object_list, gather_object
 
 from adapter import check_tensors
-from adapter import restore as restore_adapter
 from harness.arguments import OVERRIDABLE
 from harness.identity import MODEL_HASHES
 from harness.run import say
@@ -224,8 +223,7 @@ def check_state(setup, state):
 
 
 def restore(run, resumed):
-    """Put adapter and method back as they were. Raises InputError for a state that does not fit."""
-    restore_adapter(run.method, part(resumed, "adapter"))
+    """Put the method back as it was, after its adapter. Raises InputError where that fails."""
     (stage, step), stages = run.progress.position, run.setup.stages
     if stage < len(stages) and 0 < step < stages[stage].steps:
         state = part(resumed, "method")

@@ -65,8 +65,13 @@ def check_architecture(model, target_modules):
 
 def adapted_layers(method):
     """A line with the names of the adapted layers by pattern, and the number of each."""
-    patterns = Counter(re.sub(r"\d+", "*", name) for name in method.layers)
-    return "adapted layers: " + ", ".join(f"{name} ({count})" for name, count in patterns.items())
+    return f"adapted layers: {patterns(method.layers)}"
+
+
+def patterns(names):
+    """Names of modules in words, those of all blocks as one, with the number of each."""
+    counts = Counter(re.sub(r"\d+", "*", name) for name in names)
+    return ", ".join(f"{name} ({count})" for name, count in counts.items())
 
 
 def check_frame(args, method):

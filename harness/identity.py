@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("torch", "transformers", "accelerate", "numpy", "scipy", "rouge_score", "regex",
             "safetensors")
 # What trains: the paper's files, what feeds a run and what carries it. Not what shows it later.
-TRAINS = ("badit.py", "energy.py", "decomposition.py", "experts.py", "grouping.py",
+TRAINS = ("badit.py", "energy.py", "quantized.py", "decomposition.py", "experts.py", "grouping.py",
           "regrouping.py", "method.py", "registry.py", "train.py", "data.py", "models.py",
           "evaluation.py", "metrics.py", "adapter.py", "baselines/*.py", "inputs/*.py",
           "harness/*.py")

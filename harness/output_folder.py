@@ -25,6 +25,8 @@ FOLDERS = ("predictions", "adapter", "tracking", "checkpoints")
 
 def check(args):
     """Refuse an --output_dir that is in use, cannot be written, or holds what the run reads."""
+    if args.plan:  # which writes nothing
+        return
     folder = args.output_dir
     standing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not standing.is_dir() or not os.access(standing, os.W_OK | os.X_OK):

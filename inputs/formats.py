@@ -16,6 +16,7 @@ from inputs.numbers import Seed
 
 Score = Annotated[float, Meta(ge=0, le=100)]
 Amount = Annotated[float, Meta(ge=-1e100, le=1e100)]  # sums and squares of such are finite
+Base = Literal["dense", "int8", "nf4"]  # how a frozen base is stored
 Count = Annotated[int, Meta(ge=0, le=2**62)]
 PositiveCount = Annotated[int, Meta(ge=1, le=2**62)]
 
@@ -54,6 +55,7 @@ class AdapterConfig(Struct, forbid_unknown_fields=True):
     chat_template: bool
     peft_type: str | None = None
     model: str | None = None
+    base: Base = "dense"
     trained_on: dict[str, Any] = {}  # flags that --eval_only takes over
 
 

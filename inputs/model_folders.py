@@ -76,6 +76,9 @@ def read_config(source):
         if value not in allowed:
             raise ValueError(f"{name.lstrip('_')} is {value!r}; allowed: "
                              f"{', '.join(map(str, allowed))}")
+    if getattr(config, "quantization_config", None) is not None:
+        raise ValueError("it is stored quantised (quantization_config in config.json): give the "
+                         "unquantised checkpoint, and --base nf4 or int8")
     for name, value in vars(config).items():
         if "drop" in name and type(value) in (int, float) and not 0 <= value < 1:
             raise ValueError(f"{name} is {value!r}, which is not from 0 to below 1")

@@ -40,6 +40,7 @@ from harness.arguments import ALL_FLAGS  # noqa: E402
 from inputs.errors import InputError, error_lines  # noqa: E402
 from inputs.files import write_json  # noqa: E402
 from method import Method, Stage  # noqa: E402
+from quantized import quantise  # noqa: E402
 from registry import METHODS, method_class  # noqa: E402
 
 # glibc gives freed logits back to the kernel at every step; scripts/setup.sh sets the same.
@@ -463,6 +464,20 @@ def scaling(options):
         exponent = float(np.polyfit(np.log(tried), np.log(times), 1)[0])
         for key in seconds:
             yield row(f"scaling with {name}, exponent {exponent:.2f}", seconds, key)
+
+
+@section
+def bases(options):
+    """One optimizer step on a quantised base, beside the dense one."""
+    model, steps = base_model(options), {}
+    for kind in ("dense", "int8", "nf4"):
+        variant = adapted(copy.deepcopy(model), "badit")
+        quantise(variant, kind)
+        batch = random_batch(model, 4, 256, 32, options.device)
+        steps[kind] = training_step(variant, batch, options.device)
+    seconds = in_turn(steps, options.rounds, options.device, warmup=1)
+    for kind in steps:
+        yield row("training step by base", seconds, kind, None if kind == "dense" else "dense")
 
 
 @section

@@ -85,6 +85,9 @@ def build_parser():
     add("--launcher", default="accelerate launch --config_file scripts/accelerate/one_gpu.yaml",
         help="what starts train.py: python, or accelerate launch with another file of "
              "scripts/accelerate (default: %(default)s)")
+    add("--launcher_of", nargs=2, action="append", default=[], metavar=("MODEL", "LINE"),
+        help="another launcher for one of --models, such as a large one that processes share; may "
+             "be given several times")
     add("--dry-run", action="store_true", dest="dry_run",
         help="print the commands, one a line; and on stderr their number and a rough cost")
     add("--nth", type=int, metavar="I", help="only line I of the list, from 0")
@@ -117,6 +120,11 @@ def parse(argv):
     if args.runs.exists() and not args.runs.is_dir():
         raise InputError(f"--runs {args.runs} is no folder")
     args.launcher = launcher_words(args.launcher)
+    for model, _ in args.launcher_of:
+        if model not in args.models:
+            raise InputError(f"--launcher_of {model}: it is none of --models "
+                             f"{' '.join(args.models)}")
+    args.launcher_of = {model: launcher_words(line) for model, line in args.launcher_of}
     for word in passed_on:
         if word.split("=")[0].removeprefix("--") in STUDY_FLAGS:
             raise InputError(f"{word} after -- is what the study chooses for each run")
@@ -212,7 +220,8 @@ def plan(args, passed_on):
 
     def planned(name, words, model, setting, trains):
         folder = args.runs / name
-        command = [*args.launcher, "train.py", *words, "--output_dir", str(folder), "--resume"]
+        launcher = args.launcher_of.get(model, args.launcher)
+        command = [*launcher, "train.py", *words, "--output_dir", str(folder), "--resume"]
         return PlannedRun(folder, command, model, setting, trains)
 
     runs, single = [], []
@@ -411,9 +420,10 @@ def main(argv=None):
         if args.dry_run:
             print_dry_run(runs, args)  # perhaps for another machine
             return 0
-        if shutil.which(args.launcher[0]) is None:
-            raise InputError(f"--launcher {shlex.join(args.launcher)!r} starts no program that is "
-                             "here")
+        for launcher in (args.launcher, *args.launcher_of.values()):
+            if shutil.which(launcher[0]) is None:
+                raise InputError(f"--launcher {shlex.join(launcher)!r} starts no program that is "
+                                 "here")
         return run_all(runs, args.stop_after)
     except (InputError, OSError) as error:
         print(one_line(f"error: {error}"), file=sys.stderr)

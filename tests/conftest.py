@@ -60,6 +60,8 @@ CONFIGS = {
     "gemma2": lambda: Gemma2Config(**SHAPE, query_pre_attn_scalar=8, sliding_window=16),
 }
 ARCHITECTURES = tuple(CONFIGS)
+CONFIGS["wide"] = lambda: LlamaConfig(**SHAPE | dict(hidden_size=64, intermediate_size=128,
+                                                     head_dim=16))
 BRIEF = ("--max_length", "64", "--max_new_tokens", "5")
 # A bank of 16 components on layers of 32 x 64: a residual is left.
 SMALL = ("--rank", "2", "--alpha", "16", *BRIEF)
@@ -146,6 +148,12 @@ def checkpoints(tmp_path_factory):
                for name in ARCHITECTURES}
     gc.freeze()  # every run collects garbage: half of its time, were it to search the libraries
     return folders
+
+
+@pytest.fixture(scope="session")
+def wide(tmp_path_factory):
+    """The checkpoint of a random Llama whose linear layers all have whole blocks of 64 inputs."""
+    return save_checkpoint(tmp_path_factory.mktemp("checkpoints") / "wide", "wide")
 
 
 @pytest.fixture(scope="session")

@@ -10,14 +10,16 @@ import signal
 import time
 
 import torch
+from torch.distributed.tensor import DTensor
 from transformers import LlamaForCausalLM
 
 import data
 import models
-from harness import checkpoint
+from harness import checkpoint, sharding
 from harness.recorder import Recorder
 from harness.run import Run
 from inputs.errors import InputError
+from method import find_blocks, of_base
 from regrouping import Regrouper
 
 
@@ -112,3 +114,47 @@ def bug(rank):
     @replace(Regrouper, "accumulate")
     def accumulate(real, regrouper):
         return 1 / (1 - rank) and real(regrouper)
+
+
+def in_bf16(rank):
+    """As `accelerate launch --mixed_precision bf16` starts it."""
+    os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16"
+
+
+def by_fsdp(rank):
+    """As `accelerate launch --use_fsdp` starts it; tells what is left of that for a loader."""
+    os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2",
+                   "FSDP_CPU_RAM_EFFICIENT_LOADING": "true", "FSDP_OFFLOAD_PARAMS": "false",
+                   "FSDP_ACTIVATION_CHECKPOINTING": "false", "ACCELERATE_MIXED_PRECISION": "bf16"}
+
+    @replace(models, "load")
+    def load(real, *args):
+        print("left:", [name for name in os.environ if "FSDP" in name], flush=True)
+        return real(*args)
+
+
+def expecting_gpus(rank):
+    """As a launcher starts it that was not told to use the CPU."""
+    del os.environ["ACCELERATE_USE_CPU"]
+
+
+def count_bytes(rank):
+    """Says how many bytes of the model a process holds, before and after it shares the base."""
+    def held(model):
+        return sum(weight.numel() * weight.element_size() for weight in (
+            getattr(weight, "_local_tensor", weight) for weight in model.parameters()))
+
+    @replace(sharding, "shard")
+    def shard(real, model, *args):
+        inside = {id(weight) for block in find_blocks(model).values()
+                  for weight in block.parameters()}
+        layers = model.adapted_by.layers.values()
+        inside -= {id(weight) for layer in layers for name, weight in layer.named_parameters()
+                   if not of_base(layer, name)}
+        base = sum(weight.numel() * weight.element_size() for weight in model.parameters()
+                   if id(weight) in inside)
+        before = held(model)
+        real(model, *args)
+        assert not any(isinstance(tensor, DTensor)
+                       for tensor in model.adapted_by.state_dict().values())
+        print("bytes:", before, base, held(model), flush=True)

@@ -24,7 +24,7 @@ from inputs.numbers import Fraction, NonNegative, Positive, PositiveInt, Seed
 from registry import METHODS, method_class
 
 DEFAULTS = vars(build_parser().parse_args([]))
-EVALUATED = "max_eval_per_task validation max_length max_new_tokens chat_template".split()
+EVALUATED = "base max_eval_per_task validation max_length max_new_tokens chat_template".split()
 TRAINED = [*EVALUATED, *"epochs learning_rate warmup_ratio max_grad_norm max_train_per_task sample "
            "target_modules dropout".split()]
 
@@ -32,12 +32,12 @@ TRAINED = [*EVALUATED, *"epochs learning_rate warmup_ratio max_grad_norm max_tra
 @pytest.mark.parametrize("kind, flags", [
     ({"of_training": True}, "setting task_order epochs max_train_per_task sample batch_size "
      "gradient_accumulation_steps learning_rate warmup_ratio max_grad_norm gradient_checkpointing "
-     "eval_tasks eval_before paper_metrics single_task_results"),
+     "eval_tasks eval_before paper_metrics single_task_results plan"),
     ({"of_run": True}, "from_results output_dir overwrite resume checkpoint_every allow_other "
-     "report_to"),
+     "report_to shard_base plan"),
     ({"is_path": True}, "model suite data_dir adapter single_task_results"),
     ({"of_study": True}, "method model seed setting suite tasks output_dir resume overwrite "
-     "from_results eval_only adapter"),
+     "from_results eval_only adapter plan"),
     ({"needs_setting": ("sequential",)}, "task_order"),
     ({"needs_setting": ("mixed", "sequential")}, "single_task_results paper_metrics"),
     ({"alone": "nothing"}, "setting task_order eval_tasks eval_before paper_metrics "

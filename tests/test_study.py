@@ -13,6 +13,7 @@ import accelerate.commands.config.config_args as accelerate_config
 import programs
 import pytest
 import study
+from accelerate.commands.launch import launch_command_parser
 from conftest import SMALL, lines_of, results_of
 
 from harness.arguments import parse_flags, settings_of
@@ -262,7 +263,9 @@ def test_scripts_are_short_and_sound(script):
 @pytest.fixture
 def calls(tmp_path):
     """Run a script that prints what it would exec -> the arguments of each call of study.py."""
-    (tmp_path / "env").write_text("exec() { printf '%q ' \"$@\"; echo; }\n")
+    (tmp_path / "env").write_text(
+        "exec() { [ \"$1\" != srun ] || shift 3; printf '%q ' \"$@\"; echo; }\n"
+        "scontrol() { echo first; echo second; }\n")
 
     def call(script, *argv, **environment):
         environment = os.environ | environment | {"BASH_ENV": str(tmp_path / "env")}
@@ -305,6 +308,30 @@ def test_slurm_runs_one_line_of_the_same_list(calls, capsys):
     assert dry(capsys, *argv)[0] == [dry(capsys, *sweep)[0][7]]
 
 
+def test_slurm_on_several_nodes(calls, capsys):
+    """One task a node, each with the same line of the list, whose base all their GPUs share."""
+    sweep = ["--models", "qwen3-4b", "--seeds", "2"]
+    (argv,) = calls("slurm_array.sh", *sweep, SLURM_SUBMIT_DIR=str(ROOT), SLURM_ARRAY_TASK_ID="7",
+                    SLURM_NNODES="2", SLURM_GPUS_ON_NODE="4", SLURM_JOB_NODELIST="nodes")
+    ((words,), ordinary) = dry(capsys, *argv)[0], dry(capsys, *sweep)[0][7]
+    launcher, flags = words[:words.index("train.py")], words[words.index("train.py"):]
+    assert flags == ordinary[ordinary.index("train.py"):]
+    args = launch_command_parser().parse_args([*launcher[2:], "train.py"])
+    assert (args.num_machines, args.num_processes, args.main_process_ip) == (2, 8, "first")
+    assert args.rdzv_backend == "c10d"
+
+
+def test_a_model_with_a_launcher_of_its_own(capsys):
+    line = "accelerate launch --config_file scripts/accelerate/sharded.yaml"
+    argv = ["--models", "qwen3-4b", "llama3-8b", "--seeds", "1", "--no_single"]
+    commands, _ = dry(capsys, *argv, "--launcher_of", "llama3-8b", line)
+    started = {words[words.index("--model") + 1]: " ".join(words[:words.index("train.py")])
+               for words in commands}
+    assert started["llama3-8b"] == line and "one_gpu.yaml" in started["qwen3-4b"]
+    assert study.main([*argv, "--dry-run", "--launcher_of", "gemma2-9b", line]) == 2
+    assert "--launcher_of gemma2-9b: it is none of --models" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("form, count", [("full", 10 * (13 + 180)), ("short", 10 * 13),
                                          ("cpu", 4 * 6)])
 def test_the_smollm2_study(form, count, calls, capsys):
@@ -336,4 +363,4 @@ def test_accelerate_configurations():
                         str(config.distributed_type).split(".")[-1])
                  for name, config in found.items()}
     assert described == {"one_gpu": (1, "bf16", "NO"), "eight_gpus": (8, "bf16", "MULTI_GPU"),
-                         "cpu": (1, "no", "NO")}
+                         "sharded": (8, "bf16", "FSDP"), "cpu": (1, "no", "NO")}

@@ -14,7 +14,8 @@ from hostile.conftest import rejected
 
 @pytest.mark.parametrize("change, named", [
     ("{", "adapter_config.json"), ("{}", "adapter_config.json"),
-    ({"method": "lara"}, "lara"), ({"method": ["badit"]}, "method"), ({"format": 3}, "format 3"),
+    ({"method": "lara"}, "lara"), ({"method": ["badit"]}, "method"), ({"format": 4}, "format 4"),
+    ({"base": "int2"}, "base"), ({"base": None}, "base"),
     ({"settings": {}}, "settings"), ({"settings": None}, "settings"), ({"extra": 1}, "extra"),
     ({"base_sha256": None}, "base_sha256"), ({"chat_template": "yes"}, "chat_template"),
 ], ids=str)

@@ -207,7 +207,8 @@ def test_a_tracker_that_is_not_installed(start, monkeypatch, tracker):
 @pytest.mark.parametrize("variables, named", [
     ({"ACCELERATE_MIXED_PRECISION": "fp16"}, "fp16 bf16"),
     ({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}, "--gradient_accumulation_steps"),
-    *(({variable: "true"}, f"{name}|only DDP|Eq. 8") for variable, name in launch.SHARDED.items()),
+    *(({variable: "true"}, f"{name}|--use_fsdp|Eq. 8")
+      for variable, name in launch.SHARDED.items()),
     *((variables, "Accelerate does not start|") for variables in (
         {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "abc"}, {"ACCELERATE_USE_CPU": "maybe"},
         {"ACCELERATE_DYNAMO_BACKEND": "abacus"}, {"WORLD_SIZE": "2"},

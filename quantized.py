@@ -1,0 +1,130 @@
+"""Beyond the paper: a frozen base in 8 or 4.5 bits a weight, in plain Parameters.
+
+What is quantised of an adapted layer is what it keeps frozen: in BADIT and PiSSA the residual, so
+that the bank, the leading singular directions of W0, stays exact. nf4 is QLoRA's (Dettmers et al.
+2023), with the codes of bitsandbytes to the bit, and without its second quantisation of the scales.
+
+Axis names as in decomposition.py.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from method import find_blocks, frozen, method_of
+
+BLOCK = 64  # weights of a row that share one scale, in nf4
+# Quantiles of a normal distribution, scaled to -1 .. 1, with an exact zero.
+NF4 = torch.tensor([
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+    -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
+    0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941,
+    0.7229568362236023, 1.0])
+
+
+def to_nf4(weight):
+    """weight (out, in) -> codes uint8 (out, in / 2), two in a byte, and scale (out, in / 64)."""
+    blocks = weight.float().unflatten(1, (-1, BLOCK))  # (out, in / 64, 64)
+    scale = blocks.abs().amax(-1)  # (out, in / 64)
+    unit = (blocks / scale.where(scale > 0, 1)[..., None]).flatten(1)  # (out, in), -1 to 1
+    codes = torch.bucketize(unit, ((NF4[1:] + NF4[:-1]) / 2).to(unit.device), out_int32=True)
+    codes = codes.to(torch.uint8)
+    return codes[:, ::2] << 4 | codes[:, 1::2], scale
+
+
+def to_int8(weight):
+    """weight (out, in) -> codes int8 (out, in), scale (out, 1), in 127ths of a row's largest."""
+    weight = weight.float()
+    scale = weight.abs().amax(-1, keepdim=True)  # (out, 1)
+    return (127 * weight / scale.where(scale > 0, 1)).round().to(torch.int8), scale
+
+
+def dequantise(codes, scale, dtype):
+    """The weight (out, in) that codes and scale stand for, computed in float32, in a type."""
+    if codes.dtype == torch.int8:
+        return (codes * (scale / 127)).to(dtype)
+    pair = torch.stack([NF4.repeat_interleave(16), NF4.repeat(16)], dim=1)  # (256, 2), by byte
+    values = F.embedding(codes.int(), pair.to(codes.device)).flatten(1)  # (out, in)
+    return (values.unflatten(1, (-1, BLOCK)) * scale[..., None]).flatten(1).to(dtype)
+
+
+class Quantised(nn.Module):
+    """A frozen weight (out, in), as `codes` and `scale`, which FSDP2 shards by their rows."""
+
+    def __init__(self, weight, kind):
+        super().__init__()
+        codes, scale = {"nf4": to_nf4, "int8": to_int8}[kind](weight)
+        self.codes, self.scale = frozen(codes), frozen(scale)
+
+
+class QuantisedProduct(torch.autograd.Function):
+    """x W' + bias, with W anew from its codes in the backward pass, so that no graph keeps it."""
+
+    @staticmethod
+    def forward(ctx, x, codes, scale, bias):
+        ctx.save_for_backward(codes, scale)
+        return F.linear(x, dequantise(codes, scale, x.dtype), bias)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_y):
+        return grad_y @ dequantise(*ctx.saved_tensors, grad_y.dtype), None, None, None
+
+
+def frozen_linear(x, weight, bias):
+    """F.linear of x (..., in) with a frozen weight (out, in), a tensor or Quantised -> (..., out).
+
+    The gradient is that for x alone, to the bit that of the dense dequantised weight.
+    """
+    if not isinstance(weight, Quantised):
+        return F.linear(x, weight, bias)
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    bias = None if bias is None else bias.to(x.dtype)
+    return QuantisedProduct.apply(x, weight.codes, weight.scale, bias)
+
+
+class QuantisedLinear(nn.Module):
+    """A linear layer that is not adapted, with a Quantised weight."""
+
+    def __init__(self, weight, bias):
+        super().__init__()
+        self.weight, self.bias = weight, bias
+
+    def forward(self, x):
+        return frozen_linear(x, self.weight, self.bias)
+
+
+@torch.no_grad()
+def quantise(model, kind, device=None):
+    """Quantise the linear layers in the blocks of a wrapped model, in place, where it is not dense.
+
+    Those that are adapted keep their residual so, after `load_state_dict`: it needs the dense one.
+    They end up on `device`, by default where they are. A second call changes nothing. Returns the
+    names of the layers that stay dense, as their rows are not of whole blocks. Raises InputError
+    for a model without blocks.
+    """
+    method = method_of(model)
+    method.base = kind
+    if kind == "dense":
+        return []
+    inside, adapted = (tuple(f"{name}." for name in names)
+                       for names in (find_blocks(model), method.layers))
+    left = []
+    for name, module in list(model.named_modules()):
+        if not name.startswith(inside) or name.startswith(adapted):
+            continue
+        weight = module.residual if name in method.layers else (
+            module.weight if isinstance(module, nn.Linear) else None)
+        if weight is None or isinstance(weight, Quantised):
+            continue
+        if weight.shape[1] % BLOCK:
+            left.append(name)
+            continue
+        weight = Quantised(weight.to(device), kind)
+        if name in method.layers:
+            del module.residual
+            module.residual = weight
+        else:
+            model.set_submodule(name, QuantisedLinear(weight, module.bias))
+    return left
