@@ -154,10 +154,13 @@ def rows_of(args, processes):
     return args.batch_size or max(1, PAPER_BATCH // shares)
 
 
-def plan(args, dtype):
-    """The Rows for each kind of base and number of processes; one holds all, more share it."""
+def plan(args, dtype, bases=None):
+    """The Rows for each kind of base, of `bases` or all, and number of processes.
+
+    One process holds all of the base, more share it.
+    """
     counts = {rows_of(args, processes) for processes in PROCESSES}
-    for base in BASES:
+    for base in bases or BASES:
         found = measure(args, base, dtype, sorted(counts))
         for processes in PROCESSES:
             rows, several = rows_of(args, processes), processes > 1

@@ -1,18 +1,18 @@
 #!/usr/bin/env bash
 # The comparison of the README, for a CPU: bash scripts/compare.sh mini|superni [arguments of sweep.sh]
-#   mini     15 short tasks, 24 rows of each, two epochs: some 4 minutes a run with one thread, in bf16
+#   mini     15 short tasks, 24 rows of each, two epochs: some 3 minutes a run with one thread, in bf16
 #   superni  the six SuperNI tasks with the shortest inputs, 64 rows of each, one epoch
-# Mixed and sequential, five seeds, seed after seed, so that what has finished has all methods alike;
-# each method at the learning rate that scripts/tune.sh finds for it, or all at that of RATE. PIECE=530
-# stops it after so many seconds; the same command goes on. Then, for a report:
-# python report.py runs/compare-mini --out report
+# Seed after seed, so that what has finished has all methods alike; each method at the learning rate
+# that scripts/tune.sh finds for it, or all at RATE. PIECE=530 stops it after so many seconds; the
+# same command goes on. Then: python report.py runs/compare-mini --out report
 set -euo pipefail
 cd "$(dirname "$0")/.."
 form=${1:-} failed=0 PIECE=${PIECE:-31536000}
+declare -A often  # optimizer steps between regroupings: one epoch has none by itself
 case $form in
-  mini) data=(--suite mini) mixed=15 sequential=3
+  mini) data=(--suite mini); often=([mixed]=15 [sequential]=3)
     flags=(--max_train_per_task 24 --epochs 2 --max_new_tokens 16) ;;
-  superni) data=(--suite superni --tasks T591 T639 T1687 T875 T363 T1510) mixed=12 sequential=4
+  superni) data=(--suite superni --tasks T591 T639 T1687 T875 T363 T1510); often=([mixed]=12 [sequential]=4)
     flags=(--max_train_per_task 64 --max_eval_per_task 25 --epochs 1 --max_length 256) ;;
   *) echo "error: form '$form' is unknown; allowed: mini, superni" >&2; exit 2 ;;
 esac
@@ -20,21 +20,20 @@ shift
 at() { echo "$1 --learning_rate ${RATE:-$2}${3:+ --regroup_every $3}"; }
 for seed in 1 2 3 4 5; do
   for setting in mixed sequential; do
-    often=${!setting} more=()  # regroupings in an epoch, in a stage: one epoch has none by itself
-    [ $setting = mixed ] || more=(--eval_tasks new)
+    more=() && [ "$setting" = mixed ] || more=(--eval_tasks new)
     methods=(zero_shot "$(at lora-matched 5e-4)" "$(at pissa-matched 5e-4)"
-      "$(at loramoe 2e-3 $often)")
+      "$(at loramoe 2e-3 "${often[$setting]}")")
     for variant in badit badit-random badit-no_dog badit-energy badit-energy-random; do
-      methods+=("$(at $variant 5e-4 $often)")
+      methods+=("$(at "$variant" 5e-4 "${often[$setting]}")")
     done
-    [ $form = superni ] || methods+=("$(at olora 2e-3)" "$(at gainlora 2e-3)"
-      "$(at badit-no_bad 2e-3 $often)" "$(at badit-energy-no_dog 5e-4 $often)"
-      "$(at badit-energy-squared 5e-4 $often)")
+    [ "$form" = superni ] || methods+=("$(at olora 2e-3)" "$(at gainlora 2e-3)"
+      "$(at badit-no_bad 2e-3 "${often[$setting]}")" "$(at badit-energy-no_dog 5e-4 "${often[$setting]}")"
+      "$(at badit-energy-squared 5e-4 "${often[$setting]}")")
     bash scripts/sweep.sh --models smollm2-135m --launcher "${LAUNCHER:-python}" "${data[@]}" \
       --runs "runs/compare-$form${RATE:+-$RATE}" --no_single --methods "${methods[@]}" \
-      --seeds $seed --settings $setting --stop_after "$((SECONDS < PIECE ? PIECE - SECONDS : 1))" \
+      --seeds "$seed" --settings "$setting" --stop_after "$((SECONDS < PIECE ? PIECE - SECONDS : 1))" \
       "$@" -- --eval_loss --eval_batch_size 64 "${flags[@]}" "${more[@]}" ||
-      { status=$?; [ $status = 1 ] || exit $status; failed=1; }  # 1: some runs failed
+      { status=$?; [ "$status" = 1 ] || exit "$status"; failed=1; }  # 1: some runs failed
   done
 done
-exit $failed
+exit "$failed"

@@ -48,6 +48,8 @@ def measured(args, dtype, device_of):
     tiny(input_ids=torch.ones(1, 9, dtype=torch.int64)).logits.sum().backward()
     before = 0 if cuda else resident("VmRSS")  # of libraries that have worked once
     model, _ = models.load(args.model, dtype)
+    for weight in model.parameters():  # else the whole file stays mapped until the last one goes
+        weight.data = weight.data.clone()
     method = method_class(args.method)(settings_of(args))
     method.base_sha256, method.device = "not asked for", device
     method.wrap(model, fresh=False)  # as many bytes, without the decomposition
@@ -124,7 +126,7 @@ def main():
              "--max_length", options.max_length]
     args, _ = parse_flags(words)
     planned = {(row.base, row.processes): row for row in plan.plan(
-        args, torch.bfloat16 if options.bf16 else torch.float32)}
+        args, torch.bfloat16 if options.bf16 else torch.float32, options.bases)}
     print(f"{options.method} on {options.model}, {options.rows} x {options.max_length} tokens, "
           f"{'bf16' if options.bf16 else 'float32'}, {options.processes} process(es)")
     print("| base | checkpointing | planned MB | measured MB | measured / planned |")

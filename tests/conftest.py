@@ -62,6 +62,9 @@ CONFIGS = {
 ARCHITECTURES = tuple(CONFIGS)
 CONFIGS["wide"] = lambda: LlamaConfig(**SHAPE | dict(hidden_size=64, intermediate_size=128,
                                                      head_dim=16))
+CONFIGS["medium"] = lambda: LlamaConfig(**SHAPE | dict(
+    hidden_size=768, intermediate_size=2048, num_hidden_layers=6, num_attention_heads=12,
+    num_key_value_heads=4, head_dim=64))
 BRIEF = ("--max_length", "64", "--max_new_tokens", "5")
 # A bank of 16 components on layers of 32 x 64: a residual is left.
 SMALL = ("--rank", "2", "--alpha", "16", *BRIEF)

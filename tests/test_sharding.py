@@ -28,13 +28,14 @@ def assert_equal_runs(one, other):
 
 
 METHODS = ["gainlora", *(pytest.param(name, marks=pytest.mark.slow) for name in (
-    "lora", "pissa", "olora", "loramoe", "badit", "badit --routing energy",
-    "badit --setting single"))]
+    "lora --setting mixed", "pissa --setting mixed", "olora", "loramoe --setting mixed", "badit",
+    "badit --routing energy", "badit --setting single"))]
 
 
 @pytest.mark.parametrize("words", METHODS)
 def test_sharded_is_ddp(words, tiny, two, tmp_path):
-    """Sequentially, with dropout and regroupings: losses, groupings, adapter, predictions."""
+    """With dropout and regroupings, sequentially unless said: losses, groupings, adapter, answers.
+    """
     argv = (*tiny, *FLAGS, "--method", *words.split())
     two(*argv, "--output_dir", tmp_path / "ddp")
     two(*argv, "--output_dir", tmp_path / "shared", "--shard_base")
