@@ -96,7 +96,7 @@ def test_peak_counts_what_lives_at_once():
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc says what a process holds")
 def test_a_plan_is_near_to_what_a_step_takes(tmp_path):
-    """38 million weights in nf4, gradient checkpointing: within a tenth, in a process of its own."""
+    """38 million weights, nf4, gradient checkpointing: within a tenth, in a process of its own."""
     done = subprocess.run([sys.executable, ROOT / "scripts/memory.py", "--bases", "nf4", "--rows",
                            "4", "--max_length", "256", "--only_checkpointed", "--model",
                            save_checkpoint(tmp_path, "medium")], cwd=ROOT, text=True,
