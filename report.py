@@ -56,8 +56,8 @@ def build_parser():
     parser.add_argument("--export", type=Path, metavar="DIR",
                         help="copy the small part of each run that a report needs")
     parser.add_argument("--tuning", action="store_true",
-                        help="with --out: of runs at several learning rates, which suits each "
-                             "method (scripts/tune.sh)")
+                        help="runs are those of scripts/tune.sh, at several learning rates: "
+                             "--out says which suits each method")
     parser.add_argument("--allow_other", nargs="+", choices=runs.FREE, default=[], metavar="WHAT",
                         help="what may differ between runs of one report, of "
                              f"{', '.join(runs.FREE)}")
@@ -67,8 +67,8 @@ def build_parser():
 def main(argv=None):
     try:
         args = build_parser().parse_args(argv)
-        if args.tuning and not args.out:
-            raise InputError("--tuning needs --out DIR")
+        if args.tuning and not (args.out or args.export):
+            raise InputError("--tuning needs --out DIR or --export DIR")
         if not (args.out or args.export):
             if args.allow_other:
                 raise InputError("--allow_other is read with --out or --export only")
@@ -81,7 +81,7 @@ def main(argv=None):
         if args.export:
             runs.export(records, args.export, args.runs)
             print(one_line(f"{len(records)} records in {args.export}"))
-        if args.tuning:
+        if args.out and args.tuning:
             from reporting import tuning  # not above: it takes seconds to load
             tuning.make(records, left_out, args.out)
             print(one_line(f"{len(records)} runs, {len(left_out)} left out: "
