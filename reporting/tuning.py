@@ -70,11 +70,13 @@ def rate_figure(found):
                        label=label(variant))
             place.plot([best(rates)], [means[best(rates)]], color=colour, marker="o",
                        markersize=11, markerfacecolor="none", linestyle="none")
-        place.set(title=model, xscale="log", xlabel="peak learning rate",
+        place.set(title=model, xscale="log", yscale="log", xlabel="peak learning rate",
                   ylabel="loss of held-out rows, nats per token")
         ticks = sorted({rate for rates in mine.values() for rate in rates})
         place.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         place.xaxis.minorticks_off()
+        place.yaxis.set_major_formatter("{x:g}")
+        place.yaxis.set_minor_formatter("{x:g}")
         place.legend(fontsize=8)
     return figure
 

@@ -21,13 +21,13 @@ at() { echo "$1 --learning_rate ${RATE:-$2}${3:+ --regroup_every $3}"; }
 for seed in 1 2 3 4 5; do
   for setting in mixed sequential; do
     more=() && [ "$setting" = mixed ] || more=(--eval_tasks new)
-    methods=(zero_shot "$(at lora-matched 5e-4)" "$(at pissa-matched 5e-4)"
+    methods=(zero_shot "$(at lora-matched 1e-3)" "$(at pissa-matched 5e-4)"
       "$(at loramoe 2e-3 "${often[$setting]}")")
     for variant in badit badit-random badit-no_dog badit-energy badit-energy-random; do
       methods+=("$(at "$variant" 5e-4 "${often[$setting]}")")
     done
-    [ "$form" = superni ] || methods+=("$(at olora 2e-3)" "$(at gainlora 2e-3)"
-      "$(at badit-no_bad 2e-3 "${often[$setting]}")" "$(at badit-energy-no_dog 5e-4 "${often[$setting]}")"
+    [ "$form" = superni ] || methods+=("$(at olora 2e-3)" "$(at gainlora 5e-3)"
+      "$(at badit-no_bad 5e-3 "${often[$setting]}")" "$(at badit-energy-no_dog 5e-4 "${often[$setting]}")"
       "$(at badit-energy-squared 5e-4 "${often[$setting]}")")
     bash scripts/sweep.sh --models smollm2-135m --launcher "${LAUNCHER:-python}" "${data[@]}" \
       --runs "runs/compare-$form${RATE:+-$RATE}" --no_single --methods "${methods[@]}" \

@@ -831,6 +831,21 @@ def cells_of(line):
     return [cell.strip() for cell in line[1:-1].split("|")]
 
 
+def test_the_committed_tuning_is_made_from_its_records(tmp_path, monkeypatch):
+    """And the README's sentence about it has its numbers."""
+    tuned = COMMITTED.with_name("tuning")
+    monkeypatch.chdir(COMMITTED.parents[1])
+    assert report.main(["results/tuning/records", "--tuning", "--out", str(tmp_path)]) == 0
+    text = (tuned / "tuning.md").read_text()
+    assert (tmp_path / "tuning.md").read_text() == text
+    best = {row[1]: min(float(cell.split()[0]) for cell in row[2:-1] if cell)
+            for row in map(cells_of, text.splitlines()) if row[0] == "smollm2-135m"}
+    readme = " ".join((COMMITTED.parents[1] / "README.md").read_text().split())
+    told = re.search(r"BADIT \((\d\.\d+)\) stands behind (.*?)\. Whether", readme)
+    assert float(told[1]) == best.pop("badit") and len(best) == 7
+    assert sorted(map(float, re.findall(r"\d\.\d+", told[2]))) == sorted(best.values())
+
+
 def test_the_committed_report_is_made_from_its_records(tmp_path, monkeypatch):
     """No number in it is typed by hand; nor is one in the README's table."""
     monkeypatch.chdir(COMMITTED.parents[1])
