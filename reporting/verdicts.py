@@ -61,19 +61,21 @@ class Verdict(NamedTuple):
     def sentence(self):
         """Shown, the reverse shown, or not shown and how large it can be."""
         size = max(abs(self.low), abs(self.high))
-        if self.high < 0:
+        if self.seeds == 1:
+            found = "**not judged**: one seed says nothing about the next"
+        elif self.high < 0:
             found = "**shown**"
         elif self.low > 0:
             found = "**the reverse is shown**"
         else:
             found = f"**not shown**: if there is a difference, it is below {size:.3f}"
         few = ""
-        if self.seeds < 6:  # no p below 0.05
-            few = (f"; {self.seeds} seed{'s' * (self.seeds > 1)} alone could show nothing below "
+        if 1 < self.seeds < 6:  # no p below 0.05
+            few = (f"; {self.seeds} seeds alone could show nothing below "
                    f"p = {smallest_wilcoxon_p(self.seeds):g}")
         return (f"{self.where}: {self.claim.text}: {found} (against {self.against} "
                 f"{self.mean:+.3f}, 95 % interval {self.low:+.3f} to {self.high:+.3f}; lower on "
-                f"{self.lower} of {self.seeds} seeds{few}).")
+                f"{self.lower} of {self.seeds} seed{'s' * (self.seeds > 1)}{few}).")
 
 
 def verdicts(records, claims=PAPER + BEYOND):

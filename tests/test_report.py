@@ -342,6 +342,8 @@ def test_verdicts(study):
     unclear = better._replace(mean=0.1, low=-0.31, high=0.2, seeds=7)
     assert "**not shown**: if there is a difference, it is below 0.310" in unclear.sentence()
     assert "alone" not in unclear.sentence()
+    one = better._replace(seeds=1, lower=1).sentence()
+    assert "**not judged**: one seed" in one and "lower on 1 of 1 seed)." in one
 
 
 def test_verdicts_take_the_best_baseline_on_the_same_seeds(study):
