@@ -97,7 +97,8 @@ def all_tables(records):
     """Every table for which there is a run."""
     paper = json.loads(PAPER.read_text(encoding="utf-8"))
     made = [table1(records, paper), table2(records, paper), table3(records, paper),
-            losses(records), categories(records), references(records), tasks(records)]
+            losses(records), regroupings(records), categories(records), references(records),
+            tasks(records)]
     return [table for table in made if table.rows]
 
 
@@ -257,6 +258,27 @@ def losses(records):
                  "first reference (--eval_loss), after all training; how far it is above the "
                  "lowest that it was, and what later tasks took off it.",
                  header, [row for row in rows if row[3].values])
+
+
+def regroupings(records):
+    def measured(name, events=slice(None)):
+        def number(run):
+            values = [event[name] for event in run.results["regroupings"][events]]
+            return metrics.mean(values) if values and None not in values else None
+        return number
+
+    header, rows = by_setting(records, {
+        "inside, before": measured("intra_before", slice(1, None)),
+        "between, before": measured("inter_before", slice(1, None)),
+        "inside, after": measured("intra_after"), "moved": measured("moved")})
+    _, drifts = by_setting(records, {"drift": measured("regroup_drift")}, digits=4)
+    rows = [row + drift[3:] for row, drift in zip(rows, drifts, strict=True)]
+    return Table("regroupings", "Regroupings", "Means over layers and regroupings. Degrees between "
+                 "the gradients of components inside an expert and between experts: before, under "
+                 "groups that earlier gradients chose, without a run's first, where all have the "
+                 "initial groups; after, under those that these gradients chose. Components that "
+                 "change their expert, and the relative change of a layer's output (drift).",
+                 [*header, "drift"], [row for row in rows if row[-2].values])
 
 
 def references(records):

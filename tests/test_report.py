@@ -283,6 +283,25 @@ def test_table1(study):
                if name.startswith("sequential"))
 
 
+def test_regroupings(study):
+    """Of methods with experts; what was before leaves out the first, whose groups nobody chose."""
+    _, rows = table(study, "regroupings")
+    assert set(rows) == {("badit", "mixed"), ("badit", "sequential")}
+    for setting in ("mixed", "sequential"):
+        events = results_of(study / f"badit-{setting}-1")["regroupings"]
+        row = rows["badit", setting]
+        for column, name, used in (("inside, before", "intra_before", events[1:]),
+                                   ("between, before", "inter_before", events[1:]),
+                                   ("inside, after", "intra_after", events),
+                                   ("moved", "moved", events), ("drift", "regroup_drift", events)):
+            hand = [sum(event[name] for event in used) / len(used)] * 2 if used else []
+            assert row[column].values == pytest.approx(hand), column
+    undefined = study / "badit-mixed-2"
+    put(undefined, "regroupings.0.intra_after", None)  # an expert of one component has no angle
+    _, rows = table(study, "regroupings")
+    assert len(rows["badit", "mixed"]["inside, after"].values) == 1
+
+
 def test_losses(study):
     """Of the runs that measured them, by hand."""
     kept, _ = runs.collect([study])
