@@ -295,9 +295,35 @@ def mmlu_title(result):
                        "no model is above chance, so this shows no abilities")
 
 
+def information(result):
+    """Routing information of every layer, all adapters in one picture."""
+    figure, axes = grid(2, width=7, height=4.4)
+    most = max(np.log(adapter["experts"]) for adapter in result["adapters"])
+    for place, where in zip(axes, ("all", "target"), strict=True):
+        nulls = []
+        for adapter in result["adapters"]:
+            found = adapter["places"][where]
+            loss = "" if adapter["alone"] else f" (loss {adapter['loss']:.2f})"
+            place.plot(np.array(found["information"], dtype=float), marker="o", markersize=3,
+                       linewidth=1, label=f"{adapter['name']}{loss}")
+            nulls.append(np.array(found["null_95"], dtype=float))
+        null = np.max(nulls, axis=0)  # (layers,)
+        place.fill_between(range(len(null)), 0, null, color="0.85",
+                           label="95% of random dealings, at most")
+        place.set(xlabel="adapted layer", ylabel="nats", ylim=(0, None),
+                  title=f"what the selected experts tell of the task, {where} tokens\n"
+                        f"all of it would be {most:.2f} nats")
+        place.xaxis.get_major_locator().set_params(integer=True)
+        place.legend(fontsize=7)
+    return figure
+
+
 def of_experts(result, _):
     """(name, figure) of the commands `experts` and `mmlu`."""
     yield result["command"], experts(result)
+    same = {len(adapter["layers"]) for adapter in result["adapters"]}
+    if len(result["adapters"]) > 1 and len(same) == 1 and result["command"] == "experts":
+        yield "information", information(result)
 
 
 # --- conflict -----------------------------------------------------------------------------------

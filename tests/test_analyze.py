@@ -254,6 +254,16 @@ def test_experts(experts):
             assert np.sum(found["w"], axis=1) == pytest.approx(1)
             assert np.sum(found["u"], axis=1) == pytest.approx(4)
             assert sum(found["tasks_per_expert"]) == 12
+    figures = dict(analysis_figures.of_experts(result, {}))
+    for place, where in zip(figures["information"].axes, ("all", "target"), strict=True):
+        drawn = {line.get_label().split(" (")[0]: line.get_ydata() for line in place.lines}
+        assert set(drawn) == {adapter["name"] for adapter in result["adapters"]}
+        for adapter in result["adapters"]:
+            assert list(drawn[adapter["name"]]) == adapter["places"][where]["information"]
+    alone = dict(analysis_figures.of_experts(result | {"adapters": result["adapters"][:1]}, {}))
+    assert set(alone) == {"experts"}  # its own panel says it
+    for figure in (*figures.values(), *alone.values()):
+        analysis_figures.plt.close(figure)
     text = (experts / "analysis.md").read_text()
     facts = analyses.of_experts(result)[1]
     assert all(fact in text for fact in facts)
