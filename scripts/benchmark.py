@@ -9,6 +9,7 @@ import argparse
 import copy
 import importlib.util
 import json
+import math
 import os
 import platform
 import subprocess
@@ -521,8 +522,8 @@ def beside_trl(options):
     for _ in tqdm(range(options.rounds), desc=" / ".join(variants), leave=False):
         for name in variants:
             measured[name].append(epoch_of(name, options, per_task))
-    for name, runs in measured.items():
-        check_same_work(name, runs[0], measured["lora"][0], options)
+            tqdm.write(f"{name}: {json.dumps(measured[name][-1])}", file=sys.stderr)
+            check_same_work(name, measured[name][-1], measured["lora"][0], options)
     seconds = {name: [run["seconds"] for run in runs] for name, runs in measured.items()}
     what = f"an epoch of {options.rows} rows of {suite.name}"
     for name, runs in measured.items():
@@ -553,9 +554,9 @@ def check_same_work(name, mine, lora, options):
     """Raise InputError unless a variant trains on the same tokens, from the same first loss."""
     if mine["tokens"] != lora["tokens"]:
         raise InputError(f"{name} trains on {mine['tokens']} tokens, lora on {lora['tokens']}")
-    near = 1e-2 if options.dtype == torch.bfloat16 else 1e-4
-    difference = abs(mine["first_loss"] - lora["first_loss"])
-    if name in options.peer and difference > near:  # BADIT's own dropout acts from the start
+    near = 1e-2 if options.dtype == torch.bfloat16 else 1e-4  # relative
+    same = math.isclose(mine["first_loss"], lora["first_loss"], rel_tol=near)
+    if name in options.peer and not same:  # BADIT's own dropout acts from the start
         raise InputError(f"{name} starts at loss {mine['first_loss']}, lora at "
                          f"{lora['first_loss']}, from the same rows")
 
