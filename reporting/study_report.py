@@ -13,8 +13,8 @@ CHECKSUMS = ("data of", "weights of", "test items of", "metric of", "code", "ver
 
 VERDICTS = ("By the loss of the test answers, in nats per token, ours minus theirs. Paired "
             "bootstrap over seeds and items, of forgetting over seeds and tasks "
-            f"({significance.RESAMPLES:,} resamples); the best baseline is the one with the best "
-            "mean on these runs.")
+            f"({significance.RESAMPLES:,} resamples); the best baseline is the one with the lowest "
+            "mean loss on these runs.")
 
 
 def make(records, left_out, out):

@@ -13,11 +13,13 @@ from registry import VARIANTS
 from reporting.groups import cells, final_loss, forgets, forgetting
 from reporting.significance import paired_bootstrap, smallest_wilcoxon_p
 
+ENOUGH = 6  # seeds: fewer give no p below 0.05 by themselves, and too narrow an interval
 BASELINES = ("lora-matched", "pissa-matched", "lora", "pissa", "olora", "loramoe", "gainlora")
 
 
 class Claim(NamedTuple):
-    """`ours` has a lower loss than `theirs`, or than the best of several; or forgets less."""
+    """`ours` has a lower loss than `theirs`, or forgets less; the best of several is that of the
+    lowest loss, as what learns nothing forgets nothing."""
 
     text: str
     ours: str
@@ -61,16 +63,17 @@ class Verdict(NamedTuple):
     def sentence(self):
         """Shown, the reverse shown, or not shown and how large it can be."""
         size = max(abs(self.low), abs(self.high))
+        on = f" on these {self.seeds} seeds" if self.seeds < ENOUGH else ""
         if self.seeds == 1:
             found = "**not judged**: one seed says nothing about the next"
         elif self.high < 0:
-            found = "**shown**"
+            found = f"**shown{on}**"
         elif self.low > 0:
-            found = "**the reverse is shown**"
+            found = f"**the reverse is shown{on}**"
         else:
             found = f"**not shown**: if there is a difference, it is below {size:.3f}"
         few = ""
-        if 1 < self.seeds < 6:  # no p below 0.05
+        if 1 < self.seeds < ENOUGH:
             few = (f"; {self.seeds} seeds alone could show nothing below "
                    f"p = {smallest_wilcoxon_p(self.seeds):g}")
         return (f"{self.where}: {self.claim.text}: {found} (against {self.against} "
@@ -104,7 +107,7 @@ def judge(claim, measured, model, setting, ours):
     most = max(map(len, pairs.values()))
     pairs = {name: each for name, each in pairs.items() if len(each) == most}
     measure = forgetting if claim.forgets else final_loss
-    best = min(pairs, key=lambda name: metrics.mean(measure(run) for _, run in pairs[name]))
+    best = min(pairs, key=lambda name: metrics.mean(final_loss(run) for _, run in pairs[name]))
     differences = (forgotten if claim.forgets else answer_losses)(pairs[best])
     by_seed = [measure(mine) - measure(theirs) for mine, theirs in pairs[best]]
     return [Verdict(claim, f"{model}, {setting}", best, *paired_bootstrap(differences), most,

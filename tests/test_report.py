@@ -354,10 +354,12 @@ def test_verdicts(study):
     for verdict in (better, less):
         assert (verdict.against, verdict.seeds, verdict.lower) == ("lora", 2, 2)
         assert verdict.low <= verdict.mean <= verdict.high
-    assert better.high < 0 and ": **shown** (against lora -0.417" in better.sentence()
+    assert better.high < 0 and ": **shown on these 2 seeds** (against lora -0.4" in better.sentence()
     assert "2 seeds alone could show nothing below p = 0.5" in better.sentence()
     reverse = better._replace(mean=0.1, low=0.05, high=0.2, lower=0)
-    assert "**the reverse is shown** (against lora +0.100" in reverse.sentence()
+    assert "**the reverse is shown on these 2 seeds** (against lora +0.1" in reverse.sentence()
+    many = better._replace(seeds=6).sentence()
+    assert "**shown** (against" in many and "alone" not in many
     unclear = better._replace(mean=0.1, low=-0.31, high=0.2, seeds=7)
     assert "**not shown**: if there is a difference, it is below 0.310" in unclear.sentence()
     assert "alone" not in unclear.sentence()
@@ -375,6 +377,10 @@ def test_verdicts_take_the_best_baseline_on_the_same_seeds(study):
         give_losses(study / f"matched-{seed}", [[lower] * 3] * 3)
     records = runs.collect([study])[0]
     assert [verdict.against for verdict in verdicts.verdicts(records)] == ["lora-matched"] * 2
+    for seed in (1, 2):  # what learns nothing forgets nothing, and is no rival
+        give_losses(study / f"matched-{seed}", [[9.0] * 3] * 3)
+    idle = runs.collect([study])[0]
+    assert [verdict.against for verdict in verdicts.verdicts(idle)] == ["lora"] * 2
     fewer = [record for record in records if record.folder.name != "matched-2"]
     assert [verdict.against for verdict in verdicts.verdicts(fewer)] == ["lora"] * 2
     assert not verdicts.verdicts([run for run in records if run.variant == "badit"])
