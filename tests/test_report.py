@@ -354,7 +354,8 @@ def test_verdicts(study):
     for verdict in (better, less):
         assert (verdict.against, verdict.seeds, verdict.lower) == ("lora", 2, 2)
         assert verdict.low <= verdict.mean <= verdict.high
-    assert better.high < 0 and ": **shown on these 2 seeds** (against lora -0.4" in better.sentence()
+    assert better.high < 0
+    assert ": **shown on these 2 seeds** (against lora -0.4" in better.sentence()
     assert "2 seeds alone could show nothing below p = 0.5" in better.sentence()
     reverse = better._replace(mean=0.1, low=0.05, high=0.2, lower=0)
     assert "**the reverse is shown on these 2 seeds** (against lora +0.1" in reverse.sentence()
