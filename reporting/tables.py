@@ -261,23 +261,30 @@ def losses(records):
 
 
 def regroupings(records):
-    def measured(name, events=slice(None)):
+    def chosen(events):
+        """Those that regrouped, not what was measured after a stage's last step; or all."""
+        return [event for event in events if event["grouping"] != "fixed"] or events
+
+    def measured(name, of=chosen):
         def number(run):
-            values = [event[name] for event in run.results["regroupings"][events]]
+            values = [event[name] for event in of(run.results["regroupings"])]
             return metrics.mean(values) if values and None not in values else None
         return number
 
+    def later(events):
+        return events[1:]
+
     header, rows = by_setting(records, {
-        "inside, before": measured("intra_before", slice(1, None)),
-        "between, before": measured("inter_before", slice(1, None)),
+        "inside, before": measured("intra_before", later),
+        "between, before": measured("inter_before", later),
         "inside, after": measured("intra_after"), "moved": measured("moved")})
     _, drifts = by_setting(records, {"drift": measured("regroup_drift")}, digits=4)
     rows = [row + drift[3:] for row, drift in zip(rows, drifts, strict=True)]
     return Table("regroupings", "Regroupings", "Means over layers and regroupings. Degrees between "
                  "the gradients of components inside an expert and between experts: before, under "
-                 "groups that earlier gradients chose, without a run's first, where all have the "
-                 "initial groups; after, under those that these gradients chose. Components that "
-                 "change their expert, and the relative change of a layer's output (drift).",
+                 "groups that earlier gradients chose, and without a run's first, where all have "
+                 "the initial groups; after, under those that these gradients chose. Components "
+                 "that change their expert, and the relative change of a layer's output (drift).",
                  [*header, "drift"], [row for row in rows if row[-2].values])
 
 

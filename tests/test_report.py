@@ -284,16 +284,19 @@ def test_table1(study):
 
 
 def test_regroupings(study):
-    """Of methods with experts; what was before leaves out the first, whose groups nobody chose."""
+    """Of methods with experts. What was before leaves out the first, whose groups nobody chose;
+    what is after leaves out a stage's last step, which measures and does not regroup."""
     _, rows = table(study, "regroupings")
     assert set(rows) == {("badit", "mixed"), ("badit", "sequential")}
     for setting in ("mixed", "sequential"):
         events = results_of(study / f"badit-{setting}-1")["regroupings"]
         row = rows["badit", setting]
+        done = [event for event in events if event["grouping"] == "dog"]
+        assert 0 < len(done) < len(events)
         for column, name, used in (("inside, before", "intra_before", events[1:]),
                                    ("between, before", "inter_before", events[1:]),
-                                   ("inside, after", "intra_after", events),
-                                   ("moved", "moved", events), ("drift", "regroup_drift", events)):
+                                   ("inside, after", "intra_after", done),
+                                   ("moved", "moved", done), ("drift", "regroup_drift", done)):
             hand = [sum(event[name] for event in used) / len(used)] * 2 if used else []
             assert row[column].values == pytest.approx(hand), column
     undefined = study / "badit-mixed-2"
@@ -860,7 +863,7 @@ def cells_of(line):
 
 
 def test_the_committed_tuning_is_made_from_its_records(tmp_path, monkeypatch):
-    """And the README's sentence about it has its numbers."""
+    """And the sentence of docs/reproduce.md about it has its numbers."""
     tuned = COMMITTED.with_name("tuning")
     monkeypatch.chdir(COMMITTED.parents[1])
     assert report.main(["results/tuning/records", "--tuning", "--out", str(tmp_path)]) == 0
@@ -868,30 +871,62 @@ def test_the_committed_tuning_is_made_from_its_records(tmp_path, monkeypatch):
     assert (tmp_path / "tuning.md").read_text() == text
     best = {row[1]: min(float(cell.split()[0]) for cell in row[2:-1] if cell)
             for row in map(cells_of, text.splitlines()) if row[0] == "smollm2-135m"}
-    readme = " ".join((COMMITTED.parents[1] / "README.md").read_text().split())
-    told = re.search(r"BADIT \((\d\.\d+)\) stands behind (.*?)\. Whether", readme)
+    document = " ".join((COMMITTED.parents[1] / "docs" / "reproduce.md").read_text().split())
+    told = re.search(r"BADIT \((\d\.\d+)\) stands behind (.*?)\. The rates", document)
     assert float(told[1]) == best.pop("badit") and len(best) == 7
     assert sorted(map(float, re.findall(r"\d\.\d+", told[2]))) == sorted(best.values())
 
 
-def test_the_committed_report_is_made_from_its_records(tmp_path, monkeypatch):
-    """No number in it is typed by hand; nor is one in the README's table."""
+@pytest.mark.parametrize("name", ["smollm2-135m", "compare-mini", "compare-superni"])
+def test_the_committed_report_is_made_from_its_records(name, tmp_path, monkeypatch):
+    """No number in it is typed by hand."""
+    made = COMMITTED.with_name(name)
     monkeypatch.chdir(COMMITTED.parents[1])
-    records_folder = (COMMITTED / "records").relative_to(COMMITTED.parents[1])
-    assert report.main([str(records_folder), "--out", str(tmp_path / "out")]) == 0
-    text = (COMMITTED / "report.md").read_text()
-    assert (tmp_path / "out" / "report.md").read_text() == text
-    for path in (COMMITTED / "tables").iterdir():
+    monkeypatch.setattr(figures, "save", lambda *_: None)  # they take most of the time
+    assert report.main([f"results/{name}/records", "--out", str(tmp_path / "out")]) == 0
+    assert (tmp_path / "out" / "report.md").read_text() == (made / "report.md").read_text()
+    for path in (made / "tables").iterdir():
         assert path.read_text() == (tmp_path / "out" / "tables" / path.name).read_text()
-    readme = (COMMITTED.parents[1] / "README.md").read_text()
-    table1 = [cells_of(line) for line in text.splitlines() if line.count("|") == 11]
-    shown = [[*row[1:5], *row[6:8], row[9]] for row in table1]  # without model and Forward
-    rows = [row for row in map(cells_of, readme.splitlines())
-            if row[0] in {row[1] for row in table1[2:]} and len(row) == 7]
-    assert len(rows) == 6 and all(row in shown for row in rows)
-    number, low, high = r"(\d+\.\d\d)", r"([+-]\d+\.\d\d)", r"([+-]\d+\.\d\d)"
-    told = re.findall(rf"([+-]){number}(?: points)? \((?:95 % interval )?{low} to\s+{high}", readme)
-    found = re.findall(rf"scores {number} points (\w+) .*interval {low} to {high};", text)
-    signs = {"higher": "+", "lower": "-"}
-    assert len(told) == 5 and set(told) == {(signs[side], mean, *interval)
-                                            for mean, side, *interval in found}
+
+
+def rows_under(text, title):
+    """The rows of the first table after a heading or a sentence, as dicts."""
+    lines = iter(text.split(title, 1)[1].splitlines())
+    table = list(itertools.takewhile(lambda line: line.startswith("|"), itertools.dropwhile(
+        lambda line: not line.startswith("|"), lines)))
+    head, _, *rows = map(cells_of, table)
+    return [dict(zip(head, row, strict=True)) for row in rows]
+
+
+@pytest.mark.parametrize("name", ["compare-mini", "compare-superni"])
+def test_the_numbers_of_the_readme_are_those_of_the_report(name):
+    """Of its verdicts and its tables of methods."""
+    root = COMMITTED.parents[1]
+    text = (root / "results" / name / "report.md").read_text()
+    section = (root / "README.md").read_text().split("\n## Results\n")[1].split("\n## ")[0]
+    said = section.split(f"results/{name}/report.md", 1)[1]
+    claims = rows_under(said, "")
+    found = "(not shown|shown|the reverse|not judged): (\\S+) \\((\\S+) to (\\S+)\\)(?:, (.*))?"
+    for row, setting in itertools.product(claims, ("mixed", "sequential")):
+        if row[setting]:
+            word, mean, low, high, against = re.fullmatch(found, row[setting]).groups()
+            sentence, = (line for line in text.splitlines()
+                         if f", {setting}: {row['claim']}: " in line)
+            assert f"{mean}, 95 % interval {low} to {high};" in sentence
+            assert f"**{word}" in sentence and f"(against {against or ''}" in sentence
+    assert len(claims) >= 5
+    scores = {row["method"]: row for row in rows_under(text, "## Table 1")}
+    losses = {(row["method"], row["setting"]): row
+              for row in rows_under(text, "## Loss of the test answers")}
+    shown = rows_under(said, "\n\n| method")
+    for row in shown:
+        method, setting = row["method"], "eval" if row["method"] == "zero-shot" else "mixed"
+        mixed, last = (losses.get((method, each), {}) for each in (setting, "sequential"))
+        assert row == {
+            "method": method, "trained / stored": scores[method]["trained / stored"],
+            "mixed loss": mixed.get("loss", ""), "mixed score": scores[method]["mixed score"],
+            "sequential loss": last.get("loss", ""),
+            "its Backward": last.get("Backward of the loss", ""),
+            "sequential score": scores[method]["sequential score"],
+            "Backward": scores[method]["sequential Backward"]}
+    assert {row["method"] for row in shown} == set(scores)
