@@ -8,6 +8,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.ticker import FormatStrFormatter
 
 import metrics
 from inputs.files import atomic_path
@@ -318,6 +319,11 @@ def losses(records):
         place.set_xticks(range(len(columns)), columns, rotation=35, ha="right",
                          rotation_mode="anchor", fontsize=8)
         place.set(title=title, ylabel="nats per token")
+        values = [value for each in columns.values() for value in each.values()]
+        if 0 < 4 * min(values) < max(values):  # one that did not learn would flatten the others
+            place.set_yscale("log")
+            for which in (place.yaxis.set_major_formatter, place.yaxis.set_minor_formatter):
+                which(FormatStrFormatter("%.2g"))
         place.legend(fontsize=7)
     return figure
 
@@ -353,9 +359,9 @@ def sensitivity(records):
 
 
 def matrices(records):
-    """Tables 6 to 9: (name, heatmap) of every sequential run, one after the other."""
+    """Tables 6 to 9: (name, heatmap) of the first seed's sequential runs, one after the other."""
     for (model, variant, setting), runs in cells(records).items():
-        for run in runs if setting == "sequential" else ():
+        for run in runs[:1] if setting == "sequential" else ():
             name = f"matrix-{label(variant).replace(' ', '')}-{model}-seed{run.seed}"
             yield name, matrix_figure(
                 run.matrix("first"), run.order, run.order,
