@@ -220,7 +220,9 @@ def label_regroupings(place, title, ylabel, legend="best"):
     place.set(title=title, ylabel=f"{ylabel} over layers and seeds",
               xlabel="regrouping, or measurement where there is none")
     place.xaxis.get_major_locator().set_params(integer=True)
-    place.legend(fontsize=8, loc=legend)
+    crowded = len(place.get_legend_handles_labels()[1]) > 8
+    outside = dict(loc="center left", bbox_to_anchor=(1, 0.5)) if crowded else dict(loc=legend)
+    place.legend(fontsize=6 if crowded else 8, **outside)
 
 
 def noise_level(runs):

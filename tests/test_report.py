@@ -877,35 +877,35 @@ def test_the_committed_tuning_is_made_from_its_records(tmp_path, monkeypatch):
     assert sorted(map(float, re.findall(r"\d\.\d+", told[2]))) == sorted(best.values())
 
 
-@pytest.mark.parametrize("name", ["smollm2-135m", "compare-mini", "compare-superni"])
+@pytest.mark.parametrize("name", ["smollm2-135m", "compare-mini"])
 def test_the_committed_report_is_made_from_its_records(name, tmp_path, monkeypatch):
     """No number in it is typed by hand."""
     made = COMMITTED.with_name(name)
     monkeypatch.chdir(COMMITTED.parents[1])
-    monkeypatch.setattr(figures, "save", lambda *_: None)  # they take most of the time
+    monkeypatch.setattr(figures, "save", lambda figure, *_: figures.plt.close(figure))  # time
     assert report.main([f"results/{name}/records", "--out", str(tmp_path / "out")]) == 0
     assert (tmp_path / "out" / "report.md").read_text() == (made / "report.md").read_text()
     for path in (made / "tables").iterdir():
         assert path.read_text() == (tmp_path / "out" / "tables" / path.name).read_text()
 
 
-def rows_under(text, title):
-    """The rows of the first table after a heading or a sentence, as dicts."""
-    lines = iter(text.split(title, 1)[1].splitlines())
+def rows_under(text):
+    """The rows of the first table of a text, as dicts."""
+    lines = iter(text.splitlines())
     table = list(itertools.takewhile(lambda line: line.startswith("|"), itertools.dropwhile(
         lambda line: not line.startswith("|"), lines)))
     head, _, *rows = map(cells_of, table)
     return [dict(zip(head, row, strict=True)) for row in rows]
 
 
-@pytest.mark.parametrize("name", ["compare-mini", "compare-superni"])
+@pytest.mark.parametrize("name", ["compare-mini"])
 def test_the_numbers_of_the_readme_are_those_of_the_report(name):
     """Of its verdicts and its tables of methods."""
     root = COMMITTED.parents[1]
     text = (root / "results" / name / "report.md").read_text()
     section = (root / "README.md").read_text().split("\n## Results\n")[1].split("\n## ")[0]
     said = section.split(f"results/{name}/report.md", 1)[1]
-    claims = rows_under(said, "")
+    claims = rows_under(said)
     found = "(not shown|shown|the reverse|not judged): (\\S+) \\((\\S+) to (\\S+)\\)(?:, (.*))?"
     for row, setting in itertools.product(claims, ("mixed", "sequential")):
         if row[setting]:
@@ -915,10 +915,10 @@ def test_the_numbers_of_the_readme_are_those_of_the_report(name):
             assert f"{mean}, 95 % interval {low} to {high};" in sentence
             assert f"**{word}" in sentence and f"(against {against or ''}" in sentence
     assert len(claims) >= 5
-    scores = {row["method"]: row for row in rows_under(text, "## Table 1")}
+    scores = {row["method"]: row for row in rows_under(text.split("## Table 1")[1])}
     losses = {(row["method"], row["setting"]): row
-              for row in rows_under(text, "## Loss of the test answers")}
-    shown = rows_under(said, "\n\n| method")
+              for row in rows_under(text.split("## Loss of the test answers")[1])}
+    shown = rows_under("| method" + said.split("\n\n| method", 1)[1])
     for row in shown:
         method, setting = row["method"], "eval" if row["method"] == "zero-shot" else "mixed"
         mixed, last = (losses.get((method, each), {}) for each in (setting, "sequential"))
@@ -929,4 +929,5 @@ def test_the_numbers_of_the_readme_are_those_of_the_report(name):
             "its Backward": last.get("Backward of the loss", ""),
             "sequential score": scores[method]["sequential score"],
             "Backward": scores[method]["sequential Backward"]}
-    assert {row["method"] for row in shown} == set(scores)
+    left_out = set(scores) - {row["method"] for row in shown}
+    assert left_out <= {"badit-energy-no_dog", "badit-energy-squared"}  # in docs/routing.md
