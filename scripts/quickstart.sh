@@ -13,7 +13,7 @@ while [ -e "$output" ]; do n=$((n + 1)) output=runs/quickstart-$n; done
   --model smollm2-135m --suite mini --setting mixed --epochs 2 --max_train_per_task 24 \
   --learning_rate 5e-4 --max_new_tokens 20 --eval_before --output_dir "$output"
 .venv/bin/python report.py "$output" | tail -n 2  # its table stands above already
-question="Which word means the opposite of brave?"
+question="Which word means the opposite of cheap?"
 asked="Answer with one word that means the opposite."
 echo "asked the base model and the trained one: $asked $question"
 .venv/bin/python generate.py --adapter "$output/adapter" --definition "$asked" "$question" --base \
