@@ -145,6 +145,7 @@ def make_accelerator(args):
         say(accelerator, "--shard_base: nothing to share in one process")
         args.shard_base = False
     args.batch_size = args.batch_size or share_of_batch(accelerator)
+    products.avoid_cudnn_attention()
     if accelerator.device.type == "cpu":
         products.use_onednn()
     return accelerator

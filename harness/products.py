@@ -1,4 +1,4 @@
-"""Who multiplies float32 matrices on a CPU: oneDNN in place of MKL, where it loses no digit.
+"""Who multiplies: on a CPU oneDNN in place of MKL, where it loses no digit; on a GPU not cuDNN.
 
 PyTorch hands bf16 products to oneDNN and float32 ones to MKL, which takes about twice as long on
 the AMD processor of docs/speed.md. The one setting that gives oneDNN the float32 ones as well is
@@ -9,6 +9,15 @@ it does is looked at, never guessed from a processor's name.
 import torch
 
 FLOAT32 = 1e-5  # relative error: float32's is below 1e-6, bf16's above 1e-3, TF32's above 1e-4
+
+
+def avoid_cudnn_attention():
+    """Leave attention on a GPU to PyTorch's own kernels from now on; without effect elsewhere.
+
+    On a Hopper GPU PyTorch 2.11 to 2.13 prefer cuDNN's in bf16, whose backward pass gives NaN for
+    masked rows of some lengths (pytorch/pytorch#196678): every run that meets one diverges.
+    """
+    torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def use_onednn():

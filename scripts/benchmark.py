@@ -626,7 +626,8 @@ def main():
     options.device = torch.device("cuda" if cuda else "cpu")
     options.dtype = torch.bfloat16 if cuda or options.bf16 else torch.float32
     torch.set_num_threads(options.threads)
-    onednn = not cuda and products.use_onednn()  # as train.py
+    products.avoid_cudnn_attention()  # as train.py
+    onednn = not cuda and products.use_onednn()
     if options.peak:
         print_peak(options)
         return 0

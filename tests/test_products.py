@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from harness import products
+from harness import launch, products
+from harness.arguments import parse_flags
 
 
 @pytest.fixture
@@ -14,6 +15,18 @@ def matmul():
     matmul.fp32_precision = "ieee"
     yield matmul
     matmul.fp32_precision = before
+
+
+def test_cudnn_has_no_part_in_a_run():
+    """Its backward pass gives NaN on Hopper; the switch exists where there is no GPU as well."""
+    cudnn, before = torch.backends.cuda, torch.backends.cuda.cudnn_sdp_enabled()
+    cudnn.enable_cudnn_sdp(True)
+    try:
+        args, _ = parse_flags(["--method", "lora", "--output_dir", "unused"])
+        launch.make_accelerator(args)
+        assert not cudnn.cudnn_sdp_enabled()
+    finally:
+        cudnn.enable_cudnn_sdp(before)
 
 
 def rounded(left, right):
