@@ -1,5 +1,7 @@
 """The report of a study: Markdown with its tables, what differences are worth, and its figures."""
 
+from collections import Counter
+
 import numpy as np
 
 from inputs.bars import Bar
@@ -31,7 +33,8 @@ def make(records, left_out, out):
     alone = sum(record.setting == "single" for record in records)
     parts = ["# Report", f"{len(records) - alone} runs, {alone} single-task runs, "
              f"{len(left_out)} left out.", "## Settings that all runs share",
-             bullets(shared_settings(records)), *(table.markdown() for table in made)]
+             bullets(shared_settings(records)), "## What made them", bullets(made_by(records)),
+             *(table.markdown() for table in made)]
     for title, claims in (("The paper's claims", verdicts.PAPER),
                           ("Beyond the paper", verdicts.BEYOND)):
         said = verdicts.lines(records, claims)
@@ -64,6 +67,20 @@ def shared_settings(records):
         shared = {name: value for name, value in shared.items() if name not in rates}
     return [f"{name}: {', '.join(map(str, value)) if isinstance(value, list) else value}"
             for name, value in sorted(shared.items())]
+
+
+def made_by(records):
+    """Device, code and versions of the runs, a line each; of how many runs where they differ."""
+    made = [{"device": record.results["run"]["device"],
+             "code": f"SHA-256 {record.results['code_sha256']:.8}"} | record.results["versions"]
+            for record in records]
+    lines = []
+    for name in made[0]:
+        counts = Counter(each[name] for each in made).most_common()
+        lines.append(f"{name}: " + ", ".join(
+            value if len(counts) == 1 else f"{value} ({count} of {len(made)} runs)"
+            for value, count in counts))
+    return lines
 
 
 def comparisons(records):

@@ -449,6 +449,17 @@ def test_each_variant_has_one_learning_rate(study, tmp_path, capsys):
     assert "--learning_rate, lora 0.25, most have 0.5" in left_out[0][1]
 
 
+def test_the_report_says_what_made_the_runs(study):
+    """Those of several machines are counted: their digits differ by more than a method's."""
+    put(study / "lora-mixed-1", "run.device", "a GPU")
+    kept, _ = runs.collect([study])
+    said = study_report.made_by(kept)
+    device = kept[-1].results["run"]["device"]
+    assert said[0] == (f"device: {device} ({len(kept) - 1} of {len(kept)} runs), "
+                       f"a GPU (1 of {len(kept)} runs)")
+    assert f"torch: {kept[0].results['versions']['torch']}" in said
+
+
 @pytest.mark.parametrize("change_one", [
     lambda run: set_flags(run, learning_rate=1.0), lambda run: set_flags(run, regroup_every=3),
     lambda run: set_flags(run, seed=7), shutil.rmtree], ids=["protocol", "schedule", "seed", "no"])
