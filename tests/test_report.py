@@ -899,13 +899,14 @@ def test_the_committed_tuning_is_made_from_its_records(tmp_path, monkeypatch):
     assert sorted(map(float, re.findall(r"\d\.\d+", told[2]))) == sorted(best.values())
 
 
-@pytest.mark.parametrize("name", ["compare-mini", "compare-superni"])
-def test_the_committed_report_is_made_from_its_records(name, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name, more", [("compare-mini", ()), ("compare-superni", ()),
+                                        ("compare-mini-2e-4", ("--allow_other", "versions"))])
+def test_the_committed_report_is_made_from_its_records(name, more, tmp_path, monkeypatch):
     """No number in it is typed by hand."""
     made = RESULTS / name
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(figures, "save", lambda figure, *_: figures.plt.close(figure))  # time
-    assert report.main([f"results/{name}/records", "--out", str(tmp_path / "out")]) == 0
+    assert report.main([f"results/{name}/records", "--out", str(tmp_path / "out"), *more]) == 0
     assert (tmp_path / "out" / "report.md").read_text() == (made / "report.md").read_text()
     for path in (made / "tables").iterdir():
         assert path.read_text() == (tmp_path / "out" / "tables" / path.name).read_text()
@@ -920,11 +921,13 @@ def rows_under(text):
     return [dict(zip(head, row, strict=True)) for row in rows]
 
 
-@pytest.mark.parametrize("name", ["compare-mini", "compare-superni"])
-def test_the_numbers_of_the_readme_are_those_of_the_report(name):
+@pytest.mark.parametrize("name, document, heading, count", [
+    ("compare-mini", "README.md", "Results", 12), ("compare-superni", "README.md", "Results", 9),
+    ("compare-mini-2e-4", "docs/reproduce.md", "At the paper's rate for all methods", 10)])
+def test_the_numbers_of_the_documents_are_those_of_the_report(name, document, heading, count):
     """Of its verdicts and its tables of methods."""
     text = (RESULTS / name / "report.md").read_text()
-    section = (ROOT / "README.md").read_text().split("\n## Results\n")[1].split("\n## ")[0]
+    section = (ROOT / document).read_text().split(f"\n## {heading}\n")[1].split("\n## ")[0]
     said = section.split(f"results/{name}/report.md", 1)[1]
     claims = [row for row in rows_under(said) if "claim" in row]
     found = "(not shown|shown|the reverse|not judged): (\\S+) \\((\\S+) to (\\S+)\\)(?:, (.*))?"
@@ -935,7 +938,7 @@ def test_the_numbers_of_the_readme_are_those_of_the_report(name):
                          if f", {setting}: {row['claim']}: " in line)
             assert f"{mean}, 95 % interval {low} to {high};" in sentence
             assert f"**{word}" in sentence and f"(against {against or ''}" in sentence
-    assert len(claims) == {"compare-mini": 12, "compare-superni": 9}[name]
+    assert len(claims) == count
     scores = {row["method"]: row for row in rows_under(text.split("## Table 1")[1])}
     losses = {(row["method"], row["setting"]): row
               for row in rows_under(text.split("## Loss of the test answers")[1])}
