@@ -5,6 +5,7 @@ A method's settings are a frozen dataclass whose fields are made by `setting`.
 
 import argparse
 import dataclasses
+import difflib
 import types
 import typing
 from typing import Literal
@@ -73,7 +74,20 @@ class Settings:
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, and where to read on."""
+    """A parser that raises InputError, and names the flag that an unknown one may have meant."""
+
+    def parse_args(self, args=None, namespace=None):
+        namespace, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            self.error(f"unrecognized argument {unknown[0]}{self._nearest(unknown[0])}")
+        return namespace
+
+    def _nearest(self, word):
+        word = word.split("=")[0].lstrip("-")
+        names = [name[2:] for name in self._option_string_actions if name.startswith("--")]
+        short_for = [name for name in names if word == "".join(part[0] for part in name.split("_"))]
+        near = short_for or difflib.get_close_matches(word, names, n=1)
+        return f": did you mean --{near[0]}?" if near else ""
 
     def error(self, message):
         raise InputError(f"{message}; see `python {self.prog} --help`")
@@ -100,30 +114,70 @@ def check_each(field, value):
             check(text)
 
 
-def add_argument(group, name, kind, default, help, metavar=None, check=None):
-    """Declare --name, whose value is of a type: a kind of number, bool, Literal, str, or a tuple.
+REQUIRED = object()  # the default of a flag that must be given
 
-    `T | None` is T with None as default.
+
+@dataclasses.dataclass(frozen=True)
+class Flag:
+    """One command-line flag of a program.
+
+    `type` is a number from inputs/numbers.py, str, Path, bool, Literal[...], or a tuple of one of
+    these for several words; `T | None` is T with None as its default. `check(text)` refuses what
+    the type cannot: it raises argparse.ArgumentTypeError.
     """
-    if isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union:
-        (kind,) = (each for each in typing.get_args(kind) if each is not types.NoneType)
-    options = dict(default=default, help=help)
-    origin = typing.get_origin(kind)
-    if kind is bool:
-        group.add_argument(f"--{name}", action="store_true", help=help)
+
+    name: str
+    type: typing.Any
+    default: typing.Any  # REQUIRED for none
+    help: str
+    metavar: str | None = None
+    check: typing.Any = None
+    positional: bool = dataclasses.field(default=False, kw_only=True)  # a word without --name
+
+    @property
+    def metadata(self):  # as a field of Settings has it
+        return {"check": self.check}
+
+
+def add_flags(parser, flags, group=None):
+    """Add `flags` to a parser, under the heading `group` of its --help where one is given."""
+    parser = parser.add_argument_group(group) if group else parser
+    for flag in flags:
+        _add_flag(parser, flag)
+
+
+def _add_flag(parser, flag):
+    value_type, required = flag.type, flag.default is REQUIRED
+    options = {"help": flag.help, "default": None if required else flag.default}
+    if isinstance(value_type, types.UnionType) or typing.get_origin(value_type) is typing.Union:
+        (value_type,) = (each for each in typing.get_args(value_type)
+                         if each is not types.NoneType)
+    if value_type is bool:
+        parser.add_argument(f"--{flag.name}", action="store_true", help=flag.help)
         return
-    if metavar:
-        options["metavar"] = metavar
-    if origin is tuple:
+    if flag.metavar:
+        options["metavar"] = flag.metavar
+    if typing.get_origin(value_type) is tuple:
         options["nargs"] = "+"
-        kind = typing.get_args(kind)[0]
-        if kind is str and check is None:  # not of paths, which may hold a comma
+        value_type = typing.get_args(value_type)[0]
+        if value_type is str and flag.check is None:  # paths may hold a comma
             options["action"] = Words
-        origin = typing.get_origin(kind)
-    if origin is Literal:
-        options["choices"] = typing.get_args(kind)
-    elif hasattr(kind, "__metadata__"):
-        options["type"] = from_text(kind)
-    elif check is not None:
-        options["type"] = check
-    group.add_argument(f"--{name}", **options)
+    if typing.get_origin(value_type) is Literal:
+        options["choices"] = typing.get_args(value_type)
+    elif hasattr(value_type, "__metadata__"):
+        options["type"] = from_text(value_type)
+    elif flag.check is not None:
+        options["type"] = flag.check
+    elif value_type is not str:
+        options["type"] = value_type  # Path
+    if not flag.positional:
+        parser.add_argument(f"--{flag.name}", required=required, **options)
+    elif required or "nargs" in options:
+        parser.add_argument(flag.name, **options)
+    else:
+        parser.add_argument(flag.name, **{"nargs": "?"} | options)
+
+
+def add_argument(group, name, kind, default, help, metavar=None, check=None):
+    """Add one flag: the form before `Flag`, until every program declares its flags by it."""
+    _add_flag(group, Flag(name, kind, default, help, metavar, check))
