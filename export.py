@@ -13,8 +13,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from deploy.programs import add_model_flags, base_name, carry_out
 from harness.adapter_config import read_adapter_config
-from harness.afterwards import add_model_flags, base_name, carry_out
 from inputs.errors import InputError
 from inputs.numbers import NonNegative, PositiveInt, from_text
 from inputs.settings import Parser

@@ -13,7 +13,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from harness.afterwards import add_model_flags, base_name, carry_out, newest_adapter
+from deploy.programs import add_model_flags, base_name, carry_out, newest_adapter
 from inputs.errors import InputError, one_line
 from inputs.numbers import Fraction, Positive, PositiveInt, Seed, from_text
 from inputs.settings import Parser

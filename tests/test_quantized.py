@@ -4,21 +4,10 @@ import json
 
 import pytest
 import torch
-from conftest import (
-    NO_EVAL,
-    lines_of,
-    refused,
-    results_of,
-    run,
-    succeed,
-    wrapped,
-    write_json,
-)
+from conftest import NO_EVAL, refused, results_of, run, succeed, wrapped, write_json
 from tiny import PROMPTS, assert_same, base_model, continuations, learn, logits_of, one_line, randn
 
 import adapter
-import export
-import generate
 from decomposition import residual_weight
 from inputs.errors import InputError
 from method import fingerprint
@@ -254,24 +243,3 @@ def test_a_quantised_checkpoint_is_refused(wide, suite, tmp_path):
         "quant_method": "bitsandbytes", "load_in_4bit": True}})
     refused("give the unquantised checkpoint", "--model", folder, "--suite", suite,
             "--output_dir", tmp_path / "out")
-
-
-def test_generate_and_export(flags, tmp_path, capsys):
-    """generate.py answers as the evaluation did; an export stands on the dense base and says so."""
-    succeed(*flags, "--method", "lora", "--base", "int8")
-    folder = tmp_path / "out/adapter"
-    rows = lines_of(tmp_path / "out/predictions/01_mixed.jsonl")
-    asked = tmp_path / "asked.jsonl"
-    prompts = [row["prompt"].partition("Input: ")[2].removesuffix("\nOutput: ") for row in rows]
-    definitions = [row["prompt"].partition("\n\n")[0] for row in rows]
-    asked.write_text("".join(json.dumps({"prompt": prompt, "definition": definition}) + "\n"
-                             for prompt, definition in zip(prompts, definitions, strict=True)))
-    assert generate.main(["--adapter", str(folder), "--prompts", str(asked), "--out",
-                          str(tmp_path / "answers.jsonl"), "--max_new_tokens", "3"]) == 0
-    answers = [line["answer"] for line in lines_of(tmp_path / "answers.jsonl")]
-    assert answers == [row["prediction"] for row in rows]
-    assert export.main([str(folder), "--out", str(tmp_path / "exported"), "--max_kl", "1"]) == 0
-    assert "stored as int8, exported for the dense one" in (
-        tmp_path / "exported/README.md").read_text()
-    assert export.main([str(folder), "--out", str(tmp_path / "merged"), "--merged"]) == 2
-    assert "stored int8, which a merged" in capsys.readouterr().err

@@ -17,7 +17,7 @@ import generate
 from deploy import answers
 from inputs.errors import InputError
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 MORE = ("--max_new_tokens", 5)
 
 

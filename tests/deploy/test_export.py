@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, SMALL, failing, settings_of, succeed, write_json
+from conftest import ARCHITECTURES, NO_EVAL, SMALL, failing, settings_of, succeed, write_json
 from peft import PeftModel
 from tiny import base_model, learn, loader_of, logits_of, randn, rows_of
 from torch import nn
@@ -22,7 +22,7 @@ from harness.adapter_config import read_adapter_config
 from inputs.errors import InputError
 from registry import method_class
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 # What has an exact form, and the rank of its update: name of the method, settings, rank.
 EXACT = {"lora": ("lora", {}, 2), "pissa": ("pissa", {}, 4), "olora": ("olora", {}, 4),
          "static": ("badit", dict(routing="static"), 32),
@@ -460,3 +460,13 @@ def test_help_and_wrong_flags_wait_for_no_library():
         assert not imported & {"torch", "transformers", "accelerate", "numpy", "safetensors"}
 
 
+def test_an_adapter_of_a_quantised_base(wide, suite, tmp_path, capsys):
+    """Exported for the dense base, which the card says; never merged."""
+    succeed("--model", wide, "--suite", suite, "--method", "lora", "--base", "int8", *SMALL,
+            "--epochs", 1, "--output_dir", tmp_path / "run", *NO_EVAL)
+    words = (tmp_path / "run" / "adapter", "--max_kl", 1, "--max_new_tokens", 2)
+    assert call(capsys, *words, "--out", tmp_path / "out")[0] == 0
+    assert "stored as int8, exported for the dense one" in (
+        tmp_path / "out" / "README.md").read_text()
+    status, _, err = call(capsys, *words, "--out", tmp_path / "merged", "--merged")
+    assert status == 2 and "stored int8, which a merged" in err[-1]
