@@ -16,8 +16,8 @@ from typing import Annotated, Literal
 
 from msgspec import Meta
 
+from analysis.mmlu import FAMILY, PACKAGE
 from inputs.errors import InputError, error_lines, one_line
-from inputs.mmlu import FAMILY, PACKAGE
 from inputs.numbers import NonNegative, Positive, PositiveInt, Seed
 from inputs.settings import Parser, add_argument
 from inputs.suites import NAMED
@@ -128,8 +128,8 @@ def main(argv=None):
         session.check_folder(args.out)
         {"sharing": units.run, "experts": routing.run_experts, "mmlu": routing.run_mmlu,
          "conflict": gradients.run}[args.command](args)
-        from reporting import analyses  # not above: matplotlib takes a second
-        analyses.write(args.out)
+        from analysis import report  # not above: matplotlib takes a second
+        report.write(args.out)
         print(one_line(f"{args.out / 'analysis.md'}"))
     except (InputError, OSError) as error:
         print(error_lines(error), file=sys.stderr)

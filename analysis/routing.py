@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from scipy import stats
 
 import models
-from analysis import adapters, session
+from analysis import adapters, mmlu, session
 from analysis.probes import (
     Probe,
     batch_of,
@@ -34,7 +34,6 @@ from analysis.sharing import (
 from data import Suite
 from evaluation import row_losses, target_logits
 from experts import select_experts
-from inputs import mmlu
 from inputs.errors import InputError
 from inputs.numbers import stable_seed
 from method import find_targets

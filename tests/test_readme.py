@@ -9,7 +9,6 @@ import pytest
 import study
 from conftest import succeed
 
-import analyze
 import data
 import train
 from registry import METHODS, Entry, Targets
@@ -19,7 +18,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 TEXTS = README + "".join(file.read_text(encoding="utf-8")
                          for file in sorted((ROOT / "docs").glob("*.md")))
 # Folders that may be deleted, with the programs that go with them.
-WINGS = {"deploy": {"generate.py", "export.py"}}
+WINGS = {"deploy": {"generate.py", "export.py"}, "analysis": {"analyze.py"}}
 
 
 def section(title):
@@ -103,12 +102,6 @@ def test_example_task_loads(tmp_path):
         file.write_text(text, encoding="utf-8")
     (task,) = data.load_suite(tmp_path / "suite").tasks.values()
     assert task.metric == "accuracy" and task.test[1]["outputs"] == ["bad", "poor"]
-
-
-@pytest.mark.parametrize("flags", list(commands_of("analyze.py")), ids=" ".join)
-def test_analyses_parse(flags):
-    """So are its analyses."""
-    assert analyze.parse_flags(flags).command == flags[0]
 
 
 def test_example_method_trains(llama, suite, tmp_path, monkeypatch):

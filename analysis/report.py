@@ -2,12 +2,13 @@
 
 import numpy as np
 
+from analysis import figures
+from analysis.figures import measured_units, number
 from inputs.bars import Bar
 from inputs.errors import one_line
 from inputs.files import write_text
 from inputs.formats import load
-from reporting import analysis_figures, figures
-from reporting.analysis_figures import measured_units, number
+from reporting.figures import save
 from reporting.groups import short
 from reporting.study_report import bullets
 from reporting.tables import Table
@@ -22,7 +23,7 @@ def write(folder):
     names = []
     drawn = DRAWN[result["command"]](result, arrays)
     for name, figure in Bar(drawn, desc="figures", unit="figure", delay=5, leave=False):
-        figures.save(figure, folder / "figures" / name, ("png", "pdf"))
+        save(figure, folder / "figures" / name, ("png", "pdf"))
         names.append(name)
     parts = [f"# {title}", settings(result), "## What can be said", bullets(facts),
              *(table.markdown() for table in tables if table.rows), "## Figures",
@@ -571,5 +572,5 @@ def norm_table(result):
 
 
 PARTS = {"sharing": of_sharing, "experts": of_experts, "mmlu": of_mmlu, "conflict": of_conflict}
-DRAWN = {"sharing": analysis_figures.of_sharing, "experts": analysis_figures.of_experts,
-         "mmlu": analysis_figures.of_experts, "conflict": analysis_figures.of_conflict}
+DRAWN = {"sharing": figures.of_sharing, "experts": figures.of_experts,
+         "mmlu": figures.of_experts, "conflict": figures.of_conflict}

@@ -4,6 +4,8 @@ import contextlib
 import importlib.util
 import io
 import json
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -18,14 +20,12 @@ from conftest import succeed as train_well
 import analyze
 import models
 from adapter import load as load_adapter
-from analysis import gradients, routing, session, units
-from inputs import mmlu
+from analysis import figures, gradients, mmlu, report, routing, session, units
 from inputs.errors import InputError
 from inputs.files import sha256_file
 from inputs.formats import load
-from reporting import analyses, analysis_figures
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 BRIEF = ("--max_length", 64, "--rows", 4)
 QUARTER = ("--share", 0.25, "--layers", 1, "--target_modules", "gate_proj", "q_proj")
 
@@ -86,6 +86,21 @@ def test_help_and_flags_need_no_torch():
     for flags in (["--help"], ["sharing", "--help"], ["sharing", "--rows", "x"], ["conflict"]):
         subprocess.run([sys.executable, "-c", code, *flags], cwd=ROOT, check=True,
                        capture_output=True)
+
+
+def documented_commands():
+    """The flags of every `analyze.py` command in a code block of docs/analyses.md."""
+    text = (ROOT / "docs" / "analyses.md").read_text(encoding="utf-8")
+    for block in re.findall(r"```bash\n(.*?)```", text, flags=re.DOTALL):
+        for line in block.splitlines():
+            words = shlex.split(line, comments=True)
+            if "analyze.py" in words:
+                yield words[words.index("analyze.py") + 1:]
+
+
+@pytest.mark.parametrize("flags", list(documented_commands()), ids=" ".join)
+def test_documented_commands_parse(flags):
+    assert analyze.parse_flags(flags).command == flags[0]
 
 
 @pytest.mark.parametrize("named, flags", [
@@ -164,13 +179,13 @@ def test_text_follows_from_the_numbers(sharing):
     line = result["weights"][0]
     for value in (line["jaccard"], line["ceiling"], line["controls"]["random"]["jaccard"]):
         assert f"{value:.3f}" in text
-    facts = analyses.of_sharing(result)[1]
+    facts = report.of_sharing(result)[1]
     assert all(fact in text for fact in facts)
     for line in result["weights"]:
         line["concentration"], line["kappa"] = [0.5, 0.75], 0.125
         line["signs"] |= {"both": 0.25, "reliability": 0.375}
         line["controls"]["random"]["core"] = None
-    changed = analyses.of_sharing(result)[1]
+    changed = report.of_sharing(result)[1]
     assert "hold 0.75 of a matrix's" in changed[0] and "0.12" in changed[1]
     assert "0.25 get gradients of both signs" in changed[4]
     assert f"one sign in {len(result['weights'])} of {len(result['weights'])}" in changed[4]
@@ -181,7 +196,7 @@ def test_released(tiny, sharing, tmp_path):
     """Beside the same numbers of ours; sentences follow from theirs, blocks too few to tell too."""
     succeed("sharing", *tiny, *BRIEF, *QUARTER, "--released", "--out", tmp_path)
     result, before = (load(folder / "analysis.json") for folder in (tmp_path, sharing))
-    text, facts = (tmp_path / "analysis.md").read_text(), list(analyses.released(result))
+    text, facts = (tmp_path / "analysis.md").read_text(), list(report.released(result))
     assert len(facts) == 2 and all(fact in text for fact in facts)
     assert "J of tasks not measured" in facts[1] and "higher in 0 of 0" in facts[1]
     ours = [line["jaccard"] for line in before["shares"] if line["share"] == 0.1
@@ -190,7 +205,7 @@ def test_released(tiny, sharing, tmp_path):
         assert line["released"]["ours"] == pytest.approx(J)
         assert line["released"]["active"] == [0, 0, 0]  # of four blocks
         line["released"] |= {"jaccard": 0.5, "ours": 0.25, "overlap": [0.375, 0.75]}
-    _, changed = analyses.released(result)
+    _, changed = report.released(result)
     for words in ("J of tasks 0.50 (chance not measured), ours 0.25", "is 0.38 to 0.75",
                   "higher in 2 of 2 cases"):
         assert words in changed
@@ -205,7 +220,7 @@ def test_neuron_figure_shows_every_active_neuron(sharing):
     with np.load(sharing / "arrays.npz") as file:
         arrays = dict(file)
     for in_order in (False, True):
-        figure = analysis_figures.neurons(result, arrays, "all", in_order)
+        figure = figures.neurons(result, arrays, "all", in_order)
         shown = [int(axes.images[0].get_array().sum()) for axes in figure.axes if axes.images]
         assert sorted(shown) == sorted(int(arrays[f"neurons.{layer}.all"][:3].sum())
                                        for layer in result["layers"])
@@ -214,7 +229,7 @@ def test_neuron_figure_shows_every_active_neuron(sharing):
         yellow = (np.asarray(image.make_image(figure.canvas.get_renderer())[0])[..., 0] > 250)
         assert yellow.any(0).sum() / yellow.shape[1] == pytest.approx(
             image.get_array().any(0).mean(), abs=0.02)
-        analysis_figures.plt.close(figure)
+        figures.plt.close(figure)
 
 
 # --- experts ------------------------------------------------------------------------------------
@@ -254,22 +269,23 @@ def test_experts(experts):
             assert np.sum(found["w"], axis=1) == pytest.approx(1)
             assert np.sum(found["u"], axis=1) == pytest.approx(4)
             assert sum(found["tasks_per_expert"]) == 12
-    figures = dict(analysis_figures.of_experts(result, {}))
-    for place, where in zip(figures["information"].axes, ("all", "target"), strict=True):
+    drawn_figures = dict(figures.of_experts(result, {}))
+    for place, where in zip(drawn_figures["information"].axes, ("all", "target"),
+                            strict=True):
         drawn = {line.get_label().split(" (")[0]: line.get_ydata() for line in place.lines}
         assert set(drawn) == {adapter["name"] for adapter in result["adapters"]}
         for adapter in result["adapters"]:
             assert list(drawn[adapter["name"]]) == adapter["places"][where]["information"]
-    alone = dict(analysis_figures.of_experts(result | {"adapters": result["adapters"][:1]}, {}))
+    alone = dict(figures.of_experts(result | {"adapters": result["adapters"][:1]}, {}))
     assert set(alone) == {"experts"}  # its own panel says it
-    for figure in (*figures.values(), *alone.values()):
-        analysis_figures.plt.close(figure)
+    for figure in (*drawn_figures.values(), *alone.values()):
+        figures.plt.close(figure)
     text = (experts / "analysis.md").read_text()
-    facts = analyses.of_experts(result)[1]
+    facts = report.of_experts(result)[1]
     assert all(fact in text for fact in facts)
     result["adapters"][0]["places"]["all"] |= {"mean_information": 0.125, "jaccard": 0.75}
     result["adapters"][0]["mean_energy"] = None
-    changed = analyses.of_experts(result)[1]
+    changed = report.of_experts(result)[1]
     assert "Jaccard 0.75" in changed[1] and "0.125 nats" in changed[2]
     assert "not measured" in changed[3]
 
@@ -362,7 +378,7 @@ def test_conflict(conflict):
     """
     result = load(conflict / "analysis.json")
     text = (conflict / "analysis.md").read_text()
-    assert all(fact in text for fact in analyses.of_conflict(result)[1])
+    assert all(fact in text for fact in report.of_conflict(result)[1])
     assert [adapter["by_expert"]["groups"] for adapter in result["adapters"]] == [16, 0]
     for adapter in result["adapters"]:
         assert sum(adapter["whole"]["decided"]) == pytest.approx(1)
@@ -371,20 +387,20 @@ def test_conflict(conflict):
     one, other = result["adapters"]
     one |= {"loss": 1.0, "name": "one"}
     other |= {"loss": 1.2, "name": "other"}
-    assert any("are not compared" in fact for fact in analyses.of_conflict(result)[1])
+    assert any("are not compared" in fact for fact in report.of_conflict(result)[1])
     other["loss"] = 1.04
     for adapter, harm in ((one, 0.25), (other, 0.5)):
         adapter["lookahead"] |= {"harm_ratio": harm, "interference_share": 0.5, "transfer": 0.5,
                                  "reason": None}
-    said = analyses.of_conflict(result)[1]
+    said = report.of_conflict(result)[1]
     assert any("one harms other tasks less than other: harm ratio 0.250 and 0.500" in fact
                for fact in said)
     other["lookahead"] |= {"harm_ratio": None, "reason": "planted"}
-    said = analyses.of_conflict(result)[1]
+    said = report.of_conflict(result)[1]
     assert any("is not measured" in fact for fact in said)
     assert "other: interference is not measured: planted." in said
     other["whole"] = other["lookahead"] = None
-    said = analyses.of_conflict(result)[1]
+    said = report.of_conflict(result)[1]
     assert "other: conflict is not measured, a task has no gradient." in said
 
 
@@ -446,11 +462,11 @@ def test_mmlu(lettered, suite, tmp_path):
     assert "without 1 header lines" in result["about"]
     assert [task["rows"] for task in result["tasks"]] == [4, 4] and len(found["accuracy"]) == 2
     text = (tmp_path / "out" / "analysis.md").read_text()
-    assert all(fact in text for fact in analyses.of_mmlu(result)[1])
-    assert "no model is above chance" in analysis_figures.mmlu_title(result)
+    assert all(fact in text for fact in report.of_mmlu(result)[1])
+    assert "no model is above chance" in figures.mmlu_title(result)
     found |= {"accuracy": [0.5, 0.75], "accuracy_p": 0.001}
-    assert "accuracy 62.5%" in analyses.accuracy(found)
-    assert analysis_figures.mmlu_title(result) == "MMLU: above chance: run"
+    assert "accuracy 62.5%" in report.accuracy(found)
+    assert figures.mmlu_title(result) == "MMLU: above chance: run"
     for named, bad in (
             ("line 10: correct_answer 'E' is none of", file.read_text().splitlines()[0].replace(
                 '"correct_answer": "A"', '"correct_answer": "E"')),
