@@ -121,6 +121,11 @@ class PissaSettings(Decomposed, LoraSettings):
 
 
 @dataclass(frozen=True)
+class OloraQrSettings(LoraSettings):
+    """OLoRA, LoRA with PEFT's QR initialisation."""
+
+
+@dataclass(frozen=True)
 class BranchPenalty(Settings):
     """Of O-LoRA's penalty on a new branch."""
 
@@ -213,6 +218,7 @@ METHODS = {
     "lora": Entry("baselines.lora:Lora", LoraSettings),
     "pissa": Entry("baselines.pissa:Pissa", PissaSettings),
     "olora": Entry("baselines.olora:Olora", OloraSettings),
+    "olora_qr": Entry("baselines.olora_qr:OloraQr", OloraQrSettings),
     "loramoe": Entry("baselines.loramoe:LoraMoe", LoraMoeSettings),
     "gainlora": Entry("baselines.gainlora:GainLora", GainLoraSettings),
     "badit": Entry("badit:Badit", BaditSettings),
@@ -235,6 +241,9 @@ VARIANTS = {
     # As many trainable parameters as BADIT, and its scaling: alpha / rank = 272 / 34 = 8.
     "lora-matched": "lora --alpha 272 --match_parameters badit",
     "pissa-matched": "pissa --alpha 272 --match_parameters badit",
+    "olora_qr-matched": "olora_qr --alpha 272 --match_parameters badit",
+    # Half of BADIT's components at its scaling, without routing.
+    "half": "pissa --alpha 128 --rank 16",
     "badit-no_bad": "badit --no_bad", "badit-no_dog": "badit --no_dog",
     "badit-no_bad-no_dog": "badit --no_bad --no_dog",
     "badit-random": "badit --grouping random", "badit-refine": "badit --refine",

@@ -206,6 +206,23 @@ def test_a_restored_pissa_layer_is_not_decomposed_again(monkeypatch):
     assert torch.equal(other.residual, layer.residual) and torch.equal(other(x), layer(x))
 
 
+# --- OLoRA --------------------------------------------------------------------------------------
+
+
+def test_olora_qr_starts_from_peft_s_factors():
+    """A, B and the residual, which holds s times their product."""
+    model = base_model("qwen3")
+    config = peft.LoraConfig(r=2, lora_alpha=16, target_modules=["gate_proj"],
+                             init_lora_weights="olora")
+    theirs = peft.get_peft_model(copy.deepcopy(model), config)
+    for name, layer in method_of(wrapped(model, "olora_qr")).layers.items():
+        module = theirs.base_model.model.get_submodule(name)
+        assert_close(layer.lora_A, module.lora_A["default"].weight, rtol=0, atol=1e-6)
+        assert_close(layer.lora_B, module.lora_B["default"].weight, rtol=0, atol=1e-6)
+        assert_close(layer.residual, module.get_base_layer().weight, rtol=0, atol=1e-6)
+        assert_close(layer.lora_B.T @ layer.lora_B, torch.eye(2), rtol=0, atol=1e-6)
+
+
 # --- LoRAMoE ------------------------------------------------------------------------------------
 
 

@@ -161,6 +161,8 @@ def assert_starts_as(method, logits, base, tolerance):
     if starts_elsewhere(method):
         assert difference > 1e-2
     else:
+        if method.name == "olora_qr":  # its factors are s times as large, and so is their rounding
+            tolerance *= 2
         assert difference <= (tolerance if is_decomposed(method) else 0)
 
 
@@ -365,6 +367,7 @@ KEPT = {
     "lora": ("lora_A lora_B", 192, ""),
     "pissa": ("lora_A lora_B", 192, "lora_A0 lora_B0"),
     "olora": ("lora_A.1 lora_B.1", 192, FIRST),
+    "olora_qr": ("lora_A lora_B", 192, "lora_A0 lora_B0"),
     "loramoe": ("lora_A lora_B router", 1792, "expert_of"),
     "gainlora": ("lora_B.1", 128, f"{FIRST} lora_A.1 basis.0"),
     "gainlora chunks": ("lora_B.1", 128, f"{FIRST} lora_A.1 basis.0 basis.1"),
