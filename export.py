@@ -5,8 +5,8 @@
     python export.py runs/X/adapter --out merged --merged         # a whole checkpoint
 
 Exact for lora, pissa, olora, olora_qr and badit --routing static. Where routing depends on the
-token there is no exact form: --approximate fits the nearest constant to training rows. What is written is measured
-against the adapter on held-out rows first; the figures stand in its README.md.
+token there is no exact form: --approximate fits the nearest constant to training rows. What is
+written is measured against the adapter on held-out rows first; the figures stand in its README.md.
 """
 
 import argparse
