@@ -228,8 +228,7 @@ METHODS = {
 def method_class(name):
     """The class of a method; its module, and torch, are imported now: flags must not wait."""
     module, _, cls = METHODS[name].where.partition(":")
-    package = __name__.removesuffix("registry")  # none in the repository, one where installed
-    return getattr(importlib.import_module(package + module), cls)
+    return getattr(importlib.import_module(module), cls)
 
 
 # --- names for studies and models ---------------------------------------------------------------

@@ -332,20 +332,8 @@ def test_a_model_with_a_launcher_of_its_own(capsys):
     assert "--launcher_of gemma2-9b: it is none of --models" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("form, count", [("full", 10 * (13 + 180)), ("short", 10 * 13)])
-def test_the_smollm2_study(form, count, calls, capsys):
-    """The zero-shot row stands in the list of each of the script's sweeps, and is run once."""
-    commands = [words for argv in calls("smollm2_superni.sh", form)
-                for words in dry(capsys, *argv)[0]]
-    assert len(commands) == count
-    assert len({" ".join(words) for words in commands if "zero_shot" in words}) == 1
-    for words in commands[::40]:
-        args = train_flags(words)
-        assert args.method == "zero_shot" or args.epochs == (10 if form == "full" else 1)
-
-
-@pytest.mark.parametrize("script, argv", [("smollm2_superni.sh", ["tiny"]),
-                                          ("smollm2_superni.sh", []), ("slurm_array.sh", [])])
+@pytest.mark.parametrize("script, argv", [("compare.sh", ["tiny"]), ("compare.sh", []),
+                                          ("slurm_array.sh", [])])
 def test_scripts_refuse_in_one_line(script, argv):
     refused = subprocess.run(["bash", ROOT / "scripts" / script, *argv], capture_output=True,
                              text=True)
