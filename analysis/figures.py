@@ -259,6 +259,11 @@ def draw_active(axes, adapter, place, tasks):
     axes.set_xlabel("expert of the last layer")
 
 
+def largest_information(adapter):
+    """The largest routing information of a selection of top_k experts, in nats."""
+    return np.log(adapter["experts"] / adapter["top_k"])
+
+
 def draw_information(axes, adapter):
     """Routing information of every layer, beside what rows dealt to tasks at random show."""
     layers = np.arange(len(adapter["layers"]))
@@ -269,7 +274,7 @@ def draw_information(axes, adapter):
         axes.fill_between(layers, 0, null, color=colour, alpha=0.25,
                           label=f"95% of random dealings, {place}")
     axes.set(xlabel="adapted layer", ylabel="nats", ylim=(0, None),
-             title=f"routing information (at most {np.log(adapter['experts']):.2f})")
+             title=f"routing information (at most {largest_information(adapter):.2f})")
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.legend(fontsize=7)
 
@@ -298,7 +303,7 @@ def mmlu_title(result):
 def information(result):
     """Routing information of every layer, all adapters in one picture."""
     figure, axes = grid(2, width=7, height=4.4)
-    most = max(np.log(adapter["experts"]) for adapter in result["adapters"])
+    most = max(map(largest_information, result["adapters"]))
     for place, where in zip(axes, ("all", "target"), strict=True):
         nulls = []
         for adapter in result["adapters"]:
@@ -312,7 +317,7 @@ def information(result):
                            label="95% of random dealings, at most")
         place.set(xlabel="adapted layer", ylabel="nats", ylim=(0, None),
                   title=f"what the selected experts tell of the task, {where} tokens\n"
-                        f"all of it would be {most:.2f} nats")
+                        f"a selection can tell at most {most:.2f} nats")
         place.xaxis.get_major_locator().set_params(integer=True)
         place.legend(fontsize=7)
     return figure

@@ -349,7 +349,8 @@ def told_by_routing(adapter):
                      f"{len(adapter['layers'])} layers), of the routing weights "
                      f"{found['mean_of_weights']:.4f}")
     return (f"{adapter['name']}: the selected experts tell of the task, as a mean over layers, "
-            f"{'; '.join(parts)}; all of it would be {np.log(adapter['experts']):.2f}.")
+            f"{'; '.join(parts)}; a selection of {adapter['top_k']} of {adapter['experts']} "
+            f"experts can tell {figures.largest_information(adapter):.2f}.")
 
 
 def learnt_in_experts(adapter):

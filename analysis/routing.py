@@ -53,8 +53,9 @@ def active_experts(w, top_k):
 def information(u):
     """I(task; expert) = mean over t of KL(pi_t || mean pi), pi_t = u_t / sum u_t: nats, (...).
 
-    u (..., T, K), not negative. 0: routing ignores the task; at most ln K. A task without any
-    token or gradient makes it NaN.
+    u (..., T, K), not negative. 0: routing ignores the task. At most ln K; where every token
+    selects k experts at most ln K - ln k, as no expert has more than 1 / k of a task's selections.
+    A task without any token or gradient makes it NaN.
     """
     with np.errstate(invalid="ignore"):  # 0 / 0
         pi = u / u.sum(-1, keepdims=True)  # (..., T, K)

@@ -197,7 +197,7 @@ class Session:
     """
 
     def __init__(self, folder, made):
-        self.folder, self.made = Path(folder), json.loads(json.dumps(made))
+        self.folder, self.made = Path(folder), json.loads(json.dumps(made, default=str))
 
     @contextlib.contextmanager
     def reserved(self):

@@ -9,6 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import wrapped
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tiny import base_model, rows_of
 
 from analysis import routing
@@ -37,6 +39,26 @@ def test_information():
     naive = sum(p * math.log(p / m) for row in pi for p, m in zip(row, mean, strict=True)) / T
     assert routing.information(u) == pytest.approx(naive)
     assert math.isnan(routing.information(np.zeros((T, K))))
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(1, K), st.integers(2, T), st.integers(0, 2**32 - 1))
+def test_no_selection_exceeds_the_bound(top_k, tasks, seed):
+    """Shares of tokens that select top_k of K experts tell at most ln K - ln top_k."""
+    generator = np.random.default_rng(seed)
+    # Each of 1 to 20 tokens of a task selects top_k experts, by preferences of the task.
+    preferences = generator.normal(size=(tasks, 1, K)) * generator.exponential(3)
+    tokens = generator.gumbel(size=(tasks, generator.integers(1, 21), K)) + preferences
+    u = (tokens.argsort(-1).argsort(-1) >= K - top_k).mean(1)  # (T, K)
+    assert u.sum(1) == pytest.approx(top_k)
+    assert routing.information(u) <= math.log(K / top_k) + 1e-12
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 4])
+def test_disjoint_selections_reach_the_bound(top_k):
+    """A selection that depends on the task alone, and shares no expert."""
+    u = np.repeat(np.eye(K // top_k), top_k, axis=1)  # (K / top_k tasks, K)
+    assert routing.information(u) == pytest.approx(math.log(K) - math.log(top_k))
 
 
 def test_null_information():
