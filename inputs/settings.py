@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import types
 import typing
+from pathlib import Path
 from typing import Literal
 
 import msgspec
@@ -93,11 +94,16 @@ class Parser(argparse.ArgumentParser):
         raise InputError(f"{message}; see `python {self.prog} --help`")
 
 
-class Words(argparse.Action):
-    """Takes several words, or one with commas: `a b` is `a,b`."""
+class Flatten(argparse.Action):
+    """Joins the lists that `comma_separated` makes of several words: `a b` is `a,b`."""
 
     def __call__(self, parser, namespace, values, option_string=None):
-        setattr(namespace, self.dest, [part for word in values for part in word.split(",")])
+        setattr(namespace, self.dest, [part for parts in values for part in parts])
+
+
+def comma_separated(read):
+    """Return a function that splits a text at commas and calls `read` on each part."""
+    return lambda text: [read(part) for part in text.split(",")]
 
 
 def check_each(field, value):
@@ -160,8 +166,6 @@ def _add_flag(parser, flag):
     if typing.get_origin(value_type) is tuple:
         options["nargs"] = "+"
         value_type = typing.get_args(value_type)[0]
-        if value_type is str and flag.check is None:  # paths may hold a comma
-            options["action"] = Words
     if typing.get_origin(value_type) is Literal:
         options["choices"] = typing.get_args(value_type)
     elif hasattr(value_type, "__metadata__"):
@@ -170,6 +174,9 @@ def _add_flag(parser, flag):
         options["type"] = flag.check
     elif value_type is not str:
         options["type"] = value_type  # Path
+    if "nargs" in options and value_type is not Path and flag.check is None:
+        # A path, or a word with a check of its own, may hold a comma.
+        options |= {"action": Flatten, "type": comma_separated(options.get("type", str))}
     if not flag.positional:
         parser.add_argument(f"--{flag.name}", required=required, **options)
     elif required or "nargs" in options:

@@ -21,6 +21,7 @@ from harness.arguments import (
 from harness.identity import ROOT, TRAINS
 from inputs.errors import InputError
 from inputs.numbers import Fraction, NonNegative, Positive, PositiveInt, Seed
+from inputs.settings import Flag, Parser, add_flags
 from registry import METHODS, method_class
 
 DEFAULTS = vars(build_parser().parse_args([]))
@@ -48,6 +49,16 @@ TRAINED = [*EVALUATED, *"epochs learning_rate warmup_ratio max_grad_norm max_tra
 def test_flags_of_a_kind(kind, flags):
     """Each property of a row holds for these flags and for no other."""
     assert names(**kind) == set(flags.split())
+
+
+@pytest.mark.parametrize("words", [["1", "15"], ["1,15"]], ids=str)
+def test_commas_separate_numbers(words):
+    """As they separate words."""
+    parser = Parser()
+    add_flags(parser, [Flag("layers", tuple[PositiveInt, ...], (), "layers")])
+    assert parser.parse_args(["--layers", *words]).layers == [1, 15]
+    with pytest.raises(InputError, match="'x' is not a whole number"):
+        parser.parse_args(["--layers", "1,x"])
 
 
 def test_flags_of_methods():
