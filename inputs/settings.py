@@ -8,7 +8,6 @@ import dataclasses
 import difflib
 import types
 import typing
-from pathlib import Path
 from typing import Literal
 
 import msgspec
@@ -174,8 +173,8 @@ def _add_flag(parser, flag):
         options["type"] = flag.check
     elif value_type is not str:
         options["type"] = value_type  # Path
-    if "nargs" in options and value_type is not Path and flag.check is None:
-        # A path, or a word with a check of its own, may hold a comma.
+    if "nargs" in options and flag.check is None and (
+            value_type is str or hasattr(value_type, "__metadata__")):  # paths may hold a comma
         options |= {"action": Flatten, "type": comma_separated(options.get("type", str))}
     if not flag.positional:
         parser.add_argument(f"--{flag.name}", required=required, **options)
