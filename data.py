@@ -8,16 +8,15 @@ import random
 import re
 import sys
 from itertools import zip_longest
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 
-from inputs import convert
 from inputs.bars import Bar
 from inputs.download import download
 from inputs.errors import InputError, error_lines, library_errors, one_line
 from inputs.numbers import stable_seed
-from inputs.settings import Parser
+from inputs.settings import REQUIRED, Flag, Parser, add_flags
 from inputs.suites import NAMED, ORDERS, SUPERNI, suite_folder
 from inputs.task_files import (
     SPLITS,
@@ -35,6 +34,11 @@ PROMPT = "{definition}\n\n" + FRAME
 MARKER = "\N{OBJECT REPLACEMENT CHARACTER}"  # stands for a text in a chat template
 MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids", "labels", "logits_to_keep",
                 "num_items_in_batch")
+SUITE_FLAGS = (
+    Flag("suite", Literal[tuple(NAMED)], REQUIRED, "the suite", positional=True),
+    Flag("data_dir", str | None, None, "folder of the suite (default: in $BADIT_DATA, or in the "
+         "user's cache)"),
+)
 
 
 class Suite(NamedTuple):
@@ -454,21 +458,19 @@ def pad_left(sequences, pad_token_id):
 
 
 def main(argv=None):
+    from inputs import convert  # here, because a run needs none of it
+
     parser = Parser(prog="data.py", allow_abbrev=False,
                     description="Fetch, check or make suites of tasks.")
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, text in (("download", "fetch a suite and check it"),
-                       ("verify", "check the files of a suite that is there")):
-        command = commands.add_parser(name, help=text, allow_abbrev=False)
-        command.add_argument("suite", choices=NAMED)
-        command.add_argument("--data_dir", help="folder of the suite (default: in $BADIT_DATA, or "
-                             "in the user's cache)")
-    text = "make a suite of files in another layout"
-    convert.add_flags(commands.add_parser("convert", help=text, description=text,
-                                          allow_abbrev=False))
+    for name, text, flags in (
+            ("download", "fetch a suite and check it", SUITE_FLAGS),
+            ("verify", "check the files of a suite that is there", SUITE_FLAGS),
+            ("convert", "make a suite of files in another layout", convert.FLAGS)):
+        add_flags(commands.add_parser(name, help=text, description=text, allow_abbrev=False), flags)
     try:
         args = parser.parse_args(argv)
-        lines = convert.convert(args) if args.command == "convert" else fetch(args)
+        lines = convert.convert(args) if args.command == "convert" else [fetch(args)]
         for line in lines:
             print(one_line(line))
     except (InputError, OSError) as error:
@@ -478,15 +480,15 @@ def main(argv=None):
 
 
 def fetch(args):
-    """Download a suite, unless it is only to be verified; yield a line about it."""
+    """Download a suite, unless it is only to be verified; return a line about it."""
     named = NAMED[args.suite]
     folder = named.folder(args.data_dir)
     if args.command == "download":
         download(folder, named.url, named.manifest(), named.checksum)
     suite = load_suite(named.name, args.data_dir)
     counts = [sum(len(getattr(task, split)) for task in suite.tasks.values()) for split in SPLITS]
-    yield (f"{folder}: {len(suite.tasks)} tasks, {counts[0]} training and {counts[1]} test "
-           "instances, all checksums right")
+    return (f"{folder}: {len(suite.tasks)} tasks, {counts[0]} training and {counts[1]} test "
+            "instances, all checksums right")
 
 
 if __name__ == "__main__":

@@ -1,51 +1,60 @@
-"""Task folders made of files in another layout: `python data.py convert SOURCE --to FOLDER`."""
+"""Make task folders of files in another layout: `python data.py convert SOURCE --to FOLDER`."""
 
 import json
 import math
 import os
 import re
 import tempfile
+from collections import Counter
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from msgspec import Struct
-from tqdm import tqdm
 
 from inputs import formats, table_files
-from inputs.errors import InputError
+from inputs.errors import InputError, library_errors
 from inputs.files import write_json
-from inputs.numbers import PositiveInt, Seed, from_text, stable_seed
+from inputs.numbers import PositiveInt, Seed, stable_seed
+from inputs.settings import REQUIRED, Flag
 from inputs.task_files import METRICS, SPLITS, listed, read_task, resolve_names
 
-KINDS = {
-    "official": "natural-instructions, one file a task",
-    "benchmark": "a benchmark of task folders, with Instances or with sentence and label",
-    "trace": "task folders as TRACE has them, with prompt and answer",
-    "table": "rows with named columns",
-}
-PAIRS = {  # columns of input and output; the first that a file has are read
-    "official": [("input", "output")],
-    "benchmark": [("input", "output"), ("sentence", "label")],
-    "trace": [("prompt", "answer")],
-    "table": [("input", "output"), ("prompt", "completion"), ("question", "answer"),
-              ("prompt", "answer"), ("sentence", "label"), ("instruction", "output")],
-}
-COLUMNS = ("input", "output", "definition", "task", "id")
+# Columns of input and output; the first pair that a file has is read.
+PAIRS = (("input", "output"), ("prompt", "completion"), ("question", "answer"),
+         ("prompt", "answer"), ("sentence", "label"), ("text", "label"), ("context", "response"),
+         ("instruction", "output"), ("instruction", "response"))
+OTHER_SPLITS = ("test", "dev", "eval", "valid", "validation")
 TEST_ITEMS, SEED = 100, 1  # of a split made here
+LEFT_OUT = "left out"  # keys, columns and files
+FLAGS = (
+    Flag("source", str, REQUIRED, "a file, a folder, or the name of a dataset on the Hugging Face "
+         "hub: OWNER/NAME, or OWNER/NAME:CONFIGURATION", "SOURCE", positional=True),
+    Flag("to", Path, REQUIRED, "the new suite", "FOLDER"),
+    Flag("tasks", tuple[str, ...] | None, None, "only these, by name or T-number (T363)", "TASK"),
+    Flag("metric", Literal[METRICS] | None, None, "of all tasks (default: what the files say, "
+         "accuracy beside a labels.json, otherwise rouge_l)"),
+    Flag("test_items", PositiveInt | None, None, "number of test instances to draw where there is "
+         f"no test file, at most half of a task (default: {TEST_ITEMS})", "N"),
+    Flag("seed", Seed | None, None, f"seed of that draw (default: {SEED})"),
+    Flag("input_column", str | None, None, "column of a table to read as input (default: "
+         f"{', '.join(dict.fromkeys(pair[0] for pair in PAIRS))})", "COLUMN"),
+    Flag("output_column", str | None, None, "column of a table to read as output (default: "
+         f"{', '.join(dict.fromkeys(pair[1] for pair in PAIRS))})", "COLUMN"),
+    Flag("task_column", str | None, None, "column whose values each become a task (default: a file "
+         "is a task)", "COLUMN"),
+)
 
 
 class Files(NamedTuple):
-    """Where a task stands, and what its place says of it."""
+    """Where a task's rows are, and what the place says of the task."""
 
-    train: Path
-    test: Path | None = None
+    splits: dict[str, list]  # paths, or datasets.Dataset
     category: str | None = None
     metric: str | None = None
-    ignored: frozenset[str] = frozenset()  # names of other files there
+    not_read: tuple[str, ...] = ()  # names of other files and splits there
 
 
 class Head(Struct):
-    """What a task file may say beside its Instances, as far as it is kept."""
+    """What is kept of what a task file says beside its Instances."""
 
     Definition: str | list[str] = ""
     Categories: list[str] = []
@@ -54,243 +63,234 @@ class Head(Struct):
 
 
 class Notes:
-    """What is to be said at the end."""
+    """Lines to print at the end: each a text, with names where it is true of several."""
 
     def __init__(self):
-        self.left_out = set()  # columns, keys and files
-        self.drawn = False  # whether a test was drawn here
-        self.about = {}  # names of tasks, by what is to be said of them
+        self.names = {}
 
-    def add(self, name, text):
-        self.about.setdefault(text, []).append(name)
+    def say(self, text, *names):
+        self.names.setdefault(text, {}).update(dict.fromkeys(names))
 
     def lines(self):
-        for text, tasks in self.about.items():
-            yield f"{text}: {listed(tasks)}"
-        if self.left_out:
-            yield f"left out: {', '.join(sorted(self.left_out))}"
-
-
-def add_flags(parser):
-    """Declare the flags of `convert`."""
-    parser.add_argument("source", type=Path, metavar="SOURCE", help="a folder or file")
-    parser.add_argument("--to", type=Path, required=True, metavar="FOLDER", help="the new suite")
-    parser.add_argument("--kind", choices=KINDS, help="how to read SOURCE (default: by what is "
-                        "there): " + "; ".join(f"{kind}: {text}" for kind, text in KINDS.items()))
-    parser.add_argument("--tasks", nargs="+", metavar="TASK", help="only these, by name or "
-                        "T-number (T363)")
-    parser.add_argument("--metric", choices=METRICS, help="of all tasks (default: what the files "
-                        "say, accuracy beside a labels.json, otherwise rouge_l)")
-    parser.add_argument("--test_items", type=from_text(PositiveInt), metavar="N", help="to draw "
-                        "for the test where there is no test file, at most half of a task "
-                        f"(default: {TEST_ITEMS})")
-    parser.add_argument("--seed", type=from_text(Seed), help="of that draw, by instance id "
-                        f"(default: {SEED})")
-    for name, default in (("input", "input, prompt or question"),
-                          ("output", "output, completion or answer"),
-                          ("definition", "instruction, where there is one"),
-                          ("task", "none: a file is a task"), ("id", "id, where there is one")):
-        parser.add_argument(f"--{name}_column", metavar="COLUMN",
-                            help=f"of a table (default: {default})")
+        return [text + ": " * bool(names) + listed(list(names))
+                for text, names in self.names.items() if names or text != LEFT_OUT]
 
 
 def convert(args):
-    """Write the suite --to from SOURCE, whole or not at all; yield lines about it.
+    """Write the suite --to from SOURCE, whole or not at all; return lines about it.
 
-    Raises InputError naming what cannot be read, before anything stands at --to.
+    Raises InputError naming what cannot be read, before anything is written to --to.
     """
     if args.to.exists() and (not args.to.is_dir() or any(args.to.iterdir())):
         raise InputError(f"--to {args.to} is in use: name a new folder, or an empty one")
-    kind = args.kind or find_kind(args.source)
-    for name in COLUMNS:
-        if getattr(args, f"{name}_column") is not None and kind != "table":
-            raise InputError(f"--{name}_column is not read with --kind {kind}, only with table")
-    files = find_tasks(kind, args.source)
-    yield f"{args.source}: {KINDS[kind]} (--kind {kind})"
-    notes, rows, to = Notes(), [], args.to.absolute()
+    notes, lines, to = Notes(), [], args.to.absolute()
     to.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=to.parent, prefix=f".{to.name}.") as temporary:
         suite = Path(temporary) / to.name
-        suite.mkdir()
-        for source, name, content in read_tasks(kind, files, args, notes):
-            rows.append(write_task(suite / name, content, source, notes))
-        for name in ("test_items", "seed"):
-            if getattr(args, name) is not None and not notes.drawn:
-                raise InputError(f"--{name} is not read where every task has a test file")
+        for name, content in _read_tasks(args, notes):
+            lines.append(_write_task(suite / name, content, notes))
         os.replace(suite, to)
-    yield from aligned([("task", *SPLITS, "metric", "category", "input mean / max",
-                         "output mean / max"), *rows])
-    yield from notes.lines()
-    yield ("lengths in characters; metric: --metric, or what the files say, accuracy beside a "
-           "labels.json, otherwise rouge_l")
-    yield f"{args.to} is written: python train.py --suite {args.to}"
+    return [*lines, *notes.lines(), f"{args.to} is written: python train.py --suite {args.to}"]
 
 
 # --- finding ------------------------------------------------------------------------------------
 
 
-def find_kind(source):
-    """The kind of what stands at `source`. Raises InputError for none."""
-    if not source.exists():
-        raise InputError(f"{source} is not there")
-    if source.is_file():
-        head, _ = table_files.read(source)
-        return "official" if head else "table"
-    for folder in task_folders(source)[:1]:
-        head, rows = table_files.read(split_file(folder, "train"))
-        if head or {"sentence", "label"} <= rows[0].keys():
-            return "benchmark"
-        return "trace" if {"prompt", "answer"} <= rows[0].keys() else "table"
-    if official_files(source):
-        return "official"
-    raise InputError(f"{source} holds nothing to convert: neither tasks/task*.json, nor train.json "
-                     "in a folder for each task, nor is it a file of "
-                     f"{', '.join(table_files.SUFFIXES)}")
-
-
-def find_tasks(kind, source):
-    """{task: Files}. Raises InputError where there are none of this kind."""
-    if kind == "official":
-        found = {file.stem: Files(file) for file in official_files(source)}
-    elif source.is_file():
-        found = {source.stem: Files(source)}
-    else:
-        found = {}
-        for folder in task_folders(source):
-            name = folder.absolute().name
-            if name in found:
-                raise InputError(f"{source} holds two tasks {name}: {found[name].train.parent} "
-                                 f"and {folder}")
-            found[name] = files_in(folder, source)
+def _find_tasks(source):
+    """Return {task: Files} of a file, a folder or a dataset of the hub. Raises InputError."""
+    place = Path(source)
+    if not place.exists():
+        return _find_on_hub(source)
+    if place.is_file():
+        return {place.stem: Files({"train": [place]})}
+    found = {}
+    for folder in _task_folders(place):
+        name = folder.absolute().name
+        if name in found:
+            raise InputError(f"{source} holds two tasks {name}: "
+                             f"{found[name].splits['train'][0].parent} and {folder}")
+        found[name] = _files_in(folder, place)
+    if not found:  # natural-instructions, or another folder of files that are a task each
+        files = sorted(place.glob("tasks/task*.json")) or sorted(place.iterdir())
+        found = {file.stem: Files({"train": [file]}) for file in files
+                 if file.suffix in table_files.SUFFIXES and file.stem not in OTHER_SPLITS}
     if not found:
-        raise InputError(f"{source} holds nothing of --kind {kind}: {KINDS[kind]}")
+        raise InputError(f"{source} holds nothing to convert: no train file in it or in a folder "
+                         "for each task, no tasks/task*.json, and no file of a task; formats: "
+                         f"{', '.join(table_files.SUFFIXES)}")
     return found
 
 
-def files_in(folder, source):
-    """The Files of a task folder; a folder between it and `source` is its category."""
-    train, test = (split_file(folder, split) for split in SPLITS)
-    labels = folder / "labels.json"
-    there = {path for path in folder.iterdir() if path.is_file() and path.name[0] != "."}
+def _find_on_hub(source):
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", source):
+        raise InputError(f"{source} does not exist")
+    import datasets  # here, because it takes seconds
+
+    with library_errors(f"{source} does not exist here, and cannot be read from the hub"):
+        splits = datasets.load_dataset(*source.split(":"))
+        found = {split: [splits[split]] for split in SPLITS if split in splits}
+        return {re.split("[/:]", source)[-1]: Files(
+            {"train": [splits["train"]]} | found, not_read=tuple(splits.keys() - found.keys()))}
+
+
+def _files_in(folder, source):
+    """Return the Files of a task folder; a folder between it and `source` is its category."""
+    splits = {split: paths for split in SPLITS if (paths := _split_files(folder, split))}
+    read = {path.name for paths in splits.values() for path in paths} | {"labels.json"}
     group = folder.parent.name if folder not in (source, source / folder.name) else None
-    return Files(train, test, group, "accuracy" if labels in there else None,
-                 frozenset(path.name for path in there - {train, test, labels}))
+    there = {path.name for path in folder.iterdir()
+             if path.suffix in table_files.SUFFIXES and path.is_file()}
+    return Files(splits, group, "accuracy" if "labels.json" in there else None,
+                 tuple(sorted(there - read)))
 
 
-def official_files(source):
-    """The task files of the repository, of its folder tasks, or a single one."""
-    if source.is_file():
-        return [source]
-    return sorted(source.glob("tasks/task*.json")) or sorted(source.glob("task*.json"))
-
-
-def task_folders(source):
-    """The folders with a training file: `source`, or those in it, perhaps in groups."""
-    if source.is_dir() and split_file(source, "train"):
+def _task_folders(source):
+    """Return the folders with a training file: `source`, or those in it, perhaps in groups."""
+    if _split_files(source, "train"):
         return [source]
     folders = (path for pattern in ("*", "*/*") for path in source.glob(pattern)
-               if path.is_dir() and not path.name.startswith("."))
-    return sorted(folder for folder in folders if split_file(folder, "train"))
+               if path.is_dir() and path.name[0] != "." and path.name != "data")
+    return sorted(folder for folder in folders if _split_files(folder, "train"))
 
 
-def split_file(folder, split):
-    """The file of a split, None where there is none. Raises InputError for two."""
-    found = [folder / f"{split}{suffix}" for suffix in table_files.SUFFIXES
-             if (folder / f"{split}{suffix}").is_file()]
-    if len(found) > 1:
+def _split_files(folder, split):
+    """Return the file of a split, or its shards, also of folder/data. Raises InputError."""
+    name = rf"{split}(-\d+-of-\d+)?({'|'.join(map(re.escape, table_files.SUFFIXES))})"
+    found = [path for place in (folder, folder / "data") for path in sorted(place.glob(f"{split}*"))
+             if re.fullmatch(name, path.name)]
+    if len(found) > 1 and not all(re.search(r"-\d+-of-\d+\.", path.name) for path in found):
         raise InputError(f"{found[0]} and {found[1]} are both there: keep one")
-    return found[0] if found else None
+    return found
 
 
 # --- reading ------------------------------------------------------------------------------------
 
 
-def read_tasks(kind, files, args, notes):
-    """Yield every task -> (its source, its name, {"train", "test": the content of its file})."""
+def _read_tasks(args, notes):
+    """Yield (name, {"train", "test": content of its file}) of every task."""
+    files, drawn, done = _find_tasks(args.source), False, set()
     by_column = bool(args.task_column)
-    chosen = resolve_names(args.tasks, list(files)) if args.tasks and not by_column else files
-    done = set()
-    for place in tqdm(chosen, desc="convert", unit="task", delay=2, leave=False):
-        head, groups = read_files(kind, files[place], args, notes)
-        names = resolve_names(args.tasks, list(groups)) if args.tasks and by_column else groups
-        for found in names:
-            name = folder_name(found if by_column else place, notes)
+    chosen = args.tasks and not by_column
+    for place in resolve_names(args.tasks, list(files)) if chosen else files:
+        head, groups = _read_files(files[place], args, notes)
+        chosen = args.tasks and by_column
+        for found in resolve_names(args.tasks, list(groups)) if chosen else groups:
+            name = _folder_name(found if by_column else place, notes)
             if name in done:
                 raise InputError(f"two tasks would be named {name}")
             done.add(name)
-            content = finish(name, files[place], head, groups[found], args, notes)
-            yield files[place].train, name, content
+            drawn |= "test" not in groups[found]
+            yield name, _finish(name, files[place], head, groups[found], args, notes)
+    for flag in ("test_items", "seed"):
+        if getattr(args, flag) is not None and not drawn:
+            raise InputError(f"--{flag} is not read where every task has a test file")
 
 
-def read_files(kind, files, args, notes):
-    """(Head of a task's files, {value of the task column: {split: instances}})."""
-    head, read = None, {}
-    for path in filter(None, (files.train, files.test)):
-        said, read[path] = table_files.read(path)
-        notes.left_out |= said.keys() - set(Head.__struct_fields__)
-        said = formats.convert(said, Head, path, verdict="")
-        if head is not None and said != head:
-            raise InputError(f"{path} says another Definition, Category or Metric than "
-                             f"{files.train}")
-        head = said
-    notes.left_out |= files.ignored
-    there = dict.fromkeys(column for rows in read.values() for row in rows for column in row)
-    columns = choose_columns(kind, list(there), args, files.train)
-    notes.left_out |= there.keys() - set(columns.values())
+def _read_files(files, args, notes):
+    """Return (Head of a task's files, {value of the task column: {split: instances}})."""
+    head, declared, read = None, False, {}
+    for split, sources in files.splits.items():
+        for source in sources:
+            said, rows = table_files.read(source, notes)
+            declared |= bool(said)
+            notes.say(LEFT_OUT, *sorted(said.keys() - set(Head.__struct_fields__)))
+            said = formats.convert(said, Head, source, verdict="")
+            if head is not None and said != head:
+                raise InputError(f"{source} has another Definition, Category or Metric than "
+                                 f"{files.splits['train'][0]}")
+            head = said
+            where = source if isinstance(source, Path) else f"{args.source}, split {split}"
+            read.setdefault(split, []).extend(
+                (row, f"{where}, row {number}") for number, row in enumerate(rows, start=1))
+    notes.say(LEFT_OUT, *files.not_read)
+    read = {split: _without_chats(rows, notes) for split, rows in read.items()}
+    there = dict.fromkeys(column for rows in read.values() for row, _ in rows for column in row)
+    columns = _choose_columns(list(there), args, files.splits["train"][0])
+    notes.say(LEFT_OUT, *sorted(there.keys() - set(columns.values())))
     groups = {}
-    for split, (path, rows) in zip(SPLITS, read.items(), strict=False):
-        for number, row in enumerate(rows, start=1):
-            task, instance = read_row(row, columns, head, f"{path}, row {number}")
+    for split, rows in read.items():
+        # In a file with Instances an empty output may be meant; in a table it is an empty cell.
+        missing = [where for row, where in rows if _is_missing(row.get(columns["output"]), declared)]
+        if split == "test" and len(missing) == len(rows):
+            notes.say(f"not used, because no row has a {columns['output']}",
+                      *{where.rpartition(", row")[0]: None for where in missing})
+            continue
+        if missing:
+            more = f", nor have {len(missing) - 1} other rows" if len(missing) > 1 else ""
+            raise InputError(f"{missing[0]} has no {columns['output']}{more}")
+        for row, where in rows:
+            task, instance = _read_row(row, columns, head, where)
             groups.setdefault(task, {}).setdefault(split, []).append(instance)
     for task, splits in groups.items():
-        if splits.keys() != set(SPLITS[:len(read)]):
-            raise InputError(f"task {task!r} stands in only one of {files.train} and {files.test}")
+        if len(splits) < max(map(len, groups.values())) or "train" not in splits:
+            raise InputError(f"task {task!r} is in only one of the train and test files of "
+                             f"{args.source}")
     return head, groups
 
 
-def choose_columns(kind, there, args, path):
-    """{what: column} of COLUMNS, "" for none. Raises InputError naming the columns there are."""
-    chosen = {name: getattr(args, f"{name}_column") for name in COLUMNS}
+def _without_chats(rows, notes):
+    """Return the rows with the first exchange of a chat as columns, and say what was left out."""
+    kept, counts = [], Counter()
+    for row, where in rows:
+        row, done = table_files.single_turn(row)
+        counts[done] += 1
+        if row is not None:
+            kept.append((row, where))
+    del counts[""]
+    file = rows[0][1].rpartition(", row")[0]
+    for done, count in counts.items():
+        notes.say(f"{file}: {count} of {len(rows)} chats {done}")
+    if not kept:
+        raise InputError(f"{file}: all {len(rows)} chats {done}")
+    return kept
+
+
+def _choose_columns(there, args, path):
+    """Return {what: column, or "" for none}. Raises InputError naming the columns there are."""
     names = f"{path} has the columns {', '.join(map(repr, there))}"
-    for name, column in chosen.items():
-        if column and column not in there:
-            raise InputError(f"{names}, not --{name}_column {column!r}")
-    pairs = [(chosen["input"] or first, chosen["output"] or second)
-             for first, second in PAIRS[kind]]
+    for flag in ("input_column", "output_column", "task_column"):
+        column = getattr(args, flag)
+        if column is not None and column not in there:
+            raise InputError(f"{names}, not --{flag} {column!r}")
+    pairs = [(args.input_column or first, args.output_column or second) for first, second in PAIRS]
     pair = next((pair for pair in pairs if set(pair) <= set(there)), None)
     if pair is None:
-        wanted = " or ".join(" and ".join(pair) for pair in pairs)
-        raise InputError(f"{names}, not {wanted}" + (
-            ": name those to read with --input_column and --output_column" if kind == "table"
-            else f" as --kind {kind} has"))
-    chosen["input"], chosen["output"] = pair
-    for name, usual in (("definition", "instruction"), ("id", "id")):
-        if chosen[name] is None:
-            chosen[name] = usual if usual in there and usual not in pair else ""
-    return chosen
+        raise InputError(f"{names}: name those to read with --input_column and --output_column")
+    usual = {name: name if name in there and name not in pair else ""
+             for name in ("instruction", "system", "id")}
+    return usual | {"input": pair[0], "output": pair[1], "task": args.task_column or ""}
 
 
-def read_row(row, columns, head, where):
-    """(the task that a row names or None, {"id", "input", "output", "definition"})."""
-    said = {name: row.get(column) if column else None for name, column in columns.items()}
-    text = {name: as_text(said[name], f"{where}, {columns[name]}")
-            for name in ("input", "definition", "task", "id")}
-    output = said["output"] if isinstance(said["output"], list) else [said["output"]]
-    if not output or None in output:
-        raise InputError(f"{where} has no {columns['output']}")
-    if not (text["input"] or text["definition"] or head.Definition):
+def _is_missing(value, may_be_empty):
+    """Return whether a value is no answer: null, NaN, an empty list, or an empty text."""
+    values = value if isinstance(value, list) else [value]
+    return not values or any(each is None or each != each
+                             or not may_be_empty and isinstance(each, str) and not each.strip()
+                             for each in values)
+
+
+def _read_row(row, columns, head, where):
+    """Return (the row's task or None, {"where", "id", "input", "output", "definition"})."""
+    text = {name: _as_text(row.get(column), f"{where}, {column}") if column else ""
+            for name, column in columns.items() if name != "output"}
+    definition = "\n\n".join(filter(None, (text["system"], text["instruction"])))
+    if not (text["input"] or definition or head.Definition):
         raise InputError(f"{where} is empty: there is nothing to answer")
     if columns["task"] and not text["task"]:
         raise InputError(f"{where} has no {columns['task']}")
-    output = [as_text(value, f"{where}, {columns['output']}") for value in output]
-    return text["task"], {"id": text["id"], "input": text["input"], "output": output,
-                          "definition": text["definition"], "where": where}
+    output = row[columns["output"]]
+    output = [_as_text(value, f"{where}, {columns['output']}")
+              for value in (output if isinstance(output, list) else [output])]
+    return text["task"] or None, {"where": where, "id": text["id"], "input": text["input"],
+                                  "output": output, "definition": definition}
 
 
-def as_text(value, where):
-    """A value as text, nothing as "". Raises InputError for what is neither text nor number."""
-    if value is None or isinstance(value, str):
-        return value or ""
+def _as_text(value, where):
+    """Return a value as text, "" for null or NaN. Raises InputError for neither text nor number."""
+    if value is None or value != value:
+        return ""
+    if isinstance(value, str):
+        return value
     if isinstance(value, int) or isinstance(value, float) and math.isfinite(value):
         return json.dumps(value)
     raise InputError(f"{where}: {str(value)!r:.60} is neither a text nor a number")
@@ -299,38 +299,38 @@ def as_text(value, where):
 # --- writing ------------------------------------------------------------------------------------
 
 
-def folder_name(text, notes):
-    """A task's name as a folder may bear it. Raises InputError where nothing is left of it."""
+def _folder_name(text, notes):
+    """Return a task's name with the characters that a folder may have. Raises InputError."""
     name = re.sub(r"[^\w.-]+", "_", text, flags=re.ASCII).strip("._")[:200]
     if not name:
-        raise InputError(f"a task's folder cannot be named after {text!r}: letters, digits, '_', "
-                         "'-' and '.' are allowed")
+        raise InputError(f"no folder can be named after the task {text!r}: allowed are letters, "
+                         "digits, '_', '-' and '.'")
     if name != text:
-        notes.add(name, f"named after {text!r}")
+        notes.say(f"named after {text!r}", name)
     return name
 
 
-def finish(name, files, head, splits, args, notes):
-    """The content of the two files of a task, from its instances by split."""
+def _finish(name, files, head, splits, args, notes):
+    """Return the content of a task's two files, from its instances by split."""
     instances = [instance for split in splits.values() for instance in split]
-    instructions = {instance["definition"] for instance in instances}
+    definitions = {instance["definition"] for instance in instances}
     definition = head.Definition
-    if len(instructions) == 1 and not definition:
-        (definition,) = instructions
-    elif instructions != {""}:
-        notes.add(name, "the rows' instructions differ and stand before their inputs")
+    if len(definitions) == 1 and not definition:
+        (definition,) = definitions
+    elif definitions != {""}:
+        notes.say("instructions differ between rows and are put before the inputs", name)
         for instance in instances:
             instance["input"] = "\n\n".join(filter(None, (instance["definition"],
                                                           instance["input"])))
     if not definition:
-        notes.add(name, "Definition is empty")
+        notes.say("Definition is empty", name)
     for split, rows in splits.items():
-        name_instances(rows, f"{name}-{split}" if "test" in splits else name)
+        _name_instances(rows, name if len(splits) == 1 else f"{name}-{split}", name, notes)
     if "test" not in splits:
-        notes.drawn = True
         seed = SEED if args.seed is None else args.seed
-        notes.add(name, f"no test file, so instances were drawn (--test_items, --seed {seed})")
-        splits = draw_test(name, splits["train"], args.test_items or TEST_ITEMS, seed)
+        notes.say(f"test instances drawn from the training file (--test_items, --seed {seed})",
+                  name)
+        splits = _draw_test(name, splits["train"], args.test_items or TEST_ITEMS, seed)
     category = head.Category or ", ".join(head.Categories) or files.category
     metric = args.metric or head.Metric or files.metric
     about = {"Definition": definition} | ({"Category": category} if category else {}) | (
@@ -340,19 +340,22 @@ def finish(name, files, head, splits, args, notes):
             for split, rows in splits.items()}
 
 
-def name_instances(instances, stem):
-    """Give an id to those that have none. Raises InputError for one that stands twice."""
-    seen = set()
+def _name_instances(instances, stem, task, notes):
+    """Give ids to instances: those of the rows where each has one of its own, or their numbers."""
+    ids = {instance["id"] for instance in instances}
+    if len(ids) == len(instances) and "" not in ids:
+        return
+    if ids != {""}:
+        notes.say("rows numbered, because ids are missing or stand twice", task)
     for index, instance in enumerate(instances):
-        instance["id"] = instance["id"] or f"{stem}-{index}"
-        if instance["id"] in seen:
-            raise InputError(f"{instance['where']}: the id {instance['id']!r:.60} stands twice "
-                             "(of a table, --id_column '' numbers the rows instead)")
-        seen.add(instance["id"])
+        instance["id"] = f"{stem}-{index}"
 
 
-def draw_test(name, instances, count, seed):
-    """{"train", "test"}: `count` instances for the test, at most half; by id, in whatever order."""
+def _draw_test(name, instances, count, seed):
+    """Return {"train", "test"}: `count` instances for the test, at most half.
+
+    The draw is by instance id: the same whatever the order of the rows.
+    """
     count = min(count, len(instances) // 2)
     if not count:
         raise InputError(f"{name} has one instance: none is left for a test")
@@ -362,32 +365,19 @@ def draw_test(name, instances, count, seed):
                     if (instance["id"] in drawn) == (split == "test")] for split in SPLITS}
 
 
-def write_task(folder, content, source, notes):
-    """Write a task's files, read them as a run would -> what the table says of the task."""
+def _write_task(folder, content, notes):
+    """Write a task's files, read them as a run does, and return a line about the task."""
     for split in SPLITS:
         write_json(folder / f"{split}.json", content[split])
     try:
         task = read_task(folder)
     except InputError as error:
-        reason = str(error).replace(f"{folder}{os.sep}", "")
-        raise InputError(f"{source} makes no task: {reason}") from None
+        raise InputError(str(error).replace(f"{folder.parent}{os.sep}", "made of it: ")) from None
     if content["train"].get("Metric", task.metric) != task.metric:
-        notes.add(task.name, f"metric {task.metric} by the name, as in superni")
-    rows = task.train + task.test
-    return (task.name, len(task.train), len(task.test), task.metric, task.category,
-            lengths([row["input"] for row in rows]),
-            lengths([output for row in rows for output in row["outputs"]]))
-
-
-def lengths(texts):
-    counts = list(map(len, texts))
-    return f"{sum(counts) / len(counts):.1f} / {max(counts)}"
-
-
-def aligned(rows):
-    """Rows of values as lines with columns of equal width."""
-    rows = [[str(value) for value in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        yield "  ".join(value.ljust(width) for value, width in zip(row, widths,
-                                                                   strict=True)).rstrip()
+        notes.say(f"metric {task.metric} by the name, as in superni", task.name)
+    longest = {key: max(len(text) for row in task.train + task.test for text in texts(row))
+               for key, texts in (("input", lambda row: [row["input"]]),
+                                  ("output", lambda row: row["outputs"]))}
+    return (f"{task.name}: {len(task.train)} training and {len(task.test)} test instances, "
+            f"{task.metric}, {task.category}; longest input {longest['input']:,} and output "
+            f"{longest['output']:,} characters")

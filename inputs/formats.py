@@ -251,8 +251,6 @@ def try_lines(path, kind):
     file cannot be read.
     """
     for number, where, line in _lines(path):
-        if not line.strip():
-            continue
         try:
             value = _parse(line, where)
             convert(value, kind, where, verdict="")
@@ -262,11 +260,10 @@ def try_lines(path, kind):
 
 
 def _lines(path):
-    """(number, words that name it, text) of every line of a file."""
-    lines = _text(path).split("\n")  # not splitlines: texts hold other line breaks
-    if lines[-1] == "":
-        lines.pop()
-    return [(number, f"{path}, line {number}", line) for number, line in enumerate(lines, start=1)]
+    """Return (number, words that name it, text) of every line that is not blank."""
+    lines = text(path).split("\n")  # not splitlines: texts hold other line breaks
+    return [(number, f"{path}, line {number}", line)
+            for number, line in enumerate(lines, start=1) if line.strip()]
 
 
 def load(path):
@@ -274,7 +271,7 @@ def load(path):
 
     So for a key that stands twice, and for NaN, which Python would let pass.
     """
-    return _parse(_text(path), path)
+    return _parse(text(path), path)
 
 
 def convert(value, kind, source, verdict=" is damaged, or of another version of this program"):
@@ -297,7 +294,8 @@ def convert(value, kind, source, verdict=" is damaged, or of another version of 
     return converted
 
 
-def _text(path):
+def text(path):
+    """Return the text of a UTF-8 file. Raises InputError where it cannot be read as one."""
     try:
         return read_text(path)
     except OSError as error:
@@ -306,9 +304,10 @@ def _text(path):
         raise InputError(f"{path} is not readable JSON: {error}") from None
 
 
-def _parse(text, source):
+def _parse(content, source):
     try:
-        return json.loads(text, object_pairs_hook=_refuse_repeats, parse_constant=_refuse_constant)
+        return json.loads(content, object_pairs_hook=_refuse_repeats,
+                          parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
         raise InputError(f"{source} is not readable JSON: {error}") from None
 

@@ -1,57 +1,121 @@
-"""The rows of a file that others wrote: JSON, JSON lines, CSV or Parquet, as plain values."""
+"""Read the rows of files that others wrote: JSON, JSON lines, CSV, TSV and Parquet."""
 
-import tempfile
+import csv
+import io
 from typing import Any
 
 from inputs import formats
-from inputs.errors import InputError, one_line
+from inputs.errors import InputError, library_errors
 
-SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
+SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet")
+LARGEST_CELL = 2**30  # characters; the csv module allows 131,072 by default
+ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant",
+         "assistant": "assistant"}  # of ShareGPT and of OpenAI; chats with others are left out
 
 
-def read(path):
-    """(what a file says of all its rows {key: value}, its rows, each {column: value}).
+def read(source, notes):
+    """Return (the keys beside Instances, the rows {column: value}) of a path or datasets.Dataset.
 
-    The first is empty but for a JSON object with Instances. Raises InputError naming file and row.
+    Only a JSON object with Instances has such keys. Raises InputError naming file and row.
     """
-    if path.suffix == ".json":
-        content, _ = formats.read(path, Any)
-        head = content if isinstance(content, dict) else {}
-        rows = head.pop("Instances", None) if head else content
-        if not isinstance(rows, list):
-            raise InputError(f"{path} is neither a list of rows nor an object with a list of "
-                             "Instances")
-    elif path.suffix == ".jsonl":  # not by datasets: it would take "2020-01-31" for a time
-        head, rows = {}, formats.read_lines(path, Any)
-    elif path.suffix in SUFFIXES:
-        head, rows = {}, _by_datasets(path)
+    head = {}
+    suffix = getattr(source, "suffix", None)
+    if suffix == ".json":
+        head, rows = _read_json(source)
+    elif suffix == ".jsonl":
+        rows = formats.read_lines(source, Any)
+    elif suffix in (".csv", ".tsv"):
+        rows = _read_csv(source, notes)
+    elif suffix == ".parquet":
+        import datasets  # here, because it takes seconds
+        import pyarrow.parquet
+
+        with library_errors(f"cannot read {source}"):
+            rows = _named_rows(datasets.Dataset(pyarrow.parquet.read_table(source)))
+    elif suffix is None:
+        rows = _named_rows(source)
     else:
-        raise InputError(f"{path} is of no known kind: allowed are {', '.join(SUFFIXES)}")
+        raise InputError(f"{source}: unknown format; allowed are {', '.join(SUFFIXES)}")
     if not rows:
-        raise InputError(f"{path} holds no rows")
+        raise InputError(f"{source} holds no rows")
     for number, row in enumerate(rows, start=1):
         if not isinstance(row, dict):
-            raise InputError(f"{path}, row {number} has no named columns: {str(row)!r:.60}")
+            raise InputError(f"{source}, row {number} has no named columns: {str(row)!r:.60}")
     return head, rows
 
 
-def _by_datasets(path):
-    """The rows of a CSV or Parquet file. All of a CSV file is text: 007 and NA stay as they are."""
-    import datasets  # seconds, which no other command needs
-    import pandas
+def _read_json(path):
+    first, _, rest = formats.text(path).strip().partition("\n")
+    if rest and first.startswith("{") and first.rstrip().endswith("}"):
+        return {}, formats.read_lines(path, Any)  # JSON lines in a .json file
+    content = formats.load(path)
+    head = content if isinstance(content, dict) else {}
+    rows = head.pop("Instances", None) if head else content
+    if not isinstance(rows, list):
+        raise InputError(f"{path} is neither a list of rows nor an object with a list of Instances")
+    return head, rows
 
-    datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it would log what is raised
-    options = {}
+
+def _read_csv(path, notes):
+    """Return the rows of a CSV or TSV file, whose values all stay text: 007, NA, 2020-01-31."""
+    text = formats.text(path)
+    header = text.partition("\n")[0]
+    separator = max(",;\t|", key=lambda mark: len(next(csv.reader([header], delimiter=mark), ())))
+    if separator != ",":
+        notes.say(f"columns separated by {separator!r}", path.name)
+    csv.field_size_limit(LARGEST_CELL)
+    rows, reader = [], csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
     try:
-        if path.suffix == ".csv":
-            columns = pandas.read_csv(path, nrows=0).columns
-            text = datasets.Value("string")
-            options = {"features": datasets.Features(dict.fromkeys(columns, text)),
-                       "keep_default_na": False}
-        with tempfile.TemporaryDirectory() as cache:
-            return datasets.load_dataset(path.suffix[1:], data_files=[str(path)], split="train",
-                                         cache_dir=cache, **options).to_list()
-    except Exception as error:  # noqa: BLE001 (the libraries raise anything on a damaged file)
-        reason = " ".join(str(error.__cause__ or error).split())
-        raise InputError(f"cannot read {path}: {one_line(reason):.300}") from None
+        columns = next(reader, ())
+        if len(set(columns)) < len(columns):
+            raise InputError(f"{path}: two columns have the same name: {columns}")
+        for values in filter(None, reader):
+            if len(values) != len(columns):
+                raise InputError(f"{path}, line {reader.line_num} has {len(values)} values, the "
+                                 f"first line names {len(columns)} columns")
+            rows.append(dict(zip(columns, values, strict=True)))
+    except csv.Error as error:
+        raise InputError(f"{path}, line {reader.line_num}: {error}") from None
+    return rows
+
+
+def _named_rows(dataset):
+    """Return the rows of a datasets.Dataset, with the names of its class labels as values."""
+    return [{column: _name(dataset.features[column], value) for column, value in row.items()}
+            for row in dataset.to_list()]
+
+
+def _name(feature, value):
+    """Return the name of a class label, None for no class (-1 by convention); else the value."""
+    if hasattr(feature, "names"):
+        return feature.names[value] if value in range(len(feature.names)) else None
+    if isinstance(value, list) and hasattr(feature, "feature"):
+        return [_name(feature.feature, each) for each in value]
+    return value
+
+
+def single_turn(row):
+    """Return (a row whose chat has become columns, what was done with the chat or "").
+
+    The columns are system, input and output. The row is None where the chat has no first exchange
+    of user and assistant, or where a history of other turns belongs to it.
+    """
+    if row.get("history"):
+        return None, "left out: a history of other turns belongs to them"
+    parts = [row.get(name) for name in ("prompt", "completion")]
+    key = "messages" if "messages" in row else "conversations"
+    turns = parts[0] + parts[1] if all(isinstance(part, list) for part in parts) else row.get(key)
+    if not isinstance(turns, list):
+        return row, ""
+    said = [(ROLES.get(turn.get("role", turn.get("from"))), turn.get("content", turn.get("value")))
+            for turn in turns if isinstance(turn, dict)]
+    system = [said.pop(0)[1]] if said and said[0][0] == "system" else []
+    exchange = said[:2]
+    if [role for role, _ in exchange] != ["user", "assistant"] or not all(
+            isinstance(text, str) for text in (*system, *(text for _, text in exchange))):
+        return None, "left out: they do not begin with a text of the user and one of the assistant"
+    rest = {name: value for name, value in row.items()
+            if name not in ("prompt", "completion", key)}
+    system = "\n\n".join(filter(None, (row.get("system"), *system)))
+    row = rest | {"system": system, "input": exchange[0][1], "output": exchange[1][1]}
+    return row, "cut to their first exchange" if len(said) > 2 else ""

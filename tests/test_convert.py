@@ -3,6 +3,7 @@
 import json
 import random
 
+import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -28,14 +29,14 @@ def write(folder, files):
 
 
 def converted(source, tmp_path, *flags):
-    """The suite that convert makes of `source`."""
+    """Return the tasks that convert makes of `source`."""
     assert data.main(["convert", str(source), "--to", str(tmp_path / "made" / "suite"),
                       *flags]) == 0
     return data.load_suite(tmp_path / "made" / "suite").tasks
 
 
 def refused(source, tmp_path, capsys, *flags, to="new"):
-    """The one line with which convert refuses `source`, writing nothing."""
+    """Return the one line with which convert refuses `source`, writing nothing."""
     before = snapshot(tmp_path)
     assert data.main(["convert", str(source), "--to", str(tmp_path / to), *flags]) == 2
     assert snapshot(tmp_path) == before
@@ -44,61 +45,64 @@ def refused(source, tmp_path, capsys, *flags, to="new"):
     return line
 
 
-def parquet(rows):
-    """The bytes of a Parquet file."""
+def exchanges(task):
+    """Return {(definition and input, first output)} of a task's rows in both splits."""
+    return {("\n\n".join(filter(None, (task.definition, row["input"]))), row["outputs"][0])
+            for row in task.train + task.test}
+
+
+def parquet(rows, **features):
+    """Return the bytes of a Parquet file, with features as `datasets` writes them."""
+    schema = datasets.Features(features).arrow_schema if features else None
     sink = pyarrow.BufferOutputStream()
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), sink)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, schema), sink)
     return sink.getvalue().to_pybytes()
 
 
-LAYOUTS = {  # kind, files, the only task: name, definition, category, metric
-    "official": ("official", {"tasks/task7_x.json": HEAD | {"Categories": ["Toys", "Games"],
-                                                            "Instances": INSTANCES}},
-                 ("task7_x", "Do it.", "Toys, Games", "rouge_l")),
-    "its tasks": ("official", {"task7_x.json": HEAD | {"Instances": INSTANCES}},
+def lines(rows):
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+LAYOUTS = {  # files, the only task: name, definition, category, metric
+    "natural-instructions": (
+        {"tasks/task7_x.json": HEAD | {"Categories": ["Toys", "Games"], "Instances": INSTANCES},
+         "README.md": "?"}, ("task7_x", "Do it.", "Toys, Games", "rouge_l")),
+    "its tasks": ({"task7_x.json": HEAD | {"Instances": INSTANCES}},
                   ("task7_x", "Do it.", "other", "rouge_l")),
-    "labels": ("benchmark", {"CB/train.json": HEAD | {"Instances": PAIR}, "CB/labels.json": ["b"],
-                             "CB/dev.json": "?", "CB/test.json": HEAD | {"Instances": PAIR}},
+    "labels": ({"CB/train.json": HEAD | {"Instances": PAIR}, "CB/labels.json": ["b"],
+                "CB/dev.json": "?", "CB/test.json": HEAD | {"Instances": PAIR}},
                ("CB", "Do it.", "other", "accuracy")),
-    "groups": ("benchmark", {"TC/ag/train.json": [{"sentence": "a", "label": "b"}],
-                             "TC/ag/test.json": [{"sentence": "a", "label": "b"}]},
-               ("ag", "", "TC", "rouge_l")),
-    "own": ("benchmark", {"mine/train.json": {"Definition": "D", "Metric": "accuracy",
-                                              "Category": "c", "Instances": PAIR}},
-            ("mine", "D", "c", "accuracy")),
-    "trace": ("trace", {"t/train.json": [{"prompt": "a", "answer": "b"}],
-                        "t/eval.json": "?", "t/test.json": [{"prompt": "a", "answer": "b"}]},
-              ("t", "", "other", "rouge_l")),
-    "alpaca": ("table", {"t/train.json": ALPACA}, ("t", "Say.", "other", "rouge_l")),
+    "groups": ({"TC/ag/train.json": [{"sentence": "a", "label": "b"}],
+                "TC/ag/test.json": [{"sentence": "a", "label": "b"}]}, ("ag", "", "TC", "rouge_l")),
+    "own": ({"mine/train.json": {"Definition": "D", "Metric": "accuracy", "Category": "c",
+                                 "Instances": PAIR}}, ("mine", "D", "c", "accuracy")),
+    "TRACE": ({"t/train.json": [{"prompt": "a", "answer": "b"}], "t/eval.json": "?",
+               "t/test.json": [{"prompt": "a", "answer": "b"}]}, ("t", "", "other", "rouge_l")),
+    "Alpaca": ({"t/train.json": ALPACA}, ("t", "Say.", "other", "rouge_l")),
+    "shards of the hub": ({f"t/data/{split}-0000{i}-of-00002.parquet": parquet(
+        [{"text": f"{split} {i}", "label": "x"}]) for split in ("train", "test") for i in (0, 1)},
+        ("t", "", "other", "rouge_l")),
+    "JSON lines named JSON": ({"t.json": lines(PAIR)}, ("t", "", "other", "rouge_l")),
+    "Dolly": ({"t.jsonl": lines([{"instruction": "I", "context": f"c{i}", "response": "r"}
+                                 for i in range(2)])}, ("t", "I", "other", "rouge_l")),
+    "TSV": ({"t.tsv": 'question\tanswer\na, "b"\t"c\td"\ne\tf\n'}, ("t", "", "other", "rouge_l")),
 }
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts(tmp_path, capsys, layout):
-    """The kind is found, said, and the same as when it is forced; nothing is lost unsaid."""
-    kind, files, about = LAYOUTS[layout]
-    source = write(tmp_path / "source", files)
-    (task,) = converted(source, tmp_path).values()
+    """Every row is in the task; keys and files that are not read are named."""
+    files, about = LAYOUTS[layout]
+    (task,) = converted(write(tmp_path / "source", files), tmp_path).values()
     assert task[:4] == about
-    lines = capsys.readouterr().out.splitlines()
-    assert f"--kind {kind}" in lines[0]
-    row = next(line for line in lines if line.startswith(task.name + " "))
-    for value in (len(task.train), len(task.test), task.metric, task.category):
-        assert str(value) in row
-    left_out = "".join(line for line in lines if line.startswith("left out"))
+    first, *rest = capsys.readouterr().out.splitlines()
+    assert first.startswith(f"{task.name}: {len(task.train)} training and {len(task.test)} test")
+    assert len(task.train + task.test) == (
+        6 if layout in ("natural-instructions", "its tasks", "Alpaca") else
+        4 if layout in ("labels", "shards of the hub") else 2)
+    left_out = "".join(line for line in rest if line.startswith("left out"))
     for name in ("Contributors", "Positive Examples", "dev.json", "eval.json"):
-        assert (name in left_out) == (name in json.dumps(files))
-    assert data.main(["convert", str(source), "--to", str(tmp_path / "forced"), "--kind", kind]
-                     ) == 0
-    assert list(data.load_suite(tmp_path / "forced").tasks.values()) == [task]
-
-
-@pytest.mark.parametrize("pair", [("input", "output"), ("prompt", "completion"),
-                                  ("question", "answer"), ("instruction", "output")])
-def test_usual_columns(tmp_path, pair):
-    rows = [dict(zip(pair, (f"in {i}", f"out {i}"), strict=True)) for i in range(2)]
-    (task,) = converted(write(tmp_path, {"t.json": rows}) / "t.json", tmp_path).values()
-    assert {row["input"] for row in task.train + task.test} == {"in 0", "in 1"}
+        assert (name in left_out) == (name in str(files))
 
 
 @pytest.mark.parametrize("suffix", ["json", "jsonl", "csv", "parquet"])
@@ -109,24 +113,120 @@ def test_texts_stay_as_they_are(tmp_path, suffix):
             for i, text in enumerate(texts)]
     quoted = [",".join('"' + value.replace('"', '""') + '"' for value in row.values())
               for row in rows]
-    file = {"json": rows, "jsonl": "".join(json.dumps(row) + "\n" for row in rows),
-            "csv": "\ufeffquestion,answer,id\n" + "\n".join(quoted), "parquet": parquet(rows)}
+    file = {"json": rows, "jsonl": lines(rows), "parquet": parquet(rows),
+            "csv": "\ufeffquestion,answer,id\r\n" + "\r\n".join(quoted)}
     (task,) = converted(write(tmp_path, {f"t.{suffix}": file[suffix]}) / f"t.{suffix}",
                         tmp_path).values()
     found = {(row["id"], row["input"], *row["outputs"]) for row in task.train + task.test}
     assert found == {(row["id"], row["question"], row["answer"]) for row in rows}
 
 
-def test_numbers_and_references(tmp_path):
-    """Numbers become text, a list of answers several references, integer ids text."""
+def test_numbers_references_and_ids(tmp_path, capsys):
+    """Numbers become text, a list of answers several references; ids that repeat are replaced."""
     rows = [{"input": i, "output": output, "id": i} for i, output in enumerate([2.5, ["a", "b"]])]
     (task,) = converted(write(tmp_path, {"t.json": rows}) / "t.json", tmp_path).values()
     assert sorted((row["id"], row["input"], row["outputs"]) for row in task.train + task.test) == [
         ("0", "0", ["2.5"]), ("1", "1", ["a", "b"])]
+    rows[1]["id"] = 0
+    (task,) = converted(write(tmp_path, {"t.json": rows}) / "t.json", tmp_path / "b").values()
+    assert {row["id"] for row in task.train + task.test} == {"t-0", "t-1"}
+    assert "rows numbered, because ids are missing or stand twice: t\n" in capsys.readouterr().out
+
+
+def test_names_of_class_labels(tmp_path, capsys):
+    """Labels are their names, a test file without labels is named, a single gap is refused."""
+    label = datasets.ClassLabel(names=["bad", "good"])
+    features = {"text": datasets.Value("string"), "label": label}
+    rows = [{"text": f"t{i}", "label": i % 2} for i in range(4)]
+    unlabelled = [row | {"label": -1} for row in rows]
+    source = write(tmp_path / "t", {"train.parquet": parquet(rows, **features),
+                                    "test.parquet": parquet(unlabelled, **features)})
+    (task,) = converted(source, tmp_path).values()
+    assert exchanges(task) == {("t0", "bad"), ("t1", "good"), ("t2", "bad"), ("t3", "good")}
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if "not used" in line)
+    assert "no row has a label" in line and "test.parquet" in line
+    write(source, {"train.parquet": parquet([*rows, *unlabelled[:2]], **features)})
+    line = refused(source, tmp_path, capsys)
+    assert "train.parquet, row 5 has no label, nor have 1 other rows" in line
+    several = {"text": datasets.Value("string"), "label": datasets.List(label)}
+    rows = [{"text": f"t{i}", "label": [i, 1]} for i in range(2)]
+    write(tmp_path / "u", {"train.parquet": parquet(rows, **several)})
+    (task,) = converted(tmp_path / "u", tmp_path / "b").values()
+    assert sorted(row["outputs"] for row in task.train + task.test) == [["bad", "good"],
+                                                                        ["good", "good"]]
+
+
+ASK, ANSWER = {"role": "user", "content": "Hot?"}, {"role": "assistant", "content": "Cold."}
+CHATS = {  # a row, the exchange that it becomes
+    "messages": ({"messages": [ASK, ANSWER]}, ("Hot?", "Cold.")),
+    "system": ({"messages": [{"role": "system", "content": "Be."}, ASK, ANSWER]},
+               ("Be.\n\nHot?", "Cold.")),
+    "several turns": ({"messages": [ASK, ANSWER, ASK, ANSWER]}, ("Hot?", "Cold.")),
+    "ShareGPT": ({"conversations": [{"from": "human", "value": "Hot?"},
+                                    {"from": "gpt", "value": "Cold."}], "system": "Be."},
+                 ("Be.\n\nHot?", "Cold.")),
+    "TRL": ({"prompt": [ASK], "completion": [ANSWER]}, ("Hot?", "Cold.")),
+    "Alpaca": ({"instruction": "I", "input": "x", "output": "y", "system": "Be.", "history": []},
+               ("Be.\n\nI\n\nx", "y")),
+    "history": ({"instruction": "I", "input": "x", "output": "y", "history": [["a", "b"]]}, None),
+    "answer first": ({"messages": [ANSWER, ASK, ANSWER]}, None),
+    "tool": ({"messages": [ASK, {"role": "tool", "content": "1"}, ANSWER]}, None),
+    "picture": ({"messages": [{"role": "user", "content": [{"type": "image"}]}, ANSWER]}, None),
+    "no text": ({"messages": [ASK, {"role": "assistant", "content": None}]}, None),
+    "nothing": ({"messages": []}, None),
+}
+
+
+@pytest.mark.parametrize("chat", CHATS)
+def test_chats(tmp_path, capsys, chat):
+    """The first exchange of a chat becomes a row; what is cut or left out is counted."""
+    row, expected = CHATS[chat]
+    usual = CHATS[chat if expected else {"history": "Alpaca"}.get(chat, "messages")][0]
+    source = write(tmp_path, {"t.jsonl": lines([row, usual, usual])}) / "t.jsonl"
+    (task,) = converted(source, tmp_path).values()
+    out = capsys.readouterr().out
+    rows = exchanges(task)
+    if expected:
+        assert expected in rows and len(task.train + task.test) == 3
+    else:
+        assert len(task.train + task.test) == 2 and "1 of 3 chats left out" in out
+    assert ("3 of 3 chats cut to their first exchange" in out) == (chat == "several turns")
+    if not expected:
+        assert "all 1 chats left out" in refused(
+            write(tmp_path, {"u.jsonl": lines([row])}) / "u.jsonl", tmp_path, capsys)
+
+
+def test_a_system_turn_that_all_chats_share_is_the_definition(tmp_path):
+    source = write(tmp_path, {"t.json": [CHATS["system"][0]] * 2}) / "t.json"
+    (task,) = converted(source, tmp_path).values()
+    assert (task.definition, exchanges(task)) == ("Be.", {("Be.\n\nHot?", "Cold.")})
+
+
+def test_a_dataset_of_the_hub(tmp_path, capsys, monkeypatch):
+    """It is read by name; without a network one line says so."""
+    made = datasets.DatasetDict({split: datasets.Dataset.from_list(rows) for split, rows in (
+        ("train", PAIR), ("validation", PAIR), ("test", PAIR[:1]))})
+    asked = []
+    with monkeypatch.context() as patch:
+        patch.setattr(datasets, "load_dataset", lambda *words: asked.append(words) or made)
+        (task,) = converted("nobody/glue:cb", tmp_path).values()
+    assert (task.name, len(task.train), len(task.test)) == ("cb", 2, 1)
+    assert asked == [("nobody/glue", "cb")]
+    assert "left out: validation" in capsys.readouterr().out
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    assert "nobody/glue does not exist" in refused("nobody/glue", tmp_path, capsys)
+
+
+def test_separators(tmp_path, capsys):
+    """The one that the first line is written with is read and said."""
+    text = 'question;answer\n"What, now?";yes\n"a; b";no\n'
+    (task,) = converted(write(tmp_path, {"x.csv": text}) / "x.csv", tmp_path).values()
+    assert exchanges(task) == {("What, now?", "yes"), ("a; b", "no")}
+    assert "columns separated by ';': x.csv" in capsys.readouterr().out
 
 
 def test_instructions_of_rows(tmp_path, capsys):
-    """One for a whole task is its Definition; several stand before the inputs, which may lack."""
+    """One for a whole task is its Definition; several are put before the inputs."""
     rows = [{"instruction": "A.", "input": "x", "output": "1", "kind": "first one"},
             {"instruction": "A.", "input": "y", "output": "2", "kind": "first one"},
             {"instruction": "B.", "input": "z", "output": "3", "kind": "second"},
@@ -137,16 +237,15 @@ def test_instructions_of_rows(tmp_path, capsys):
             for name, task in tasks.items()} == {
         "first_one": ("A.", {"x", "y"}), "second": ("", {"B.\n\nz", "C."})}
     out = capsys.readouterr().out
-    assert "'first one': first_one" in out and "before their inputs: second" in out
+    assert "'first one': first_one" in out and "before the inputs: second" in out
 
 
 def test_columns_by_name(tmp_path, capsys):
-    rows = [{"q": "a", "a": "b", "how": "H", "n": i, "id": "same"} for i in range(2)]
+    rows = [{"q": f"a{i}", "a": "b", "input": "", "n": i} for i in range(2)]
     (task,) = converted(write(tmp_path, {"t.json": rows}) / "t.json", tmp_path, "--input_column",
-                        "q", "--output_column", "a", "--definition_column", "how", "--id_column",
-                        "n").values()
-    assert task.definition == "H" and {task.train[0]["id"], task.test[0]["id"]} == {"0", "1"}
-    assert "left out: id\n" in capsys.readouterr().out
+                        "q", "--output_column", "a").values()
+    assert exchanges(task) == {("a0", "b"), ("a1", "b")}
+    assert "left out: input, n\n" in capsys.readouterr().out
 
 
 def test_own_test_file_is_kept(tmp_path, capsys):
@@ -186,20 +285,26 @@ def test_tasks_and_metric(tmp_path):
 
 BAD = {  # files, what stands in the line
     "nothing": ({"x.md": "?"}, ("source",)),
+    "test file alone": ({"test.json": PAIR}, ("source",)),
     "empty list": ({"t/train.json": []}, ("train.json",)),
     "empty file": ({"t/train.csv": ""}, ("train.csv",)),
     "broken json": ({"t/train.json": "[{"}, ("train.json",)),
-    "broken line": ({"t/train.jsonl": '{"input": "a", "output": "b"}\n{"input": \n'},
-                    ("train.jsonl", "line 2")),
-    "broken csv": ({"t/train.csv": "input,output\na,b\na,b,c\n"}, ("train.csv", "line 3")),
+    "broken line": ({"t/train.jsonl": '{"input": "a", "output": "b"}\n\n{"input": \n'},
+                    ("train.jsonl", "line 3")),
+    "long csv line": ({"t/train.csv": "input,output\na,b\na,b,c\n"}, ("train.csv", "line 3")),
+    "short csv line": ({"t/train.csv": "input,output\na,b\na\n"}, ("train.csv", "line 3")),
+    "open quote": ({"t/train.csv": 'input,output\na,b\n"a,b\n'}, ("train.csv", "line 3")),
+    "equal columns": ({"t/train.csv": "input,input\na,b\n"}, ("train.csv", "input")),
+    "empty cell": ({"t/train.csv": "input,output\na,b\na,\n"}, ("row 2", "no output")),
+    "not UTF-8": ({"t/train.csv": "input,output\né,b".encode("latin-1")}, ("train.csv",)),
     "broken parquet": ({"t/train.parquet": b"PAR1"}, ("train.parquet",)),
     "no object": ({"t/train.json": [{"input": "a", "output": "b"}, 3]}, ("train.json", "row 2")),
-    "columns": ({"t/train.json": [{"text": "a", "tag": "b"}]},
-                ("train.json", "'text'", "'tag'", "--input_column")),
+    "columns": ({"t/train.json": [{"content": "a", "tag": "b"}]},
+                ("train.json", "'content'", "'tag'", "--input_column")),
     "no output": ({"t/train.json": [*PAIR, {"input": "a", "output": None}]}, ("row 3", "output")),
+    "no outputs": ({"t/train.json": [*PAIR, {"input": "a", "output": []}]}, ("row 3", "output")),
     "nested": ({"t/train.json": [{"input": {"a": 1}, "output": "b"}]}, ("row 1", "input")),
     "no input": ({"t/train.json": [{"input": "", "output": "b"}]}, ("row 1",)),
-    "equal ids": ({"t/train.json": [row | {"id": 5} for row in PAIR]}, ("row 2", "'5'")),
     "one row": ({"t/train.json": PAIR[:1]}, ("t has one instance",)),
     "two formats": ({"t/train.json": PAIR, "t/train.csv": ""}, ("train.json", "train.csv")),
     "two tasks": ({"a/t/train.json": PAIR, "b/t/train.json": PAIR}, ("a/t", "b/t")),
@@ -223,11 +328,9 @@ def test_bad_files_are_refused(tmp_path, capsys, case):
 
 
 @pytest.mark.parametrize("flags, named", [
-    (["--kind", "folder"], "official"), (["--kind", "official"], "official"),
-    (["--kind", "trace"], "prompt and answer"), (["--tasks", "u"], "'u'"),
-    (["--input_column", "text"], "'text'"), (["--kind", "benchmark", "--id_column", "id"], "table"),
-    (["--test_items", "0"], "'0'"), (["--seed", "-1"], "'-1'"), (["--metric", "f1"], "rouge_l"),
-    (["--test", "5"], "--test"),
+    (["--tasks", "u"], "'u'"), (["--input_column", "text"], "'text'"),
+    (["--task_column", "text"], "'text'"), (["--test_items", "0"], "'0'"), (["--seed", "-1"], "-1"),
+    (["--metric", "f1"], "rouge_l"), (["--test", "5"], "--test"),
 ])
 def test_bad_flags_are_refused(tmp_path, capsys, flags, named):
     assert named in refused(write(tmp_path / "source", {"t/train.json": PAIR}), tmp_path, capsys,
@@ -240,6 +343,6 @@ def test_folder_in_use_is_refused(tmp_path, capsys):
     write(tmp_path, {"used/file": "?", "file": "?"})
     for name in ("used", "file"):
         assert name in refused(source, tmp_path, capsys, to=name)
-    assert "there" in refused(tmp_path / "gone", tmp_path, capsys)
+    assert "does not exist" in refused(tmp_path / "gone", tmp_path, capsys)
     (tmp_path / "made" / "suite").mkdir(parents=True)
     assert list(converted(source, tmp_path)) == ["t"]
