@@ -3,11 +3,11 @@
 #   mini     15 short tasks, 24 rows of each, two epochs: some 3 minutes a run with one thread, in bf16
 #   superni  the six SuperNI tasks with the shortest inputs, 64 rows of each, one epoch
 # Seed after seed, so that what has finished has all methods alike; each method at the learning rate
-# that scripts/tune.sh finds for it, or all at RATE. PIECE=530 stops it after so many seconds; the
-# same command goes on. Then: python report.py runs/compare-mini --out report
+# that scripts/tune.sh finds for it, or all at RATE. After a stop the same command continues. Then: python report.py runs/compare-mini --out report
 set -euo pipefail
 cd "$(dirname "$0")/.."
-form=${1:-} failed=0 PIECE=${PIECE:-31536000}
+trap : TERM INT  # of `timeout 530 bash scripts/compare.sh mini`: wait for the run to save
+form=${1:-} failed=0
 declare -A often  # optimizer steps between regroupings: one epoch has none by itself
 case $form in
   mini) data=(--suite mini); often=([mixed]=15 [sequential]=3)
@@ -31,8 +31,7 @@ for seed in 1 2 3 4 5; do
       "$(at badit-energy-squared 5e-4 "${often[$setting]}")")
     bash scripts/sweep.sh --models smollm2-135m --launcher "${LAUNCHER:-python}" "${data[@]}" \
       --runs "runs/compare-$form${RATE:+-$RATE}" --no_single --methods "${methods[@]}" \
-      --seeds "$seed" --settings "$setting" --stop_after "$((SECONDS < PIECE ? PIECE - SECONDS : 1))" \
-      "$@" -- --eval_loss --eval_batch_size 64 "${flags[@]}" "${more[@]}" ||
+      --seeds "$seed" --settings "$setting" "$@" -- --eval_loss --eval_batch_size 64 "${flags[@]}" "${more[@]}" ||
       { status=$?; [ "$status" = 1 ] || exit "$status"; failed=1; }  # 1: some runs failed
   done
 done

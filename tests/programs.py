@@ -11,6 +11,8 @@ import sys
 import time
 from pathlib import Path
 
+import filelock
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
@@ -54,18 +56,18 @@ def finish(_, *flags):
 
 
 def save_when_stopped(*flags):
-    """Take a second to save after a SIGTERM; a second one would lose it."""
-    folder = Path(flags[-1])
+    """Hold a run's lock, and take a second to save after a SIGTERM."""
+    folder = Path(flags[flags.index("--output_dir") + 1])
 
     def save(*_):
-        signal.signal(signal.SIGTERM, lambda *_: os._exit(9))
         time.sleep(1)
         (folder / "saved").touch()
         sys.exit(128 + signal.SIGTERM)
 
     signal.signal(signal.SIGTERM, save)
-    (folder / "begun").touch()
-    time.sleep(60)
+    with filelock.FileLock(folder / ".lock"):  # makes the folder
+        (folder / "begun").touch()
+        time.sleep(60)
 
 
 def end_with_launcher():
