@@ -4,19 +4,21 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/setup.sh
-precision=no  # bf16 where the CPU multiplies it: its steps take two thirds of the time there
+export PATH="$PWD/.venv/bin:$PATH"
+precision=no  # bf16 where the CPU has its products: a step then takes two thirds of the time
 if grep -qm1 avx512_bf16 /proc/cpuinfo 2>/dev/null; then precision=bf16; fi
 output=runs/quickstart n=1
 while [ -e "$output" ]; do n=$((n + 1)) output=runs/quickstart-$n; done
-.venv/bin/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision $precision \
-  --dynamo_backend no --num_cpu_threads_per_process "$(nproc)" train.py --method badit \
-  --model smollm2-135m --suite mini --setting mixed --epochs 2 --max_train_per_task 24 \
-  --learning_rate 5e-4 --max_new_tokens 20 --eval_before --output_dir "$output"
-.venv/bin/python report.py "$output" | tail -n 2  # its table stands above already
+launch=(accelerate launch --num_processes 1 --num_machines 1 --mixed_precision "$precision"
+  --dynamo_backend no --num_cpu_threads_per_process "$(nproc)" train.py)
+flags=(--model smollm2-135m --suite mini --setting mixed --epochs 2 --max_train_per_task 24
+  --learning_rate 5e-4 --max_new_tokens 20 --eval_before)
+"${launch[@]}" --method badit "${flags[@]}" --output_dir "$output"
+python report.py "$output" | tail -n 2  # its table stands above already
 question="Which word means the opposite of cheap?"
 asked="Answer with one word that means the opposite."
 echo "asked the base model and the trained one: $asked $question"
-.venv/bin/python generate.py --adapter "$output/adapter" --definition "$asked" "$question" --base \
+python generate.py --adapter "$output/adapter" --definition "$asked" "$question" --base \
   --max_new_tokens 20
 echo "adapter: $output/adapter
 next, after \`source .venv/bin/activate\`:
@@ -24,4 +26,6 @@ next, after \`source .venv/bin/activate\`:
   python export.py $output/adapter --approximate --out exported        # for PEFT, transformers, vLLM
   python train.py --eval_only --adapter $output/adapter                # score the adapter again
   python train.py --method badit --setting sequential --eval_before    # the tasks one after the other
-  python train.py --method lora --rank 32                              # a method to compare it with"
+
+and to compare it with LoRA of as many parameters and the same scaling, trained alike:
+  ${launch[*]} --method lora --match_parameters badit --alpha 272 ${flags[*]}"
