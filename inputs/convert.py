@@ -210,7 +210,8 @@ def _read_files(files, args, notes):
     groups = {}
     for split, rows in read.items():
         # In a file with Instances an empty output may be meant; in a table it is an empty cell.
-        missing = [where for row, where in rows if _is_missing(row.get(columns["output"]), declared)]
+        missing = [where for row, where in rows
+                   if _is_missing(row.get(columns["output"]), declared)]
         if split == "test" and len(missing) == len(rows):
             notes.say(f"not used, because no row has a {columns['output']}",
                       *{where.rpartition(", row")[0]: None for where in missing})
