@@ -1,9 +1,10 @@
 """Show one run, or make the report of a study.
 
-    python report.py runs/X                      # its table here; runs/X/report.html, figure.png
-    python report.py runs/study --out report     # tables (Markdown, LaTeX, CSV) and figures
-    python report.py runs/tune --tuning --out T  # loss against learning rate, by method
-    python report.py runs/study --export records # the small part of each run: no weights, no texts
+    python report.py runs/X                           # its table, runs/X/report.html, figure.png
+    python report.py runs/study --out report          # tables (Markdown, LaTeX, CSV) and figures
+    python report.py runs/tune --tuning --out T       # loss against learning rate, by method
+    python report.py runs/study --export S.jsonl.gz   # all runs in one file, no weights, no texts
+    python report.py S.jsonl.gz --out report          # the same report from that file
 
 A run that is incomplete, of another version or of mixed settings is named and left out.
 """
@@ -11,16 +12,31 @@ A run that is incomplete, of another version or of mixed settings is named and l
 import argparse
 import sys
 from pathlib import Path
+from typing import Literal
 
 import metrics
 from inputs.errors import InputError, one_line
 from inputs.files import write_text
-from inputs.settings import Parser
+from inputs.settings import REQUIRED, Flag, Parser, add_flags
 from reporting import runs
+
+FLAGS = (
+    Flag("runs", tuple[Path, ...], REQUIRED, "the --output_dir of a run, folders with runs "
+         "anywhere below, or files that --export wrote", metavar="PATH", positional=True),
+    Flag("out", Path | None, None, "write the report of a study there", metavar="DIR"),
+    Flag("export", Path | None, None, "write what a report reads of each run to one file, "
+         "NAME.jsonl.gz", metavar="FILE"),
+    Flag("unpack", Path | None, None, "write each run to a folder of its own there, from which a "
+         "study goes on", metavar="DIR"),
+    Flag("tuning", bool, False, "the runs are those of scripts/tune.sh, at several learning "
+         "rates: --out says which suits each method"),
+    Flag("allow_other", tuple[Literal[runs.FREE], ...], (), "what may differ between runs of one "
+         f"report, of {', '.join(runs.FREE)}", metavar="WHAT"),
+)
 
 
 def show_run(folder):
-    """Print the table of a run; then write its page and, where it was trained, its figure."""
+    """Print the table of a run; write its page and, if it was trained, its figure."""
     try:
         record = runs.read(folder)
         answers, regroupings = runs.read_answers(folder), runs.read_regroupings(folder)
@@ -37,11 +53,11 @@ def show_run(folder):
 
 
 def only_run(folders):
-    """The folder of the one run in `folders`. Raises InputError where there are more."""
+    """Return the folder of the one run in `folders`. Raises InputError if there are more."""
     if len(folders) == 1 and (folders[0] / "results.json").exists():
-        return folders[0]  # whatever may lie below it
-    found = runs.find(folders)
-    if len(folders) > 1 or len(found) > 1:
+        return folders[0]  # even if other runs lie below it
+    found = [] if any(map(runs.is_records_file, folders)) else list(runs.find(folders))
+    if len(folders) > 1 or len(found) != 1:
         raise InputError(f"{' '.join(map(str, folders))} holds several runs: name one, or give "
                          "--out DIR for the report of all")
     return found[0]
@@ -50,47 +66,41 @@ def only_run(folders):
 def build_parser():
     parser = Parser(prog="report.py", allow_abbrev=False, description=__doc__,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", type=Path, metavar="FOLDER",
-                        help="the --output_dir of a run, or folders with runs anywhere below")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="write the report of a study there")
-    parser.add_argument("--export", type=Path, metavar="DIR",
-                        help="copy the small part of each run that a report needs")
-    parser.add_argument("--tuning", action="store_true",
-                        help="runs are those of scripts/tune.sh, at several learning rates: "
-                             "--out says which suits each method")
-    parser.add_argument("--allow_other", nargs="+", choices=runs.FREE, default=[], metavar="WHAT",
-                        help="what may differ between runs of one report, of "
-                             f"{', '.join(runs.FREE)}")
+    add_flags(parser, FLAGS)
     return parser
+
+
+def make(args):
+    """Read the runs of a study, and write what the flags ask for."""
+    free = [*args.allow_other, *([runs.RATE] if args.tuning else [])]
+    records, left_out = runs.collect(args.runs, free)
+    for folder, reason in left_out:
+        print(one_line(f"left out: {folder}: {reason}"), file=sys.stderr)
+    if args.export:
+        runs.write_records(records, args.export)
+        print(one_line(f"{len(records)} records in {args.export}"))
+    if args.unpack:
+        runs.unpack(records, args.unpack)
+        print(one_line(f"{len(records)} runs in {args.unpack}"))
+    if args.out:
+        from reporting import study_report, tuning  # not above: they take seconds to load
+        written = (tuning if args.tuning else study_report).make(records, left_out, args.out)
+        print(one_line(f"{len(records)} runs, {len(left_out)} left out: {written}"))
 
 
 def main(argv=None):
     try:
         args = build_parser().parse_args(argv)
-        if args.tuning and not (args.out or args.export):
-            raise InputError("--tuning needs --out DIR or --export DIR")
-        if not (args.out or args.export):
-            if args.allow_other:
-                raise InputError("--allow_other is read with --out or --export only")
+        if args.export and not runs.is_records_name(args.export):
+            raise InputError(f"--export {args.export}: the name of the file must end with "
+                             ".jsonl.gz")
+        if args.out or args.export or args.unpack:
+            make(args)
+        elif args.tuning or args.allow_other:
+            raise InputError("--tuning and --allow_other need --out DIR, --export FILE or "
+                             "--unpack DIR")
+        else:
             show_run(only_run(args.runs))
-            return 0
-        free = [*args.allow_other, *([runs.RATE] if args.tuning else [])]
-        records, left_out = runs.collect(args.runs, free)
-        for folder, reason in left_out:
-            print(one_line(f"left out: {folder}: {reason}"), file=sys.stderr)
-        if args.export:
-            runs.export(records, args.export, args.runs)
-            print(one_line(f"{len(records)} records in {args.export}"))
-        if args.out and args.tuning:
-            from reporting import tuning  # not above: it takes seconds to load
-            tuning.make(records, left_out, args.out)
-            print(one_line(f"{len(records)} runs, {len(left_out)} left out: "
-                           f"{args.out / 'tuning.md'}"))
-        elif args.out:
-            from reporting import study_report  # not above: it takes seconds to load
-            study_report.make(records, left_out, args.out)
-            print(one_line(f"{len(records)} runs, {len(left_out)} left out: "
-                           f"{args.out / 'report.md'}"))
     except (InputError, OSError) as error:
         print(one_line(f"error: {error}"), file=sys.stderr)
         return 2

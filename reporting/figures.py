@@ -227,8 +227,9 @@ def label_regroupings(place, title, ylabel, legend="best"):
 
 def noise_level(runs):
     """The angle inside experts after a regrouping by noise, or None where it is not known."""
-    read = runs[0].settings
-    if (read.num_experts, read.rank, read.target_modules) == (8, 4, ("gate_proj",)):
+    settings = runs[0].results["settings"]
+    if [settings[key] for key in ("num_experts", "rank", "target_modules")] == [
+            8, 4, ["gate_proj"]]:
         return NOISE.get(runs[0].model)
 
 
@@ -266,7 +267,8 @@ def router_health(records):
         for variant, runs, colour in variants:
             style = dict(color=colour, marker="o", markersize=3, label=label(variant))
             moments, entropy = series(runs, "alpha_entropy")
-            left.plot(moments, entropy / math.log(runs[0].settings.num_experts), **style)
+            experts = runs[0].results["settings"]["num_experts"]
+            left.plot(moments, entropy / math.log(experts), **style)
             right.plot(*series(runs, "alpha_max"), **style)
         for place, shown in ((left, "entropy of alpha / ln K"), (right, "largest alpha")):
             place.update_datalim([(1, 0)], updatex=False)  # else nearly equal values are at the rim
@@ -338,7 +340,8 @@ def sensitivity(records):
         if variant not in wanted:
             continue
         score = metrics.mean(values_of(runs, "rouge", records))
-        experts, rank = runs[0].settings.num_experts, runs[0].settings.rank
+        settings = runs[0].results["settings"]
+        experts, rank = settings["num_experts"], settings["rank"]
         if rank == 4:
             points[model, "experts K (r = 4)"].append((setting, experts, score))
         if experts == 8:

@@ -14,7 +14,7 @@ def cells(records):
         record.variant, record.setting, record.seed))
     for record in ordered:
         if record.setting != "single":
-            found.setdefault(record.cell, []).append(record)
+            found.setdefault(record.group, []).append(record)
     return found
 
 

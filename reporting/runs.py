@@ -1,44 +1,57 @@
-"""Finished runs as a report reads them: which belong together, and which are named and left out.
+"""Read finished runs, select those that can be compared, and pack a study into one file.
 
-A record is a run's --output_dir, or what `export` keeps of it: no weights and no texts.
+A run is its --output_dir, or one line of a file of records (`write_records`), which keeps neither
+weights nor texts.
 """
 
+import gzip
 import json
-import math
-import shutil
+import zlib
 from collections import Counter
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import NamedTuple
 
-import metrics
 from inputs import formats
 from inputs.bars import Bar
 from inputs.errors import InputError
-from inputs.files import atomic_path, write_json
-from inputs.settings import Settings
-from registry import METHODS, variant_of
+from inputs.files import atomic_path, write_json, write_text
+from registry import METHODS
 
-ITEMS_FILE = "items.json"  # per-item scores of an exported record
-RUN_SIGNS = ("results.json", "log.jsonl", "checkpoints")  # what a folder with a run has one of
+ITEMS_FILE = "items.json"  # scores per item of an unpacked record
+RUN_SIGNS = ("results.json", "log.jsonl", "checkpoints")  # a folder with one of them holds a run
 RATE = "--learning_rate"
-FREE = ("code", "versions")  # what of a protocol may differ, where it is asked for
+FREE = ("code", "versions")  # what --allow_other may let differ
+NEEDED = ("args", "base_sha256", "code_sha256", "comparable", "compiler", "global_batch_size",
+          "metrics", "parameters", "precision", "processes", "regroupings", "rows", "run",
+          "scores", "settings", "task_order", "tasks", "variant", "versions")
+NEEDED_FLAGS = ("eval_before", "eval_only", "method", "model", "seed", "setting", "suite")
+UNREAD = ("score_matrix", "metrics_first_reference", "forward_needs")  # not packed
 
 
 class Record(NamedTuple):
     """One run."""
 
-    folder: Path
+    folder: Path  # or FILE/NAME for a line of a file of records
+    name: str  # the folder's path within the study
     results: dict  # results.json
-    settings: Settings  # of its method
-    log: list  # of log.jsonl; empty where nothing was trained
-    items: dict  # of the last row: {task: {item id: {metric: {"best": score, "first": score}}}},
-    #              and with --eval_loss of each item "loss": (its sum, tokens)
-    model: str
-    setting: str  # mixed, sequential, single, or eval
+    log: list  # [{"loss": of an optimizer step}]; empty if nothing was trained
+    items: dict  # after all training: {task: {item id: {metric: {"best": score, "first": score}}}};
+    #              with --eval_loss each item also has "loss": (sum over tokens, tokens)
+
+    @property
+    def model(self):
+        return Path(self.results["args"]["model"]).name
+
+    @property
+    def setting(self):
+        """mixed, sequential, single, or eval if nothing was trained."""
+        args = self.results["args"]
+        trained = METHODS[args["method"]].trains and not args["eval_only"]
+        return args["setting"] if trained else "eval"
 
     @property
     def variant(self):
-        """The method and those of its settings that have other values than by default."""
+        """The method and those of its settings that are not at their default."""
         return self.results["variant"]
 
     @property
@@ -47,29 +60,30 @@ class Record(NamedTuple):
 
     @property
     def rate(self):
-        """The peak learning rate, or None where nothing was trained."""
+        """The peak learning rate, or None if nothing was trained."""
         return self.results["comparable"].get(RATE)
 
     @property
     def order(self):
+        """The tasks in the order of training."""
         return self.results["task_order"]
 
     @property
-    def cell(self):
-        """What the seeds of one cell of a table share."""
+    def group(self):
+        """What runs that differ only in their seed have in common."""
         return self.model, self.variant, self.setting
 
     def matrix(self, reference):
-        """The rows a[j] of trained stages (of an untrained model: the only row), as lists."""
+        """The score matrix of the trained stages (untrained: one row), as lists."""
         return self.results["scores"][reference][self.results["args"]["eval_before"]:]
 
     def losses(self):
-        """The losses of the test answers by trained stage, as `matrix`, or None: not measured."""
+        """The loss of the test answers as `matrix`, or None if it was not measured."""
         losses = self.results.get("losses")
         return losses and losses[self.results["args"]["eval_before"]:]
 
     def final(self, reference):
-        """{task: score after all training}, None where not evaluated; of a single run: its own."""
+        """{task: score after all training}, None if not evaluated. A single run: after its task."""
         matrix = self.matrix(reference)
         rows = [matrix[i] if self.setting == "single" else matrix[-1]
                 for i in range(len(self.order))]
@@ -79,111 +93,56 @@ class Record(NamedTuple):
 # --- reading ------------------------------------------------------------------------------------
 
 
-def read(folder):
-    """The Record in `folder`. Raises InputError, with the reason, where there is no whole one."""
+def read(folder, name=None):
+    """Return the Record of the run in `folder`. Raises InputError if it is not finished."""
     folder = Path(folder)
-    content, results = _read(formats.read, folder / "results.json", formats.ReportedResults)
-    args = results.args
-    if args.method not in METHODS:
-        raise InputError(f"its method {args.method!r} is unknown; allowed: {', '.join(METHODS)}")
-    method = METHODS[args.method]
-    settings = method.settings.from_values(results.settings, "its results.json")
-    trained = method.trains and not args.eval_only
-    setting = args.setting if trained else "eval"
-    record = Record(folder, content, settings, _read_log(folder) if trained else [],
-                    {} if setting == "single" else _read_items(folder), Path(args.model).name,
-                    setting)
-    check_names(record)
-    check_scores(record)
-    if setting != "single":
-        check_items(record)
+    results = _read(folder / "results.json", dict)
+    record = Record(folder, name or folder.resolve().name, results, [], {})
+    check_keys(record)
+    if record.setting != "single":
+        record = record._replace(items=_read_items(folder))
+    if record.setting != "eval":
+        record = record._replace(log=_read(folder / "log.jsonl", formats.LogLine, lines=True))
+    check_whole(record)
     return record
 
 
-def check_names(record):
-    """Raise InputError unless what a report compares are the flags and the settings of the run."""
-    results, args = record.results, record.results["args"]
-    if results["variant"] != variant_of(args["method"], record.settings):
-        raise InputError(f"it is damaged, or of another version of this program: its settings do "
-                         f"not make it {results['variant']!r}")
-    for name, value in results["comparable"].items():
-        flag = name.removeprefix("--").partition(",")[0]
-        if args.get(flag) != value:
-            raise InputError(f"it is damaged: its {name} is {value!r:.60}, among its flags "
-                             f"{args.get(flag)!r:.60}")
-    if results["regroupings"] and "num_experts" not in record.settings.names():
-        raise InputError(f"it is damaged: {results['variant']} has no experts to regroup")
+def check_keys(record):
+    """Raise InputError unless results.json has all keys that a report reads."""
+    missing = [key for key in NEEDED if key not in record.results] or [
+        f"args.{flag}" for flag in NEEDED_FLAGS if flag not in record.results["args"]]
+    if missing:
+        raise InputError(f"its results.json has no {missing[0]!r}: it is damaged, or of another "
+                         "version of this program")
+    method = record.results["args"]["method"]
+    if method not in METHODS:
+        raise InputError(f"its method {method!r} is unknown; allowed: {', '.join(METHODS)}")
 
 
-def check_scores(record):
-    """Raise InputError unless the score matrices fit the tasks, which all have a last score."""
-    results, order = record.results, record.order
-    if sorted(results["tasks"]) != sorted(order):
-        raise InputError("it is damaged: its tasks do not fit their order")
-    stages = len(order) if record.setting in ("sequential", "single") else 1
-    rows = stages + results["args"]["eval_before"]
-    for reference in ("best", "first"):
-        matrix = results["scores"].get(reference, ())
-        if not len(matrix) == len(results["rows"]) == rows or any(
-                len(row) != len(order) for row in matrix):
-            raise InputError("its score matrix does not fit its tasks")
-        if results.get("losses") is not None and [len(row) for row in results["losses"]] != [
-                len(row) for row in matrix]:
-            raise InputError("its losses do not fit its tasks")
-        if None in record.final(reference).values():
-            raise InputError("it was not evaluated on all of its tasks at its end")
+def check_whole(record):
+    """Raise InputError unless every task has a final score, with scores per item."""
+    if None in record.final("first").values():
+        raise InputError("it was not evaluated on all of its tasks at its end")
+    missing = sorted(set(record.order) - set(record.items))
+    if missing and record.setting != "single":
+        raise InputError("incomplete: it has no scores per item (predictions/) of "
+                         f"{', '.join(missing[:3])}")
 
 
-def check_items(record):
-    """Raise InputError unless the scores per item give the scores per task."""
-    if set(record.items) != set(record.order):
-        raise InputError("incomplete: it has no scores per item (predictions/ or items.json) of "
-                         f"{sorted(set(record.order) - set(record.items))[:3]}")
-    for task, items in record.items.items():
-        metric = record.results["tasks"][task]["metric"]
-        for reference in ("best", "first"):
-            mean = metrics.mean(item[metric][reference] for item in items.values())
-            score = record.final(reference)[task]
-            if mean is None or not math.isclose(mean, score, abs_tol=1e-6):
-                raise InputError(f"it is damaged: the items of {task} score {mean or 0:.2f} on "
-                                 f"average, results.json says {score:.2f}")
-        if record.losses():
-            check_losses(record, task, items)
-
-
-def check_losses(record, task, items):
-    """Raise InputError unless the losses per item give the loss of a task."""
-    if any("loss" not in item for item in items.values()):
-        raise InputError(f"it is damaged: items of {task} have no loss, though it was measured")
-    total, tokens = map(sum, zip(*(item["loss"] for item in items.values()), strict=True))
-    said = record.losses()[-1][record.order.index(task)]
-    if said is None or not math.isclose(total / tokens, said, rel_tol=1e-5, abs_tol=1e-7):
-        raise InputError(f"it is damaged: the items of {task} have a loss of "
-                         f"{total / tokens:.4f} on average, results.json says {said}")
-
-
-def _read(reader, path, kind):
-    """What `reader` of inputs/formats.py gives; an InputError names the file within its run."""
+def _read(path, shape, lines=False):
+    """Return the content of a JSON (lines) file. Raises InputError that names it in its run."""
     if not path.exists():
         raise InputError(f"incomplete: it has no {path.name}")
     try:
-        return reader(path, kind)
+        return formats.read_lines(path, shape) if lines else formats.read(path, shape)[0]
     except InputError as error:
         raise InputError(str(error).replace(str(path), f"its {path.name}")) from None
 
 
-def _read_log(folder):
-    log = _read(formats.read_lines, folder / "log.jsonl", formats.LogLine)
-    if not log:
-        raise InputError("its log.jsonl is empty")
-    return log
-
-
 def _read_items(folder):
-    """Scores per item after all training: from an export, or from the last predictions."""
+    """Return the scores per item after all training, from the last predictions or a record."""
     if (folder / ITEMS_FILE).exists():
-        kind = dict[str, dict[str, formats.ItemScores]]
-        return _read(formats.read, folder / ITEMS_FILE, kind)[0]
+        return _read(folder / ITEMS_FILE, dict)
     items = {}
     for line in read_answers(folder):
         loss = {"loss": line["loss"]} if "loss" in line else {}
@@ -192,57 +151,98 @@ def _read_items(folder):
 
 
 def read_answers(folder):
-    """The predictions after all training, as dicts, or [] where they are not kept."""
-    paths = sorted((folder / "predictions").glob("[0-9]*.jsonl"))
-    return _read(formats.read_lines, paths[-1], formats.Prediction) if paths else []
+    """Return the predictions after all training as dicts, or [] if they are not kept."""
+    paths = list((folder / "predictions").glob("[0-9]*.jsonl"))
+    last = max(paths, key=lambda path: int(path.name.split("_")[0]), default=None)
+    return _read(last, formats.Prediction, lines=True) if last else []
 
 
 def read_regroupings(folder):
-    """What every layer's regroupings left in regroup.jsonl, as dicts, or [] without one."""
+    """Return the lines of regroup.jsonl, one a layer and regrouping, or [] without one."""
     path = folder / "regroup.jsonl"
-    return _read(formats.read_lines, path, formats.RegroupLine) if path.exists() else []
+    return _read(path, formats.RegroupLine, lines=True) if path.exists() else []
 
 
 def find(folders):
-    """Run folders in `folders`, sorted: those with a results.json, and those without it yet.
+    """Return {run folder: its path below one of `folders`}, finished or not, sorted.
 
     Raises InputError for a folder that does not exist, or that holds no run.
     """
-    found = set()
-    for folder in folders:
-        if not Path(folder).is_dir():
-            raise InputError(f"{folder} is no folder")
-        for name in RUN_SIGNS:
-            found |= {path.parent for path in Path(folder).rglob(name)}
+    found = {}
+    for folder in map(Path, folders):
+        if not folder.is_dir():
+            raise InputError(f"{folder} is no folder, and no file of records (.jsonl.gz)")
+        for path in (path for name in RUN_SIGNS for path in folder.rglob(name)):
+            name = path.parent.relative_to(folder).as_posix()
+            found[path.parent] = folder.resolve().name if name == "." else name
     if not found:
         raise InputError(f"{' '.join(map(str, folders))}: no run in it; start one with train.py "
                          "or scripts/sweep.sh")
-    return sorted(found)
+    return dict(sorted(found.items()))
 
 
-# --- exporting ----------------------------------------------------------------------------------
+# --- files of records ---------------------------------------------------------------------------
 
 
-def export(records, out, folders):
-    """Copy the small part of each run that is in `folders` into a folder of its name in `out`.
+def is_records_name(path):
+    return path.name.endswith(".jsonl.gz")
 
-    Raises InputError, before anything is written, where another run would be overwritten.
+
+def is_records_file(path):
+    return path.is_file() and is_records_name(path)
+
+
+def write_records(records, path):
+    """Write records to `path` (.jsonl.gz), a line a run; equal records give equal bytes.
+
+    Raises InputError if two runs have one name.
     """
-    taken = {path.resolve() for path in find(folders)}
-    destinations = [(out / record.folder.resolve().name).resolve() for record in records]
-    for destination in destinations:
-        other = not (destination / ITEMS_FILE).exists() and any(
-            (destination / name).exists() for name in RUN_SIGNS)
-        if destination in taken or other:
-            raise InputError(f"--export would overwrite {destination}, or write it twice")
-        taken.add(destination)
-    for record, destination in zip(records, destinations, strict=True):
-        # No results.json until all is there: a part is not taken for the whole.
-        (destination / "results.json").unlink(missing_ok=True)
-        write_json(destination / ITEMS_FILE, record.items)
-        for name in ("log.jsonl", "results.json") if record.log else ("results.json",):
-            with atomic_path(destination / name) as temporary:
-                shutil.copyfile(record.folder / name, temporary)
+    names = Counter(record.name for record in records)
+    if max(names.values()) > 1:
+        raise InputError(f"two runs have the name {max(names, key=names.get)!r}: export them to "
+                         "two files")
+    with (atomic_path(path) as temporary, open(temporary, "wb") as file,
+          gzip.GzipFile("", "wb", 9, file, mtime=0) as packed):
+        for record in records:
+            line = {"name": record.name, "items": record.items,
+                    "log": [{"loss": step["loss"]} for step in record.log],
+                    "results": {key: value for key, value in record.results.items()
+                                if key not in UNREAD}}
+            text = json.dumps(line, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+            packed.write(text.encode() + b"\n")
+
+
+def read_records(path):
+    """Return the Records in a file of records. Raises InputError if it is damaged."""
+    try:
+        with gzip.open(path, "rt", encoding="utf-8") as file:
+            records = [Record(path / run["name"], **run) for run in map(json.loads, file)]
+        for record in records:
+            check_keys(record)
+    except InputError as error:
+        raise InputError(f"{record.folder}: {error}") from None
+    except (OSError, EOFError, zlib.error, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path} is not a readable file of records: {error!r}") from None
+    return records
+
+
+def unpack(records, out):
+    """Write each record to a folder of its name in `out`, from which a study can go on.
+
+    Raises InputError, before anything is written, if such a folder exists already.
+    """
+    folders = [out / record.name for record in records]
+    for folder, record in zip(folders, records, strict=True):
+        if ".." in folder.parts or PurePath(record.name).is_absolute():
+            raise InputError(f"the name {record.name!r} leads out of {out}")
+        if folder.exists():
+            raise InputError(f"--unpack would overwrite {folder}")
+    for record, folder in zip(records, folders, strict=True):
+        write_json(folder / ITEMS_FILE, record.items)
+        if record.log:
+            write_text(folder / "log.jsonl",
+                       "".join(f"{json.dumps(line)}\n" for line in record.log))
+        write_json(folder / "results.json", record.results)  # last: it says that all is there
 
 
 # --- what belongs together ----------------------------------------------------------------------
@@ -287,7 +287,7 @@ def select(records, free=()):
         other = sorted(name for name, value in mine.items()
                        if json.dumps(value, sort_keys=True) != usual[name])
         alone = tuple(record.order) if record.setting == "single" else ()
-        key = (*record.cell, record.seed, alone, *([record.rate] if RATE in free else []))
+        key = (*record.group, record.seed, alone, *([record.rate] if RATE in free else []))
         if other:
             shown = "; ".join(f"{name} {_brief(mine[name])}, most have "
                               f"{_brief(json.loads(usual[name]))}" for name in other[:3])
@@ -305,19 +305,24 @@ def _brief(value):
     return text if len(text) <= 40 else text[:37] + "..."
 
 
-def collect(folders, free=()):
-    """All runs in `folders` that may stand in one report -> (records, [(folder, reason)]).
+def collect(paths, free=()):
+    """Return (records that can be compared, [(folder, reason)] of the others).
 
-    Raises InputError where none is left.
+    `paths` are folders with runs below them, or files of records. Raises InputError if no run is
+    left.
     """
-    records, left_out = [], []
-    for folder in Bar(find(folders), desc="read runs", unit="run", delay=2, leave=False):
+    paths, left_out = list(map(Path, paths)), []
+    files = list(filter(is_records_file, paths))
+    records = [record for file in files for record in read_records(file)]
+    folders = [path for path in paths if path not in files]
+    found = find(folders) if folders else {}
+    for folder, name in Bar(found.items(), desc="read runs", unit="run", delay=2, leave=False):
         try:
-            records.append(read(folder))
+            records.append(read(folder, name))
         except InputError as error:
             left_out.append((folder, str(error)))
     kept, others = select(records, free)
     if not kept:
         reasons = "; ".join(f"{folder}: {reason}" for folder, reason in left_out[:3])
-        raise InputError(f"no finished run in {' '.join(map(str, folders))} ({reasons})")
+        raise InputError(f"no finished run in {' '.join(map(str, paths))} ({reasons})")
     return kept, left_out + others

@@ -51,6 +51,7 @@ def make(records, left_out, out):
         parts += ["## Left out", bullets(one_line(f"`{folder}`: {reason}")
                                          for folder, reason in left_out)]
     write_text(out / "report.md", "\n\n".join(parts) + "\n")
+    return out / "report.md"
 
 
 def bullets(lines):

@@ -11,7 +11,7 @@ from reporting.tables import Cell, Table
 
 
 def make(records, left_out, out):
-    """Write tuning.md, tuning.csv and tuning.png into the folder `out`."""
+    """Write tuning.md, tuning.csv and tuning.png into the folder `out`; return the first."""
     found = losses_by_rate(records)
     table = rate_table(found)
     write_text(out / "tuning.csv", table.csv())
@@ -20,6 +20,7 @@ def make(records, left_out, out):
     write_text(out / "tuning.md", "\n\n".join([
         "# Learning rates", table.markdown(), "![loss against learning rate](tuning.png)",
         "For a study:", f"`--methods {words(found)}`", *lines]) + "\n")
+    return out / "tuning.md"
 
 
 def losses_by_rate(records):
