@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Fig. 12: BADIT with other numbers of experts K and other ranks r. The paper's values are in its
-# figure alone; these double from 2 to 16 and from 1 to 16. Arguments as for scripts/sweep.sh.
+# Fig. 12: BADIT with other numbers of experts K and other ranks r. The paper gives its values
+# in the figure only; these double from 2 to 16 and from 1 to 16. Arguments as for scripts/sweep.sh.
 # Then: python report.py runs/study --out report
 set -euo pipefail
 exec bash "$(dirname "$0")/sweep.sh" --no_single --models qwen3-8b llama3-8b gemma2-9b --methods \

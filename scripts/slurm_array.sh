@@ -6,14 +6,14 @@
 #SBATCH --signal=B:TERM@300
 #SBATCH --requeue
 #SBATCH --output=slurm-%A_%a.out
-# One line of the study's list per job of a SLURM array, with the arguments of scripts/sweep.sh:
+# Run line I of a study's list in job I of a SLURM array, with the arguments of scripts/sweep.sh:
 #   bash scripts/sweep.sh --dry-run --seeds 1 2 | wc -l                # 1224 lines, so
 #   sbatch --array=0-1223 scripts/slurm_array.sh --seeds 1 2
-# A model that no node holds, shared by the GPUs of several, one task a node:
+# A model that is too large for one node, sharded over several, one task a node:
 #   sbatch --nodes=2 --gpus-per-node=8 --ntasks-per-node=1 --array=0-9 scripts/slurm_array.sh \
 #     --models /models/Llama-3-70B --no_single -- --gradient_checkpointing
-# A run that reaches its time limit saves; the same sbatch command goes on with it, and a finished
-# one takes a second. Run scripts/setup.sh once before, on a node that sees the package index.
+# A run that reaches its time limit saves; the same sbatch command resumes it and skips finished ones.
+# Run scripts/setup.sh once before, on a node that sees the package index.
 set -euo pipefail
 if [ -z "${SLURM_SUBMIT_DIR:-}" ] || [ -z "${SLURM_ARRAY_TASK_ID:-}" ]; then
   echo "error: start this from the folder of train.py with sbatch --array=0-N" >&2; exit 2

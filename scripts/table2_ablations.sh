@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Table 2: BADIT without BAD, without DOG, without both, and the control that regroups at random,
-# without which no gain can be credited to DOG. Arguments as for scripts/sweep.sh.
+# Table 2: BADIT without BAD, without DOG, without both, and with random regrouping, the control that
+# shows whether a gain comes from DOG. Arguments as for scripts/sweep.sh.
 # Then: python report.py runs/study --out report
 set -euo pipefail
 exec bash "$(dirname "$0")/sweep.sh" --no_single --models qwen3-8b llama3-8b gemma2-9b \

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# All tests, offline, on any machine; makes the environment first if need be.
+# Run ruff and all tests, offline; install the environment first if it is missing.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/setup.sh
