@@ -4,6 +4,7 @@
 `python data.py convert SOURCE --to FOLDER` makes a suite of files in another layout.
 """
 
+import datetime
 import random
 import re
 import sys
@@ -27,11 +28,18 @@ from inputs.task_files import (
     task_folders,
     unread_files,
 )
-from metrics import counts_anything
+from metrics import counts_anything, exact_match
 
 FRAME = "Now complete the following example -\nInput: {input}\nOutput: "
 PROMPT = "{definition}\n\n" + FRAME
 MARKER = "\N{OBJECT REPLACEMENT CHARACTER}"  # stands for a text in a chat template
+TEMPLATE_FAILS = "--chat_template: this tokenizer's template fails"
+# A chat template may write today's date by strftime_now. A fixed date (the one that Llama 3.2's
+# template falls back to) gives a run the same prompts on the day that it is resumed or repeated.
+FIXED_DATE = datetime.date(2024, 7, 26)
+DATE_MACRO = "{% macro strftime_now(format) %}{{ format" + "".join(
+    f" | replace('%{code}', '{FIXED_DATE.strftime('%' + code)}')"
+    for code in ("-d", "-m", *"aAbBcdDeFhHIjmMpSxXyY")) + " }}{% endmacro +%}"
 MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids", "labels", "logits_to_keep",
                 "num_items_in_batch")
 SUITE_FLAGS = (
@@ -145,8 +153,14 @@ class Encoded(NamedTuple):
     train: dict[str, list]  # rows of task, id, input_ids (prompt + target), num_targets
     test: dict[str, list]  # rows of task, id, prompt, input_ids, references
     left_out: list[tuple[str, str]]  # (task, id) of training instances
-    shortened: dict[str, dict[str, int]]  # instances with a cut input field, by split and task
+    # Numbers of instances, by split and task:
+    shortened: dict[str, dict[str, int]]  # with a cut input field
+    unwritable: dict[str, dict[str, int]]  # with no answer that the tokenizer can write in full
+    unknown: dict[str, dict[str, int]]  # with unknown tokens in the prompt
     answer_tokens: dict[str, list]  # of the shortest reference of every test row, by task
+
+
+COUNTED = ("shortened", "unwritable", "unknown")
 
 
 def build_prompt(definition, input_text):
@@ -167,10 +181,18 @@ class Framer:
             raise InputError("the tokenizer has no EOS token: nothing would end an answer")
         if chat_template and not tokenizer.chat_template:
             raise InputError("--chat_template: this tokenizer has no chat template")
-        self.tokenizer, self.chat_template = tokenizer, chat_template
+        self.tokenizer, self.chat_template = tokenizer, ""
+        if chat_template:
+            with library_errors(TEMPLATE_FAILS):
+                self.chat_template = tokenizer.get_chat_template()
+                if "strftime_now" in self.chat_template:
+                    self.chat_template = DATE_MACRO + self.chat_template
         self.special = {token.content: id for id, token in tokenizer.added_tokens_decoder.items()
                         if token.special}
         self.special_ids = set(self.special.values())
+        self.unknown_id = tokenizer.unk_token_id
+        if self.unknown_id in (tokenizer.bos_token_id, tokenizer.eos_token_id):
+            self.unknown_id = None  # as in GPT-2, whose bytes are never unknown
         longest_first = sorted(self.special, key=len, reverse=True)
         self.spelt = re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")
         self.frames = {}  # of the template, by number of turns: what stands around them
@@ -178,6 +200,13 @@ class Framer:
     def text(self, text):
         """The ids of a text, such as an answer; nothing is added."""
         return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
+
+    def written(self, text):
+        """Return the text of an answer's tokens, which is all that a model can write of it.
+
+        White space is left out.
+        """
+        return "".join(self.tokenizer.decode(self.text(text), skip_special_tokens=True).split())
 
     def prompt(self, definition, text):
         """(prompt, ids) of an instance."""
@@ -226,11 +255,11 @@ class Framer:
 
     def _in_template(self, turns):
         """The turns of user and model as a dialogue, with the beginning of the model's next one."""
-        with library_errors("--chat_template: this tokenizer's template fails"):
+        with library_errors(TEMPLATE_FAILS):
             return self.tokenizer.apply_chat_template(
                 [{"role": "assistant" if number % 2 else "user", "content": content}
                  for number, content in enumerate(turns)], tokenize=False,
-                add_generation_prompt=True,
+                add_generation_prompt=True, chat_template=self.chat_template,
                 enable_thinking=False)  # Qwen3 would think aloud before a label; others ignore it
 
 
@@ -243,7 +272,7 @@ def encode_suite(suite, tokenizer, max_length, chat_template=False, splits=SPLIT
     for a task left without training instances, and as Framer does.
     """
     framer = Framer(tokenizer, chat_template)
-    encoded = Encoded({}, {}, [], {split: {} for split in SPLITS}, {})
+    encoded = Encoded({}, {}, [], *({split: {} for split in SPLITS} for _ in COUNTED), {})
     total = sum(len(getattr(task, split)) for task in suite.tasks.values() for split in splits)
     with Bar(total=total, desc="tokenise", unit="row", delay=2, leave=False) as bar:
         for name, task in suite.tasks.items():
@@ -260,7 +289,12 @@ def encode_suite(suite, tokenizer, max_length, chat_template=False, splits=SPLIT
             encoded.train[name], encoded.test[name] = fits, test
             encoded.answer_tokens[name] = [row.pop("answer_tokens") for row in test]
             for split, rows in (("train", fits), ("test", test)):
-                encoded.shortened[split][name] = sum(row.pop("shortened") for row in rows)
+                if rows and all([row.pop("blank") for row in rows]):
+                    answer = getattr(task, split)[0]["outputs"][0]
+                    raise InputError(f"the tokenizer has no tokens for any answer of {name} "
+                                     f"({split}), such as {answer!r:.60}")
+                for what in COUNTED:
+                    getattr(encoded, what)[split][name] = sum(row.pop(what) for row in rows)
     return encoded
 
 
@@ -293,6 +327,12 @@ def _describe_task(task, encoded, unread, max_length, max_new_tokens):
     if f"{task.name}/labels.json" in unread and task.metric == "rouge_l":
         yield (f"{task.name}: it has a labels.json, and is scored by rouge_l: a key Metric, or "
                "`python data.py convert`, makes that accuracy")
+    for what, words in (("unwritable", "no answer that the tokenizer can write in full"),
+                        ("unknown", "characters in the prompt that the tokenizer does not know")):
+        counts = [getattr(encoded, what)[split][task.name] for split in SPLITS]
+        if any(counts):
+            yield (f"{task.name}: {counts[0]} of {len(train)} training and {counts[1]} of "
+                   f"{len(test)} test items have {words}")
     too_long = sum(length > max_new_tokens for length in encoded.answer_tokens[task.name])
     if too_long:
         yield (f"{task.name}: {too_long} of {len(test)} test items have no reference of at most "
@@ -309,22 +349,27 @@ def _describe_task(task, encoded, unread, max_length, max_new_tokens):
 
 
 def _encode_split(task, split, framer, max_length, bar):
-    """Rows of one split."""
+    """Return the rows of one split."""
     rows = []
     for instance in getattr(task, split):
         row = {"task": task.name, "id": instance["id"]}
         if split == "train":
-            target = [*framer.text(instance["outputs"][0]), framer.tokenizer.eos_token_id]
+            answers = instance["outputs"][:1]
+            target = [*framer.text(answers[0]), framer.tokenizer.eos_token_id]
             _, ids, shortened = _fit_prompt(framer, task.definition, instance["input"],
                                             max_length - len(target))
             row |= {"input_ids": ids + target, "num_targets": len(target)}
         else:
+            answers = instance["outputs"]
             prompt, ids, shortened = _fit_prompt(framer, task.definition, instance["input"],
                                                  max_length)
-            answers = [len(framer.text(output)) for output in instance["outputs"]]
-            row |= {"prompt": prompt, "input_ids": ids, "references": instance["outputs"],
-                    "answer_tokens": min(answers)}
-        rows.append(row | {"shortened": shortened})
+            row |= {"prompt": prompt, "input_ids": ids, "references": answers,
+                    "answer_tokens": min(len(framer.text(answer)) for answer in answers)}
+        written = {"".join(answer.split()): framer.written(answer) for answer in answers}
+        rows.append(row | {
+            "shortened": shortened, "unknown": framer.unknown_id in ids,
+            "unwritable": not any(exact_match(*pair) for pair in written.items()),
+            "blank": any(written) and not any(written.values())})
         bar.update()
     return rows
 

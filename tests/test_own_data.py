@@ -6,6 +6,9 @@ import pytest
 from conftest import NO_EVAL, SMALL, succeed, write_json
 from suite_files import DEFINITION, complaint, item, write_task
 from test_data import BOS, CHAT, EOS, FRAME, HEAD, TAIL, byte_tokenizer, encode, load
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+from transformers.utils import chat_template_utils
 
 import data
 from inputs.errors import InputError
@@ -196,6 +199,43 @@ def test_references_that_no_answer_can_reach_are_counted(tmp_path):
         "alpha: 2 of 4 test items have no reference of at most 8 tokens (--max_new_tokens): no "
         "answer reaches it"]
     assert described(root, max_new_tokens=99)[1:] == []
+
+
+def word_tokenizer(unknown="?"):
+    """A tokenizer of four words; `unknown` stands for all others, or they are dropped."""
+    words = [EOS, "?", "red", "Now"]
+    inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)},
+                                       unk_token=unknown))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=inner, unk_token=unknown, eos_token=EOS)
+
+
+def test_answers_that_the_tokenizer_cannot_write(tmp_path):
+    """They are counted, as are prompts; a task of which none can be written is refused."""
+    root = write_task(tmp_path / "s", "alpha", [item("a", "red"), item("b", "blue red")],
+                      [item("c", ["blue", "red"]), item("d", "blue")])
+    encoded = encode(root, word_tokenizer())
+    assert encoded.unwritable == {"train": {"alpha": 1}, "test": {"alpha": 1}}
+    assert encoded.unknown == {"train": {"alpha": 2}, "test": {"alpha": 2}}
+    lines = list(data.describe(load(root), encoded, 1000, 50))
+    assert ("alpha: 1 of 2 training and 1 of 2 test items have no answer that the tokenizer can "
+            "write in full") in lines
+    write_task(root, "beta", [item("a", "blue"), item("b", "北京")])
+    message = complaint(encode, root, word_tokenizer())
+    assert "any answer of beta (train), such as 'blue'" in message
+    sea = byte_tokenizer()
+    assert not any(encode(root, sea).unwritable["train"].values())
+
+
+def test_a_template_that_writes_the_date_writes_the_same_one_every_day(tmp_path, monkeypatch):
+    """Otherwise a run that is resumed on another day would have other prompts."""
+    written = "{% macro header() %}{{ strftime_now('%d %b %Y') }} {% endmacro %}{{ header() }}"
+    tokenizer = byte_tokenizer(chat=written + CHAT)
+    root = write_task(tmp_path / "s", "alpha")
+    rows = encode(root, tokenizer, chat_template=True)
+    assert rows.test["alpha"][0]["prompt"].startswith("26 Jul 2024 [user]")
+    monkeypatch.setattr(chat_template_utils, "datetime", None)  # the clock that it would ask
+    assert encode(root, tokenizer, chat_template=True) == rows
 
 
 def test_shortened_inputs_and_known_ones_are_counted_by_task(tmp_path):
