@@ -85,6 +85,18 @@ class BaditLinear(InitialBank, BankLinear):
         kept = 1.0 if self.inactive == "keep" else 0.0
         return Routing(alpha, torch.where(active, alpha, kept), active)
 
+    @property
+    def depends_on_token(self):
+        return self.routing != "static"
+
+    @torch.no_grad()
+    def constant_update(self, mixing=None):
+        """As `InitialBank`; static routing needs no `mixing`, as its factors are constant."""
+        if mixing is None:
+            factors = self.scaling * self.alpha.double()[self.expert_of]  # (N,)
+            mixing = torch.diag(factors)
+        return super().constant_update(mixing)
+
     @torch.no_grad()
     def energies(self, x, expert_of):
         """`relative_energy` of tokens x (..., in): (..., K), float32 always."""
@@ -156,6 +168,11 @@ class Badit(ExpertMethod):
         if self.by_energy:
             measure_energies(self.model, self.layers, loader)
         super().start_stage(stage, loader)
+
+    def export_obstacle(self):
+        if not self.settings.no_bad and (self.by_energy or self.settings.inactive == "initial"):
+            return "experts that a token does not select act on it as pre-trained"
+        return None
 
     def active_parameters(self):
         drops = self.settings.no_bad or self.by_energy or self.settings.inactive != "keep"

@@ -117,6 +117,16 @@ class InitialBank:
         self.residual.data = residual
 
     @torch.no_grad()
+    def constant_update(self, mixing=None):
+        """Return the update of W0 in float64: the bank's, with -s B0 A0 of the residual appended.
+
+        A (2 N, in), B (out, 2 N).
+        """
+        A, B = super().constant_update(mixing)
+        B0 = -self.scaling * self.lora_B0.double()  # (out, N)
+        return torch.cat([A, self.lora_A0.double()]), torch.cat([B, B0], dim=1)
+
+    @torch.no_grad()
     def restore(self, tensors):
         """Take over saved tensors; the residual is rebuilt from the saved initial bank."""
         same = all(torch.equal(getattr(self, name), tensors[name].to(self.lora_A))

@@ -92,6 +92,7 @@ class BankLinear(nn.Module):
     """
 
     base_tensors = ("residual", "bias")
+    depends_on_token = True
 
     def __init__(self, base, num_experts, rank, alpha, dropout, top_k):
         super().__init__()
@@ -138,6 +139,20 @@ class BankLinear(nn.Module):
         if routing.active is None or not torch.is_grad_enabled():
             return weight, None
         return weight, routing.active.reshape(-1, K).index_select(1, expert_of)
+
+    @torch.no_grad()
+    def components(self, x):
+        """Return h = A x and the factor c of each component, s included, both (tokens, N).
+
+        For x (tokens, in) the bank's output is B (c * h).
+        """
+        h = x.to(self.lora_A.dtype) @ self.lora_A.T
+        return h, self.per_component(self.route(x, self.expert_of), self.expert_of)[0]
+
+    @torch.no_grad()
+    def constant_update(self, mixing):
+        """Return A (N, in) and B M (out, N) in float64, where M h = `mixing` h replaces c * h."""
+        return self.lora_A.double(), self.lora_B.double() @ mixing
 
     def active_parameters(self, drops):
         """Weights that act on one token; `drops`: experts outside the top_k do not act at all."""

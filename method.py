@@ -41,6 +41,11 @@ class Method:
     frozen base tensors in `base_tensors`; all its other tensors are the adapter, and it has
     `restore(tensors)`, which takes them over.
 
+    To be exported as a LoRA adapter, a layer also has `depends_on_token`, whether its update
+    differs from token to token, and `constant_update(mixing)`: A (R, in) and B (out, R) in float64,
+    for which W0 x + B A x is its output without dropout. Where the update depends on the token it
+    has `components(x)`, and `mixing` (N, N) replaces what these show: see `experts.BankLinear`.
+
     A batch is a dict: input_ids, attention_mask and position_ids (batch, seq), in training also
     labels (batch, n) for its last n columns, and `tasks`, the task of every row, None for a filler.
     """
@@ -143,6 +148,12 @@ class Method:
 
     def end_stage(self, stage, loader):
         """Called after the last step of a stage, before its evaluation."""
+
+    # --- export ---------------------------------------------------------------------------------
+
+    def export_obstacle(self):
+        """Return why this adapter cannot be a LoRA adapter, or None. Reads the settings alone."""
+        return None
 
     # --- counts and adapter state ---------------------------------------------------------------
 

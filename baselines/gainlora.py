@@ -285,6 +285,8 @@ class GainLinear(OloraLinear):
     InfLoRA's, which train B only, and `basis` is the subspace of old inputs; else O-LoRA's.
     """
 
+    constant_update = None  # gates differ from prompt to prompt
+
     def __init__(self, base, rank=4, alpha=32, dropout=0.05, chunk=None):
         self.trains_A = chunk is None
         super().__init__(base, rank, alpha, dropout)
@@ -367,6 +369,9 @@ class GainLora(BranchMethod):
     """A gated branch for every task; the gates are computed once per sequence from its prompt."""
 
     name = "gainlora"
+
+    def export_obstacle(self):
+        return "its gates depend on the prompt"
 
     @property
     def has_memory(self):

@@ -50,6 +50,7 @@ class LoraLinear(nn.Module):
     """
 
     base_tensors = ("residual", "bias")
+    depends_on_token = False
 
     def __init__(self, base, rank=4, alpha=32, dropout=0.05):
         super().__init__()
@@ -71,6 +72,11 @@ class LoraLinear(nn.Module):
         u = self.dropout(x).to(y.dtype)
         return y + low_rank_update(u, self.lora_A.to(y.dtype), self.lora_B.to(y.dtype),
                                    self.scaling)
+
+    @torch.no_grad()
+    def constant_update(self, mixing=None):
+        """Return A (r, in) and s B (out, r) in float64."""
+        return self.lora_A.double(), self.scaling * self.lora_B.double()
 
     def restore(self, tensors):
         """Take over saved adapter tensors, named as in this layer's state_dict."""

@@ -61,6 +61,7 @@ class OloraLinear(nn.Module):
     """
 
     base_tensors = ("residual", "bias")
+    depends_on_token = False
 
     def __init__(self, base, rank=4, alpha=32, dropout=0.05):
         super().__init__()
@@ -89,6 +90,12 @@ class OloraLinear(nn.Module):
         A = torch.cat(list(self.lora_A)).to(y.dtype)  # (t * r, in)
         B = torch.cat(list(self.lora_B), dim=1).to(y.dtype)  # (out, t * r)
         return y + low_rank_update(u, A, B, self.scaling)
+
+    @torch.no_grad()
+    def constant_update(self, mixing=None):
+        """Return the branches side by side in float64: A (t * r, in) and s B (out, t * r)."""
+        A, B = torch.cat(list(self.lora_A)), torch.cat(list(self.lora_B), dim=1)
+        return A.double(), self.scaling * B.double()
 
     def restore(self, tensors):
         """Take over saved adapter tensors, named as in this layer's state_dict."""

@@ -1,9 +1,9 @@
-"""An adapter of a run as a standard LoRA adapter, or merged into a whole checkpoint."""
+"""Export an adapter: fit its update, measure the export, write it with a model card."""
 
 import contextlib
 import os
-import shutil
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,34 +12,31 @@ from accelerate import PartialState
 
 import adapter
 import data
+import evaluation
 import models
-from deploy import card, fidelity, low_rank
+from deploy import low_rank
 from harness.adapter_config import ADAPTER_CONFIG, read_adapter_config
 from inputs import formats
+from inputs.bars import Bar
 from inputs.errors import InputError, one_line
 from inputs.files import fsync, write_json, write_text
 from inputs.model_folders import read_config
 from inputs.tensors import write_tensors
-from registry import EMBEDDED, MODELS
+from metrics import mean, named_metrics
+from registry import EMBEDDED, MODELS, method_class
 
 BATCH = 8  # rows of a calibration pass
-VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what its --max-lora-rank takes
-
-
-class Form(NamedTuple):
-    """How an export stands for the adapter."""
-
-    rank: int
-    fitted: int  # layers whose experts depend on the token
-    rows: int  # of the calibration
-    lost: float  # largest share of a layer's update that --rank has cut off
+ANSWERS = 16  # prompts that are answered at a time
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # allowed values of its --max-lora-rank
 
 
 def export(args):
-    """Write what the flags ask for into --out -> exit status."""
+    """Write the export that the flags ask for into --out. Raises InputError."""
     config, settings = read_adapter_config(args.adapter)
+    if obstacle := method_class(config.method)(settings).export_obstacle():
+        raise InputError(f"{config.method} cannot be exported as a LoRA adapter: {obstacle}")
     device = PartialState().device
-    device = torch.device("cpu") if device.type == "mps" else device  # which has no float64
+    device = torch.device("cpu") if device.type == "mps" else device  # mps has no float64
     run = run_of(args.adapter, config)
     trained, tokenizer = models.load(args.model)
     suite, encoded = read_rows(args, run, tokenizer, config)
@@ -48,89 +45,167 @@ def export(args):
     dtype = stored_dtype(args.model) if args.merged else None
     exported, _ = models.load(args.model)
     low_rank.merge(exported.to(device), updates, dtype)
-    near = fidelity.compare(trained, exported, tokenizer, in_turn(encoded.test, args.rows),
-                            {name: task.metric for name, task in suite.tasks.items()},
-                            args.max_new_tokens)
-    for line in card.measured(form, near, suite.name):
+    near = compare(trained, exported, tokenizer, first_of_each(encoded.test, args.rows),
+                   {name: task.metric for name, task in suite.tasks.items()}, args.max_new_tokens)
+    said = [*form, *near.lines(suite.name)]
+    for line in said:
         print(one_line(line), flush=True)
     if near.kl > args.max_kl:
-        raise InputError(f"the export would be far from the adapter: its KL of {near.kl:.4f} is "
-                         f"above --max_kl {args.max_kl:g}; nothing was written")
-    text = card.render(args, config, settings, run, form, near, suite.name, hub_name(args.model))
+        raise InputError(f"KL(adapter || export) is {near.kl:.3g}, above --max_kl "
+                         f"{args.max_kl:g}: nothing was written")
+    rank = max(len(update.A) for update in updates.values())
     with whole_folder(args.out) as folder:
-        write_text(folder / "README.md", text)
+        write_text(folder / "README.md", card(args, config, settings, run, said))
         if args.merged:
             exported.to("cpu", dtype).save_pretrained(folder)
             tokenizer.save_pretrained(folder)
         else:
-            write_lora(folder, updates, form.rank, args.model)
+            write_lora(folder, updates, rank, args.model)
     size = sum(file.stat().st_size for file in args.out.iterdir())
     print(one_line(f"{args.out}: {size / 2**20:.1f} MiB"
-                   + ("" if args.merged else f"; {serving(form.rank)}")))
-    return 0
+                   + ("" if args.merged else f"; {vllm_flag(rank)}")))
 
 
 # --- the update ---------------------------------------------------------------------------------
 
 
 def fit(args, model, tokenizer, train, device):
-    """({layer: Update}, Form) of a wrapped model; calibrated on rows of `train` where need be."""
+    """Return {layer: Update} of a wrapped model, and a line that says how each was found.
+
+    Layers that depend on the token are fitted to rows of `train`. Raises InputError where
+    --approximate or --rank does not suit the layers.
+    """
     layers = model.adapted_by.layers
-    rows = in_turn(train, args.rows) if args.approximate else []
-    mixing = {}
-    if rows:
-        rows = sorted(rows, key=lambda row: len(row["input_ids"]))
+    for layer in layers.values():
+        if getattr(layer, "constant_update", None) is None:
+            raise InputError(f"{model.adapted_by.name} cannot be exported as a LoRA adapter: "
+                             f"{type(layer).__name__} defines no constant_update")
+    fitted = sum(layer.depends_on_token for layer in layers.values())
+    if fitted and not args.approximate:
+        raise InputError("this adapter's experts depend on the token, so no LoRA adapter equals "
+                         "it: --approximate exports the nearest one and measures the difference")
+    if args.approximate and not fitted:
+        raise InputError(f"--approximate has no effect: this {model.adapted_by.name} adapter is "
+                         "exported exactly")
+    how, mixing = "exact", {}
+    if fitted:
+        rows = sorted(first_of_each(train, args.rows), key=lambda row: len(row["input_ids"]))
         batches = [data.pad_left([row["input_ids"] for row in rows[first:first + BATCH]],
                                  tokenizer.pad_token_id) for first in range(0, len(rows), BATCH)]
         batches = [{key: tensor.to(device) for key, tensor in batch.items()} for batch in batches]
         mixing = {name: low_rank.least_squares(sums)
                   for name, sums in low_rank.calibrate(model, batches).items()}
+        how = (f"approximated: {fitted} layers with experts that depend on the token, each "
+               f"replaced by a constant that was fitted to {len(rows)} training rows")
     updates, lost = {}, 0.0
     for name, layer in layers.items():
-        update = low_rank.constant_update(layer, mixing.get(name))
+        update = low_rank.Update(*layer.constant_update(mixing.get(name)))
         if args.rank is not None and args.rank >= len(update.A):
             raise InputError(f"--rank {args.rank}: the update has rank {len(update.A)} already")
         updates[name], cut = low_rank.refactored(update, args.rank)
         lost = max(lost, cut)
     rank = max(len(update.A) for update in updates.values())
+    cut = f"; --rank cut off at most {lost:.1%} of a layer's update" if args.rank else ""
     updates = {name: low_rank.padded(update, rank) for name, update in updates.items()}
-    return updates, Form(rank, len(mixing), len(rows), lost)
+    return updates, [f"{how}; rank {rank}{cut}"]
 
 
 def run_of(path, config):
-    """The Results of the run that left an adapter there, or None."""
+    """Return (values, Results) of the results.json of the adapter's run, or None."""
     path = Path(path).resolve()
-    file = next((folder / "results.json" for folder in (path.parent, path.parent.parent)
-                 if (folder / "results.json").is_file()), None)
-    if file is None:
-        return None
-    _, results = formats.read(file, formats.Results)
-    return results if results.base_sha256 == config.base_sha256 else None
+    for folder in (path.parent, path.parent.parent):
+        if (folder / "results.json").is_file():
+            values, results = formats.read(folder / "results.json", formats.Results)
+            return (values, results) if results.base_sha256 == config.base_sha256 else None
+    return None
 
 
 def read_rows(args, run, tokenizer, config):
-    """(the suite, its first rows encoded): that of --suite, or of the adapter's run."""
+    """Return the suite of --suite or of the adapter's run, and its first rows encoded."""
     name, folder, tasks = args.suite, args.data_dir, None
     if name is None:
         if run is None:
-            raise InputError(f"beside {args.adapter} stands no results.json of its run: --suite "
-                             "names tasks on which to measure the export")
-        name, folder = run.args["suite"], run.args["data_dir"]
-        tasks = config.trained_on.get("tasks", run.args["tasks"])  # of --setting single: one
+            raise InputError(f"no results.json of its run is beside {args.adapter}: name tasks "
+                             "with --suite, to measure the export")
+        name, folder = run[1].args["suite"], run[1].args["data_dir"]
+        tasks = config.trained_on.get("tasks", run[1].args["tasks"])  # one in --setting single
     suite = data.load_suite(name, folder)
     suite = data.select_tasks(suite, tasks) if tasks else suite
     each = -(-args.rows // len(suite.tasks))
     suite = data.cut(suite, each, each)
-    length = 1024 if run is None else run.args["max_length"]
+    length = 1024 if run is None else run[1].args["max_length"]
     return suite, data.encode_suite(suite, tokenizer, length, config.chat_template)
 
 
-def in_turn(by_task, count):
-    """At most `count` rows, one of each task, then a second one, ..."""
+def first_of_each(by_task, count):
+    """Return at most `count` rows: the first of each task, then the second of each, ..."""
     longest = max(map(len, by_task.values()))
     rows = [rows[index] for index in range(longest) for rows in by_task.values()
             if index < len(rows)]
     return rows[:count]
+
+
+# --- the measurement ----------------------------------------------------------------------------
+
+
+class Fidelity(NamedTuple):
+    """Differences of an exported model from the trained one; means over tokens and over tasks."""
+
+    prompts: int
+    tokens: int
+    kl: float  # KL(trained || exported) of the next token, in nats
+    agreement: float  # share of tokens with the same most likely next token
+    difference: float  # largest difference of two logits, relative to the largest logit
+    score: float  # of the trained model, 0 to 100
+    exported_score: float
+
+    def lines(self, suite):
+        """Return the lines that are printed and go into the card."""
+        return (f"on {self.prompts} held-out prompts of {suite} ({self.tokens:,} tokens): "
+                f"KL(adapter || export) {self.kl:.2g}, same most likely token at "
+                f"{self.agreement:.1%}, largest difference of a logit {self.difference:.1e} of "
+                "the largest logit",
+                f"mean score on them: adapter {self.score:.2f}, export {self.exported_score:.2f}")
+
+
+def divergence(p, q):
+    """Return KL(p || q) of every token (...), from logits p and q (..., vocabulary)."""
+    p, q = p.double().log_softmax(-1), q.double().log_softmax(-1)
+    return (p.exp() * (p - q)).sum(-1)
+
+
+@torch.no_grad()
+def compare(trained, exported, tokenizer, rows, metric_of, max_new_tokens):
+    """Return the Fidelity of `exported` on encoded test rows; both models are on one device."""
+    device = next(exported.parameters()).device
+    kl = agreed = tokens = 0
+    difference = largest = torch.zeros((), device=device)
+    for row in Bar(rows, desc="compare", unit="prompt", delay=2, leave=False):  # one: no padding
+        ids = torch.tensor([row["input_ids"]], device=device)  # (1, seq)
+        p, q = (model(input_ids=ids, use_cache=False).logits[0].float()
+                for model in (trained, exported))  # (seq, vocabulary)
+        kl += float(divergence(p, q).sum())
+        agreed += int((p.argmax(-1) == q.argmax(-1)).sum())
+        tokens += len(p)
+        difference = torch.maximum(difference, (p - q).abs().max())
+        largest = torch.maximum(largest, p.abs().max())
+    scores = [score(model, tokenizer, rows, metric_of, max_new_tokens, device)
+              for model in (trained, exported)]
+    return Fidelity(len(rows), tokens, max(0.0, kl / tokens), agreed / tokens,
+                    float(difference / largest), *scores)
+
+
+def score(model, tokenizer, rows, metric_of, max_new_tokens, device):
+    """Return the mean score over tasks of greedy answers to test rows."""
+    scored, batches = [], evaluation.make_batches(rows, ANSWERS)
+    for batch in Bar(batches, desc="answer", unit="batch", delay=2, leave=False):
+        prompts = data.pad_left([rows[index]["input_ids"] for index in batch],
+                                tokenizer.pad_token_id)
+        prompts = {key: tensor.to(device) for key, tensor in prompts.items()}
+        texts = evaluation.generate(model, tokenizer, prompts, max_new_tokens)
+        scored += [evaluation.scored(rows[index], text)
+                   for index, text in zip(batch, texts, strict=True)]
+    return mean(evaluation.task_scores(scored, metric_of, "best").values())
 
 
 # --- files --------------------------------------------------------------------------------------
@@ -138,26 +213,23 @@ def in_turn(by_task, count):
 
 @contextlib.contextmanager
 def whole_folder(path):
-    """A context with a folder that becomes `path` at its end, or leaves no trace."""
+    """Yield a folder that is renamed to `path` at the end; an error leaves nothing behind."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"))
-    try:
-        yield temporary
-        for file in (*temporary.iterdir(), temporary):
-            os.chmod(file, 0o755 if file == temporary else 0o644)  # as made they are private
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as temporary:
+        folder = Path(temporary, path.name)
+        folder.mkdir()
+        yield folder
+        for file in folder.iterdir():
+            os.chmod(file, 0o644)  # safetensors makes its files private
             fsync(file)
-        try:
-            os.rename(temporary, path)
-        except OSError as error:
-            raise InputError(f"--out {path} cannot be written: {error.strerror}") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        os.rename(folder, path)
+        fsync(path.parent)
 
 
 def write_lora(folder, updates, rank, model):
-    """The two files of a LoRA adapter as PEFT, transformers and vLLM read them, in float32.
+    """Write a LoRA adapter as PEFT, transformers and vLLM read it, in float32.
 
-    With lora_alpha = r their scale is 1.
+    Its scale is lora_alpha / r = 1.
     """
     tensors = {}
     for name, update in updates.items():
@@ -169,32 +241,58 @@ def write_lora(folder, updates, rank, model):
         "target_modules": sorted({name.rpartition(".")[2] for name in updates}),
         "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": False, "inference_mode": True,
         "init_lora_weights": True, "use_rslora": False, "use_dora": False, "modules_to_save": None,
-        "base_model_name_or_path": where(model)})
+        "base_model_name_or_path":
+            None if model == EMBEDDED else hub_name(model) or str(Path(model).resolve())})
+
+
+def card(args, config, settings, run, said):
+    """Return the README.md of an export, with front matter for the hub.
+
+    `run` is that of `run_of`, `said` the lines on how the export was made and measured.
+    """
+    name = hub_name(args.model)
+    front = [f"base_model: {name}"] if name else []
+    front += [f"library_name: {'transformers' if args.merged else 'peft'}",
+              "pipeline_tag: text-generation", "tags:", "- badit"]
+    base = name or (args.model if args.model in MODELS else config.model_type)
+    given = ", ".join(f"{key} {value}" for key, value in sorted(asdict(settings).items()))
+    stored = "" if config.base == "dense" else (
+        f"; trained on it stored as {config.base}, exported for the dense one")
+    lines = [*said, f"method: {config.method} ({given})",
+             f"base model: {base}, SHA-256 of its weights as float32 {config.base_sha256}{stored}"]
+    if run is not None:
+        values, results = run
+        trained = ", ".join(f"{key} {results.args[key]}" for key in (
+            "suite", "setting", "epochs", "learning_rate", "seed"))
+        scores = ", ".join(f"{key} {value:.2f}" for key, value in named_metrics(values)
+                           if value is not None)
+        lines += [f"trained: {trained}, precision {results.precision}", f"scores: {scores}"]
+    return "\n".join([
+        "---", *front, "---", "", f"# {config.method} on {base}", "",
+        "A whole checkpoint: the adapter is merged into its weights." if args.merged else
+        "A LoRA adapter: `PeftModel.from_pretrained(base, folder)`.", "",
+        *(f"- {line}" for line in lines), "",
+        f"Format of its prompts, with{'' if config.chat_template else 'out'} the model's chat "
+        "template around it:", "",
+        "```", data.build_prompt("{definition}", "{input}"), "```", ""])
 
 
 def hub_name(model):
-    """The name of the base model on the hub, or None for one that is not there as it is here."""
-    return None if model == EMBEDDED else MODELS.get(model)
-
-
-def where(model):
-    """Where a loader finds the base model, or None: of the embedded one, where it was converted."""
-    if model == EMBEDDED:
+    """Return the base model's name on the hub, or None: the embedded model's weights differ there.
+    """
+    if model == EMBEDDED or model not in MODELS and Path(model).is_dir():
         return None
-    return hub_name(model) or str(Path(model).resolve())
+    return MODELS.get(model, model)
 
 
 def stored_dtype(model):
-    """The type of a checkpoint's weights, as its configuration names it; float32 where it does not.
-    """
+    """Return the dtype that a checkpoint's configuration names; float32 where it names none."""
     return read_config(models.locate(model)).dtype or torch.float32
 
 
-def serving(rank):
-    """What vLLM needs to be told of a rank."""
+def vllm_flag(rank):
+    """Return the flag that vLLM needs for an adapter of this rank."""
     fits = [allowed for allowed in VLLM_RANKS if allowed >= rank]
-    listed = ", ".join(map(str, VLLM_RANKS))
     if not fits:
         return f"vLLM takes no rank above {VLLM_RANKS[-1]}: give --rank, or --merged"
-    return (f"vLLM needs --max-lora-rank {fits[0]}"
-            + ("" if rank in VLLM_RANKS else f" (it allows {listed})"))
+    return f"vLLM needs --max-lora-rank {fits[0]}"

@@ -1,8 +1,9 @@
-"""What generate.py and export.py share: flags, the newest adapter, and how they end.
+"""Shared by generate.py and export.py: their parser, the newest adapter, how they end.
 
-Nothing here needs torch.
+Imports no torch, so that --help and wrong flags are answered at once.
 """
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -12,18 +13,26 @@ from harness.arguments import refuse_odd_words
 from harness.early import print_anything
 from harness.signals import StopSignals
 from inputs.errors import InputError, Interrupted, error_lines, one_line
+from inputs.numbers import PositiveInt
+from inputs.settings import Flag, Parser, add_flags
 from registry import MODELS
 
+MODEL_FLAGS = (
+    Flag("model", str | None, None, "the base model, where the adapter names none or it has moved: "
+         f"one of {', '.join(MODELS)}, or a checkpoint's folder"),
+    Flag("max_new_tokens", PositiveInt, 50, "tokens per answer at most (default: 50)", "N"))
 
-def add_model_flags(parser, adapter, **options):
-    """--model, and the flag or word `adapter`."""
-    parser.add_argument(adapter, type=Path, metavar="ADAPTER", **options)
-    parser.add_argument("--model", help="its base model, where that has moved, or is not named in "
-                        f"it: one of {', '.join(MODELS)}, or a checkpoint's folder")
+
+def parse(program, description, flags, argv):
+    """Return the flags in `argv`. Raises InputError."""
+    parser = Parser(prog=program, allow_abbrev=False, description=description,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_flags(parser, flags)
+    return parser.parse_args(argv)
 
 
 def newest_adapter(folder=Path("runs")):
-    """The adapter of the run in `folder` that finished last. Raises InputError for none."""
+    """Return the adapter of the run in `folder` that finished last. Raises InputError for none."""
     finished = [file for file in folder.rglob("results.json")
                 if (file.parent / "adapter" / ADAPTER_CONFIG).is_file()]
     if not finished:
@@ -33,7 +42,7 @@ def newest_adapter(folder=Path("runs")):
 
 
 def base_name(adapter, model):
-    """What to load as the base of an adapter: `model`, or what its configuration names."""
+    """Return the base of an adapter: `model`, or the one that its configuration names."""
     config, _ = read_adapter_config(adapter)
     model = model or adapter_config.base_name(adapter, config)
     if model is None:
@@ -41,20 +50,20 @@ def base_name(adapter, model):
     return model
 
 
-def carry_out(argv, read, execute):
-    """Call execute(read(argv)) -> its exit status; 2 after one line on bad input, 130 on Ctrl-C.
+def carry_out(argv, read_flags, execute):
+    """Call execute(read_flags(argv)) -> exit status: 0; 2 after one line on bad input; 130.
 
-    SIGTERM and SIGHUP end it as Ctrl-C does, so nothing temporary is left behind.
+    SIGTERM and SIGHUP end it as Ctrl-C does, so that temporary files are removed.
     """
     print_anything()
     try:
         refuse_odd_words(sys.argv[1:] if argv is None else argv)
         with StopSignals():
-            return execute(read(argv))
+            execute(read_flags(argv))
+        return 0
     except (InputError, OSError) as error:
         print(error_lines(error), file=sys.stderr)
         return 2
-    except (KeyboardInterrupt, Interrupted) as error:
-        print(one_line(f"\rstopped{': ' if str(error) else ''}{error}".lstrip("\r")),
-              file=sys.stderr)
+    except (KeyboardInterrupt, Interrupted):
+        print(one_line("stopped"), file=sys.stderr)
         return 130
