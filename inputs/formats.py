@@ -202,7 +202,7 @@ class Prediction(Struct):
 
 
 class Question(Struct):
-    """A line of generate.py's --prompts; other keys are handed through."""
+    """A line of generate.py's --prompts; other keys are copied to its output."""
 
     prompt: Annotated[str, Meta(min_length=1)]
     definition: str | UnsetType = UNSET
@@ -244,19 +244,15 @@ def read_lines(path, kind):
     return values
 
 
-def try_lines(path, kind):
-    """(number, a line of a JSON-lines file as plain values, None) for every line.
+def numbered_lines(path, kind):
+    """Yield (number, plain value) of every line of a JSON-lines file.
 
-    Or (number, None, the InputError that says what is wrong with it). Raises InputError where the
-    file cannot be read.
+    Raises InputError, which names the line, for what is no JSON or of another shape.
     """
     for number, where, line in _lines(path):
-        try:
-            value = _parse(line, where)
-            convert(value, kind, where, verdict="")
-            yield number, value, None
-        except InputError as error:
-            yield number, None, error
+        value = _parse(line, where)
+        convert(value, kind, where, verdict="")
+        yield number, value
 
 
 def _lines(path):
