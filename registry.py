@@ -108,11 +108,16 @@ class LoraSettings(LowRank):
     """LoRA."""
 
     match_parameters: Literal["badit"] | None = setting(
-        None, "the --rank whose trainable parameters come nearest to BADIT's: 34 for its K = 8, "
-        "r = 4")
+        None, "choose the --rank whose number of trainable parameters is nearest to BADIT's (34 on "
+        "SmolLM2) and, unless --alpha is given, BADIT's scaling, alpha = 8 * rank")
 
     def unread(self):
-        return {} if self.match_parameters is None else {"--match_parameters": {"rank"}}
+        if self.match_parameters is None:
+            return {}
+        causes = {"--match_parameters": {"rank"}}
+        if self.alpha == LoraSettings.alpha:
+            causes["--match_parameters and its default value"] = {"alpha"}
+        return causes
 
 
 @dataclass(frozen=True)

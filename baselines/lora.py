@@ -13,6 +13,9 @@ from torch import nn
 from inputs.errors import InputError
 from method import Method, find_targets, frozen
 from quantized import frozen_linear
+from registry import BaditSettings
+
+BADIT = BaditSettings()  # with the paper's values
 
 
 def low_rank_update(u, A, B, s):
@@ -31,15 +34,22 @@ def check_rank(rank, shape):
                          f"{tuple(shape)} weight")
 
 
-def matching_rank(model, target_modules, num_experts=8, rank=4):
-    """The LoRA rank whose trainable parameters come nearest to those of BADIT with its router.
+def match_badit(settings, model):
+    """Return `settings` with the rank whose trainable parameters come nearest to BADIT's.
 
-    A layer has r (in + out) of them, or N (in + out) + K in.
+    A LoRA layer has r (in + out) of them, BADIT's K r (in + out) in its bank and K in its router.
+    The default alpha becomes that of BADIT's scaling. Settings of that rank, which were matched
+    before, are returned as they are.
     """
-    layers = find_targets(model, target_modules).values()
+    layers = find_targets(model, settings.target_modules).values()
     one = sum(linear.in_features + linear.out_features for linear in layers)
-    routers = num_experts * sum(linear.in_features for linear in layers)
-    return num_experts * rank + round(routers / one)
+    routers = BADIT.num_experts * sum(linear.in_features for linear in layers)
+    rank = BADIT.num_experts * BADIT.rank + round(routers / one)
+    if settings.rank == rank:
+        return settings
+    given = settings.alpha != type(settings).alpha
+    alpha = settings.alpha if given else BADIT.alpha / BADIT.rank * rank
+    return replace(settings, rank=rank, alpha=alpha)
 
 
 class LoraLinear(nn.Module):
@@ -90,8 +100,7 @@ class Lora(Method):
 
     def check_model(self, model):
         if self.settings.match_parameters is not None:  # "badit" is the only choice
-            rank = matching_rank(model, self.settings.target_modules)
-            self.settings = replace(self.settings, rank=rank)
+            self.settings = match_badit(self.settings, model)
         super().check_model(model)
 
     def check_layer(self, linear):

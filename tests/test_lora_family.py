@@ -12,10 +12,11 @@ from conftest import ARCHITECTURES, SMALL, lines_of, succeed, wrapped
 from tiny import PROMPTS, backward, base_model, batch_of, logits_of, randn, trainable
 from torch import nn
 from torch.testing import assert_close
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import data
 from baselines.gainlora import DATA_KEYS
-from baselines.lora import LoraLinear, low_rank_update
+from baselines.lora import LoraLinear, low_rank_update, match_badit
 from baselines.loramoe import (
     LoraMoeLinear,
     balancing_loss,
@@ -25,8 +26,10 @@ from baselines.loramoe import (
 )
 from baselines.pissa import PissaLinear
 from decomposition import residual_weight
+from harness.arguments import parse_flags, settings_of
 from inputs.errors import InputError
 from method import Stage, method_of
+from registry import LoraSettings, method_class
 
 IN, OUT, R, S = 12, 20, 3, 2.0  # of the bare layers; alpha = S * R
 ROWS = [{"input_ids": list(range(3 + i, 12 + 4 * i)), "num_targets": 1 + i % 3, "task": task}
@@ -143,6 +146,35 @@ def test_an_impossible_rank_is_refused(rank):
     for layer in (LoraLinear, PissaLinear):
         with pytest.raises(InputError, match=f"rank {rank} .*1 to {IN}"):
             layer(linear(), rank)
+
+
+def smollm2_sizes():
+    """One layer of SmolLM2-135M without weights."""
+    config = LlamaConfig(hidden_size=576, intermediate_size=1536, num_hidden_layers=1,
+                         vocab_size=10)
+    with torch.device("meta"):
+        return LlamaForCausalLM(config)
+
+
+@pytest.mark.parametrize(("flags", "alpha"), [("", 272), ("--alpha 272", 272), ("--alpha 68", 68)])
+@pytest.mark.parametrize("name", ["lora", "pissa", "olora_qr"])
+def test_match_parameters_gives_badit_s_count_and_scaling(name, flags, alpha):
+    """On SmolLM2's sizes, 34 (576 + 1536) is nearest to 32 (576 + 1536) + 8 * 576."""
+    model = smollm2_sizes()
+    args, _ = parse_flags(["--method", name, "--match_parameters", "badit", *flags.split()])
+    method = method_class(name)(settings_of(args))
+    for _ in range(2):  # before weights are loaded, and when the model is wrapped
+        method.check_model(model)
+        assert (method.settings.rank, method.settings.alpha) == (34, alpha)
+
+
+def test_match_parameters_reads_no_rank_and_no_default_alpha():
+    """Saved settings of a matched rank keep the scaling that they were trained with."""
+    for flag, value in (("--rank", 4), ("--alpha", 32)):
+        with pytest.raises(InputError, match=f"{flag} is not read with --match_parameters"):
+            parse_flags(["--method=lora", "--match_parameters=badit", f"{flag}={value}"])
+    saved = LoraSettings(rank=34, alpha=32.0, match_parameters="badit")
+    assert match_badit(saved, smollm2_sizes()) == saved
 
 
 # --- PiSSA --------------------------------------------------------------------------------------
