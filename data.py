@@ -14,7 +14,6 @@ from typing import Literal, NamedTuple
 import torch
 
 from inputs.bars import Bar
-from inputs.download import download
 from inputs.errors import InputError, error_lines, library_errors, one_line
 from inputs.numbers import stable_seed
 from inputs.settings import REQUIRED, Flag, Parser, add_flags
@@ -529,7 +528,7 @@ def fetch(args):
     named = NAMED[args.suite]
     folder = named.folder(args.data_dir)
     if args.command == "download":
-        download(folder, named.url, named.manifest(), named.checksum)
+        named.download(folder)
     suite = load_suite(named.name, args.data_dir)
     counts = [sum(len(getattr(task, split)) for task in suite.tasks.values()) for split in SPLITS]
     return (f"{folder}: {len(suite.tasks)} tasks, {counts[0]} training and {counts[1]} test "

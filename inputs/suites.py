@@ -5,6 +5,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import pooch
+
+from inputs.bars import Bar
 from inputs.errors import InputError
 from inputs.files import cache_dir, git_blob_file, sha256_file
 
@@ -86,6 +89,28 @@ class NamedSuite(NamedTuple):
     def is_in(self, folder):
         """Whether any of its tasks is there."""
         return any((folder / name).is_dir() for name in self.tasks)
+
+    def download(self, folder):
+        """Fetch every file that is not in the folder, or not with its checksum.
+
+        A second call goes on where the first was stopped. Raises InputError naming the file.
+        """
+        pooch.get_logger().setLevel("WARNING")
+        # The manifest of long_sequence has git's ids, which pooch cannot check.
+        manifest = self.manifest()
+        fetcher = pooch.create(folder, self.url, registry=dict.fromkeys(manifest))
+        for name, known in Bar(manifest.items(), desc="download", unit="file"):
+            path = folder / name
+            if path.is_file() and self.checksum(path) != known:
+                path.unlink()
+            try:
+                fetcher.fetch(name)
+                if self.checksum(path) != known:
+                    path.unlink()
+                    raise ValueError("its checksum is not that of the published file")
+            except (OSError, ValueError) as error:  # OSError of requests; ValueError: an odd answer
+                raise InputError(f"could not download {self.url + name}: {error}; run the command "
+                                 "again to go on from here") from None
 
     def find(self, data_dir=None):
         """The folder with its tasks, checked. Raises InputError where there is none."""

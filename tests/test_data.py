@@ -1,12 +1,8 @@
-"""Suites, task orders, prompts, encoding, batches and the download."""
+"""Suites, task orders, prompts, encoding and batches."""
 
 import collections
-import hashlib
-import http.server
 import random
 import re
-import socket
-import threading
 from pathlib import Path
 
 import pytest
@@ -589,93 +585,3 @@ def test_collated_loss_equals_row_by_row_loss():
     loss.backward()
     gradients = [weight.grad for weight in model.parameters() if weight.grad is not None]
     assert all(grad.isfinite().all() for grad in gradients) and any(map(torch.any, gradients))
-
-
-# --- the download -------------------------------------------------------------------------------
-
-
-class Handler(http.server.BaseHTTPRequestHandler):
-    """Sends files of `server.files`, or does what stands in `server.faults` in its place."""
-
-    def do_GET(self):
-        path = self.path.removeprefix("/base/")
-        self.server.asked.append(path)
-        body, fault = self.server.files[path], self.server.faults.get(path)
-        if fault == "dropped":
-            return  # the connection closes without an answer
-        if fault in (404, 500):
-            self.send_error(fault)
-            return
-        self.send_response(302 if fault == "bad redirect" else 200)
-        if fault == "bad redirect":
-            self.send_header("Location", "http://[::1")
-        lengths = {"no length": "abc", "two lengths": "3, 3", "endless length": "9" * 5000}
-        self.send_header("Content-Length", lengths.get(fault, str(len(body))))
-        self.end_headers()
-        cut = len(body) // 2 if fault == "truncated" else None
-        self.wfile.write(body[::-1] if fault == "wrong checksum" else body[:cut])
-
-    def log_message(self, *args):
-        """Say nothing."""
-
-
-@pytest.fixture
-def server():
-    """A loopback server with three files, one of them larger than a read buffer."""
-    running = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    running.url = f"http://127.0.0.1:{running.server_address[1]}/base/"
-    running.faults, running.asked = {}, []
-    running.files = {"alpha/train.json": b'{"a": 1}\n',
-                     "alpha/test.json": random.Random(0).randbytes(300_000),
-                     "beta/train.json": b'{"b": "\xc3\xa9"}\n'}
-    thread = threading.Thread(target=running.serve_forever, args=(0.01,))
-    thread.start()
-    yield running
-    running.shutdown()
-    running.server_close()
-    thread.join()
-
-
-def manifest_of(files):
-    """Relative path to SHA-256."""
-    return {path: hashlib.sha256(body).hexdigest() for path, body in files.items()}
-
-
-def stored(folder):
-    """Relative path to content of every file below the folder."""
-    return {path.relative_to(folder).as_posix(): path.read_bytes()
-            for path in folder.rglob("*") if path.is_file()}
-
-
-@pytest.mark.parametrize("path", ["alpha/test.json", "beta/train.json"])
-@pytest.mark.parametrize("fault", ["wrong checksum", "truncated", "dropped", 404, 500,
-                                   "bad redirect", "no length", "two lengths", "endless length"])
-def test_download_failure_then_retry(server, tmp_path, fault, path):
-    """A fault names the file and leaves nothing but whole files; a re-run fetches the rest."""
-    manifest = manifest_of(server.files)
-    server.faults[path] = fault
-    message = complaint(data.download, tmp_path / "d", server.url, manifest)
-    assert path in message and "run the command again" in message
-    kept = stored(tmp_path / "d")
-    assert path not in kept and kept.items() <= server.files.items()
-    server.faults.clear()
-    server.asked.clear()
-    data.download(tmp_path / "d", server.url, manifest)
-    assert set(server.asked) == manifest.keys() - kept and stored(tmp_path / "d") == server.files
-
-
-def test_download_without_a_server(tmp_path):
-    """A refused connection is one line that names the file, too."""
-    with socket.socket() as unused:
-        unused.bind(("127.0.0.1", 0))  # bound but not listening: connections are refused
-        url = f"http://127.0.0.1:{unused.getsockname()[1]}/base/"
-        message = complaint(data.download, tmp_path / "d", url, {"alpha/train.json": "0" * 64})
-    assert "alpha/train.json" in message and stored(tmp_path / "d") == {}
-
-
-def test_verify_shows_any_folder_in_one_line(tmp_path, capsys):
-    """With status 2 where the folder holds no suite, whatever its name holds."""
-    folder = str(tmp_path) + "/a\nb\x1b\udcff"
-    assert data.main(["verify", "superni", "--data_dir", folder]) == 2
-    out, err = capsys.readouterr()
-    assert not out and err.count("\n") == 1 and r"a\nb\x1b\udcff" in err

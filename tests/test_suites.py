@@ -2,17 +2,18 @@
 
 import functools
 import http.server
+import socket
 import subprocess
 import threading
 from pathlib import Path
 
 import pytest
 import study
-from conftest import write_json
+from conftest import files_of, write_json
 
 import data
 from harness.arguments import build_parser
-from inputs import download, suites
+from inputs import suites
 from inputs.errors import InputError
 from inputs.files import git_blob_file, sha256_file
 from inputs.suites import NAMED
@@ -42,17 +43,40 @@ def published(request, tmp_path, monkeypatch):
     monkeypatch.setitem(NAMED, named.name, small)
     monkeypatch.delenv("BADIT_DATA", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("no_proxy", "*")
     return small
+
+
+class Asked(list):
+    """The paths that a server was asked for; `faults` {path: what it does in place of sending}."""
+
+    def __init__(self):
+        self.faults = {}
 
 
 @pytest.fixture
 def asked(published, tmp_path, monkeypatch):
-    """The paths that are asked for, of a server of the published files."""
-    paths = []
+    """The paths asked for of a server of the published files."""
+    paths = Asked()
 
     class Handler(http.server.SimpleHTTPRequestHandler):
-        def log_request(self, code="-", size="-"):
+        def log_message(self, *args):
+            """Print nothing."""
+
+        def do_GET(self):
             paths.append(self.path.removeprefix("/"))
+            fault = paths.faults.get(self.path)
+            if fault is None:
+                super().do_GET()
+            elif isinstance(fault, int):
+                self.send_error(fault)
+            elif fault != "dropped":
+                self.send_response(302 if fault == "bad redirect" else 200)
+                if fault == "bad redirect":
+                    self.send_header("Location", "http://[::1")
+                self.send_header("Content-Length", "abc" if fault == "no length" else "99")
+                self.end_headers()
+                self.wfile.write(b"{")
 
     handler = functools.partial(Handler, directory=tmp_path / "published")
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
@@ -153,11 +177,40 @@ def test_download_goes_on(published, asked, tmp_path, monkeypatch, capsys, varia
         folder / name for name in files - {lost}}
 
 
-def test_no_file_is_fetched_beyond_its_bound(published, asked, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(download, "LARGEST", 10)
-    assert data.main(["download", published.name, "--data_dir", str(tmp_path / "there")]) == 2
-    assert "larger than 10 bytes" in capsys.readouterr().err
-    assert not any(path.is_file() for path in (tmp_path / "there").rglob("*"))
+@pytest.mark.parametrize("fault", [404, 500, "dropped", "truncated", "bad redirect", "no length"])
+def test_download_fails_and_goes_on(published, asked, fault, tmp_path, capsys):
+    """A fault names the file and leaves only whole files; a second call fetches the rest."""
+    path = sorted(published.manifest())[3]
+    command = ["download", published.name, "--data_dir", str(tmp_path / "there")]
+    asked.faults[f"/{path}"] = fault
+    assert data.main(command) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert path in line and "run the command again" in line
+    kept = files_of(tmp_path / "there")
+    assert path not in kept and kept.items() <= files_of(tmp_path / "published").items()
+    asked.faults.clear()
+    asked.clear()
+    assert data.main(command) == 0
+    assert set(asked) == published.manifest().keys() - kept
+    assert files_of(tmp_path / "there") == files_of(tmp_path / "published")
+
+
+def test_download_without_a_server(published, monkeypatch, tmp_path, capsys):
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))  # bound but not listening: connections are refused
+        url = f"http://127.0.0.1:{unused.getsockname()[1]}/"
+        monkeypatch.setitem(NAMED, published.name, published._replace(url=url))
+        assert data.main(["download", published.name, "--data_dir", str(tmp_path / "there")]) == 2
+    assert next(iter(published.manifest())) in capsys.readouterr().err
+    assert files_of(tmp_path / "there") == {}
+
+
+def test_verify_shows_any_folder_in_one_line(tmp_path, capsys):
+    """With status 2 where the folder holds no suite, whatever its name holds."""
+    folder = str(tmp_path) + "/a\nb\x1b\udcff"
+    assert data.main(["verify", "superni", "--data_dir", folder]) == 2
+    out, err = capsys.readouterr()
+    assert not out and err.count("\n") == 1 and r"a\nb\x1b\udcff" in err
 
 
 def test_names_of_suites_are_told():
