@@ -64,9 +64,6 @@ class PlannedRun(NamedTuple):
 
     folder: Path
     command: list[str]
-    model: str
-    setting: str
-    trains: bool
 
     def flags(self):
         """Return the run's flags as train.py reads them."""
@@ -162,13 +159,7 @@ def task_names(args):
 
 def plan(args, passed_on):
     """Return all runs: those of the settings, then the single-task runs that Forward needs."""
-
-    def planned(name, words, model, setting, trains):
-        folder = args.runs / name
-        command = [*args.launcher, "train.py", *words, "--output_dir", str(folder), "--resume"]
-        return PlannedRun(folder, command, model, setting, trains)
-
-    runs, single = [], []
+    runs, single = [], []  # (name of the folder, flags)
     for model in args.models:
         for method in args.methods:
             trains = METHODS[words_of(method)[0]].trains
@@ -179,46 +170,50 @@ def plan(args, passed_on):
                 for setting in args.settings if trains else ["mixed"]:
                     words = flags_of(args, passed_on, method, model, seed, setting)
                     name = stem.format(setting if trains else "eval", seed)
-                    runs.append(planned(name, words, model, setting, trains))
+                    runs.append((name, words))
                 for task in task_names(args) if trains and not args.no_single else []:
                     words = flags_of(args, passed_on, method, model, seed, "single", task)
                     digest = hashlib.sha256(shlex.join(words).encode()).hexdigest()[:8]
                     name = f"single/{stem.format(task.split('_')[0], seed)}-{digest}"
-                    single.append(planned(name, words, model, "single", trains))
-    commands = {}
-    for run in runs + single:
-        if run.folder in commands:
-            raise InputError(f"two runs would share the folder {run.folder}: "
-                             f"{shlex.join(run.command)} and {shlex.join(commands[run.folder])}")
-        commands[run.folder] = run.command
-    return runs + single
+                    single.append((name, words))
+    planned = {}
+    for name, words in runs + single:
+        if name in planned:
+            raise InputError(f"two runs would share the folder {args.runs / name}: "
+                             f"{shlex.join(words)} and {shlex.join(planned[name])}")
+        planned[name] = words
+    return [PlannedRun(args.runs / name, [*args.launcher, "train.py", *words, "--output_dir",
+                                          str(args.runs / name), "--resume"])
+            for name, words in planned.items()]
 
 
 BILLIONS = {"qwen3-8b": 8.2, "qwen3-4b": 4.0, "llama3-8b": 8.0, "llama3-3b": 3.2,
             "gemma2-9b": 9.2, "gemma2-2b": 2.6, "smollm2-135m": 0.135}  # of parameters
 
 
-def gpu_hours(run):
+def gpu_hours(flags):
     """Estimate a run's GPU hours on SuperNI, at an assumed 200 TFLOP/s and 30 ms a generated token.
 
-    Training takes 4 operations per weight and token: the frozen weights get no gradients. Reading
-    prompts is left out. SuperNI has 2.77 million training tokens (SmolLM2's), 1,197 test items.
+    An operation count per weight and token: 4 in training, as frozen weights get no gradients, and
+    2 for a prompt. SuperNI's tokens are counted with SmolLM2's tokenizer.
     """
-    flags, share = run.flags(), 1 / 15 if run.setting == "single" else 1
-    train = 4e9 * BILLIONS[run.model] * 2.77e6 * flags.epochs * run.trains / 200e12
-    rounds = 15 if run.setting == "sequential" else 1  # an evaluation after every task
-    answer = 1_197 / flags.eval_batch_size * flags.max_new_tokens * rounds * 0.03
-    return share * (train + answer) / 3600
+    weights, trains = 1e9 * BILLIONS[flags.model], METHODS[flags.method].trains
+    share = 1 / 15 if flags.setting == "single" else 1  # of the tasks
+    rounds = 15 if flags.setting == "sequential" else 1  # an evaluation after every task
+    tokens = 4 * 2_773_992 * flags.epochs * trains + 2 * 266_650 * rounds
+    steps = 1_197 / flags.eval_batch_size * flags.max_new_tokens * rounds
+    return share * (weights * tokens / 200e12 + steps * 0.03) / 3600
 
 
 def print_dry_run(runs, args):
     """Print the commands on stdout, and their number and cost on stderr."""
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # for --dry-run | head
-    single = sum(run.setting == "single" for run in runs)
+    flags = [run.flags() for run in runs]
+    single = sum(each.setting == "single" for each in flags)
     note = f"{len(runs) - single} runs, {single} on one task alone"
-    known = {run.model for run in runs} <= BILLIONS.keys()
+    known = {each.model for each in flags} <= BILLIONS.keys()
     if known and args.suite == "superni" and not args.tasks:
-        note += f"; about {sum(map(gpu_hours, runs)):,.1f} GPU hours (200 TFLOP/s assumed)"
+        note += f"; about {sum(map(gpu_hours, flags)):,.1f} GPU hours (assuming 200 TFLOP/s)"
     print(note, file=sys.stderr, flush=True)
     print("\n".join(shlex.join(run.command) for run in runs))
 

@@ -150,7 +150,7 @@ def test_a_dry_run_may_be_cut():
 def planned(folder, *program, flags=()):
     """Return a run of one of programs.py, followed by train.py's flags."""
     words = [*programs.words(*program), "train.py", *flags, "--output_dir", str(folder)]
-    return study.PlannedRun(folder, words, "smollm2-135m", "mixed", True)
+    return study.PlannedRun(folder, words)
 
 
 def test_a_failed_run_does_not_stop_the_rest(tmp_path, capfd):
