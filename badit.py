@@ -182,5 +182,4 @@ class Badit(ExpertMethod):
         super().wrap(model, fresh)
         read = self.settings
         self.regrouper = Regrouper(self.layers, read.regroup_every,
-                                   "fixed" if read.no_dog else read.grouping, read.refine,
-                                   read.seed)
+                                   "fixed" if read.no_dog else read.grouping, read.seed)

@@ -38,15 +38,6 @@ def component_gram(gradients):
     return (unit @ unit.mT).to("cpu", torch.float64)
 
 
-def sign_free_gram(gram):
-    """Beyond the paper: inner products of the outer products ghat_i ghat_i', (..., N, N).
-
-    Squared cosines: components that learn along one line are close, whichever way they go, so the
-    grouping does not depend on the sign of (u, v).
-    """
-    return gram.square()
-
-
 def membership(grouping, K, dtype=torch.float64):
     """The one-hot grouping P: (..., N) -> (..., N, K)."""
     return F.one_hot(grouping, K).to(dtype)
@@ -117,30 +108,6 @@ def balanced_assignment(similarity):
     return torch.from_numpy(columns // r).view(similarity.shape[:-1])
 
 
-def refine_grouping(gram, grouping, num_experts):
-    """Beyond the paper: swap the best pair of components while that raises Eq. (10). (..., N)."""
-    N = gram.shape[-1]
-    layers = zip(gram.reshape(-1, N, N).numpy(), grouping.reshape(-1, N).numpy(), strict=True)
-    refined = np.stack([_swap_pairs(G, labels, num_experts) for G, labels in layers])
-    return torch.from_numpy(refined).view(grouping.shape)
-
-
-def _swap_pairs(G, labels, K):
-    """One layer of `refine_grouping`: G (N, N), labels (N,)."""
-    labels = labels.copy()
-    distance = np.diag(G)[:, None] + np.diag(G) - 2 * G  # (N, N) squared
-    while True:
-        S = G @ np.eye(K)[labels]  # (N, K)
-        M = S[:, labels]  # (N, N): M[j, i] = S_jp for the group p of i
-        own = np.diag(M)
-        gain = 2 * (M + M.T - own[:, None] - own) + 2 * distance
-        gain[labels[:, None] == labels] = 0
-        i, j = np.unravel_index(gain.argmax(), gain.shape)
-        if gain[i, j] <= 1e-9:  # rounding, not a gain
-            return labels
-        labels[i], labels[j] = labels[j], labels[i]
-
-
 def relabel(grouping, current, num_experts, counted=None):
     """Name the groups so that they overlap `current` most, (..., N); the partition stays.
 
@@ -170,7 +137,7 @@ def place_components_without_gradient(grouping, alive, current):
     return grouping.index_copy(0, idle, places)
 
 
-def solve_grouping(gram, num_experts, refine=False):
+def solve_grouping(gram, num_experts):
     """Eq. (11) to (14): gram (..., N, N) -> balanced grouping (..., N) and rounds used (...)."""
     labels = spherical_kmeans(gram, num_experts)
     rounds = torch.zeros(labels.shape[:-1], dtype=torch.int64)
@@ -182,12 +149,12 @@ def solve_grouping(gram, num_experts, refine=False):
         settled |= (labels == previous).all(-1)  # for good: its next round would be the same
         if settled.all():
             break
-    return refine_grouping(gram, labels, num_experts) if refine else labels, rounds
+    return labels, rounds
 
 
-def grouping_from_gram(gram, num_experts, current=None, refine=False):
+def grouping_from_gram(gram, num_experts, current=None):
     """Eq. (10) to (14) from finite gram (L, N, N): grouping (L, N), named, and rounds (L,)."""
-    grouping, rounds = solve_grouping(gram, num_experts, refine)
+    grouping, rounds = solve_grouping(gram, num_experts)
     alive = gram.diagonal(dim1=-2, dim2=-1) > 0  # (L, N)
     if current is not None:
         grouping = relabel(grouping, current, num_experts, counted=alive)
@@ -197,7 +164,7 @@ def grouping_from_gram(gram, num_experts, current=None, refine=False):
     return (relabel(grouping, None, num_experts) if current is None else grouping), rounds
 
 
-def group_components(gradients, num_experts, current=None, refine=False):
+def group_components(gradients, num_experts, current=None):
     """Eq. (9) to (14): gradients (N, D) or (L, N, D) -> balanced int64 grouping (N,) or (L, N).
 
     Deterministic, no random numbers. With `current` (a grouping of the same shape) the groups are
@@ -212,12 +179,11 @@ def group_components(gradients, num_experts, current=None, refine=False):
     if current is None:
         if not finite.all():
             raise InputError(f"non-finite gradient in layers {(~finite).nonzero().T.tolist()}")
-        grouping, _ = grouping_from_gram(gram, num_experts, None, refine)
+        grouping, _ = grouping_from_gram(gram, num_experts)
     else:
         grouping = current.reshape(-1, N).cpu().clone()
         if finite.any():
-            grouping[finite], _ = grouping_from_gram(gram[finite], num_experts, grouping[finite],
-                                                     refine)
+            grouping[finite], _ = grouping_from_gram(gram[finite], num_experts, grouping[finite])
     return grouping.view(gradients.shape[:-1])
 
 

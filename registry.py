@@ -80,10 +80,9 @@ class BaditSettings(Decomposed, Experts):
     inactive: Literal["keep", "drop", "initial"] = setting(
         "keep", "experts that a token does not select keep acting on it without learning from it, "
         "drop out (which breaks the base model), or act on it as pre-trained")
-    grouping: Literal["dog", "squared", "random", "fixed"] = setting(
-        "dog", "regroup by gradients; beyond the paper, by their squared cosines, for which "
-        "opposite directions are one; or a control on the same schedule")
-    refine: bool = setting(False, "beyond the paper: improve each grouping by pairwise swaps")
+    grouping: Literal["dog", "random", "fixed"] = setting(
+        "dog", "regroup by gradients (default), or a control on the same schedule: at random, or "
+        "never")
     no_bad: bool = setting(False, "ablation: LoRAMoE's layer and initialisation, with DOG")
     no_dog: bool = setting(False, "ablation: never regroup; angles are still logged")
     seed: Seed = setting(1, "also decides the task order (default: 1)", names_variant=False)
@@ -98,8 +97,7 @@ class BaditSettings(Decomposed, Experts):
                   "--routing static": (self.routing == "static", {"top_k"} | noise),
                   "--routing energy": (self.routing == "energy", noise),
                   "--no_bad": (self.no_bad, {"routing", "svd"} | noise),
-                  "--no_dog": (self.no_dog, {"grouping", "refine"}),
-                  f"--grouping {self.grouping}": (self.grouping in ("random", "fixed"), {"refine"})}
+                  "--no_dog": (self.no_dog, {"grouping"})}
         return {cause: names for cause, (applies, names) in causes.items() if applies}
 
 
@@ -250,19 +248,20 @@ VARIANTS = {
     "half": "pissa --alpha 128 --rank 16",
     "badit-no_bad": "badit --no_bad", "badit-no_dog": "badit --no_dog",
     "badit-no_bad-no_dog": "badit --no_bad --no_dog",
-    "badit-random": "badit --grouping random", "badit-refine": "badit --refine",
+    "badit-random": "badit --grouping random",
     "badit-static": "badit --routing static",
     # What a token's experts have learnt acts on no other token.
     "badit-energy": "badit --routing energy", "badit-initial": "badit --inactive initial",
     "badit-energy-random": "badit --grouping random --routing energy",
     "badit-energy-no_dog": "badit --no_dog --routing energy",
-    "badit-energy-squared": "badit --grouping squared --routing energy",
     # Half of the experts active and alpha / rank = 8, as at K = 8 and r = 4.
     "badit-K2": "badit --num_experts 2 --top_k 1", "badit-K4": "badit --num_experts 4 --top_k 2",
     "badit-K16": "badit --num_experts 16 --top_k 8",
     "badit-r1": "badit --alpha 8 --rank 1", "badit-r2": "badit --alpha 16 --rank 2",
     "badit-r8": "badit --alpha 64 --rank 8", "badit-r16": "badit --alpha 128 --rank 16",
 }
+# Variants of committed records that no longer train.
+FORMER = {"badit-energy-squared": "badit --grouping squared --routing energy"}
 SENSITIVITY = ("badit", "badit-K2", "badit-K4", "badit-K16", "badit-r1", "badit-r2", "badit-r8",
                "badit-r16")
 

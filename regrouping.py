@@ -14,7 +14,6 @@ from grouping import (
     grouping_objective,
     membership,
     relabel,
-    sign_free_gram,
 )
 from inputs.errors import InputError
 from inputs.numbers import stable_seed
@@ -28,12 +27,12 @@ class Regrouper:
     """Regroups the experts of all layers on a schedule, by what it has summed up since the last.
 
     `regroup_every` is in optimizer steps (None: once per epoch of the stage); `grouping` is "dog",
-    "squared", or one of the controls "random" and "fixed", which see the same schedule and log.
+    or one of the controls "random" and "fixed", which have the same schedule and log.
     """
 
-    def __init__(self, layers, regroup_every, grouping, refine, seed):
+    def __init__(self, layers, regroup_every, grouping, seed):
         self.layers, self.regroup_every = layers, regroup_every
-        self.grouping, self.refine, self.seed = grouping, refine, seed
+        self.grouping, self.seed = grouping, seed
 
     def start(self, stage):
         """Begin a stage: step counter and mean gradient start afresh."""
@@ -114,9 +113,7 @@ class Regrouper:
     def propose(self, grouping, gram, old, K):
         """The groupings (L, N) to adopt, and the rounds (L,) that they took."""
         if grouping == "dog":
-            return grouping_from_gram(gram, K, old, self.refine)
-        if grouping == "squared":
-            return grouping_from_gram(sign_free_gram(gram), K, old, self.refine)
+            return grouping_from_gram(gram, K, old)
         no_rounds = torch.zeros(len(old), dtype=torch.int64)
         if grouping == "random":
             generator = torch.Generator().manual_seed(

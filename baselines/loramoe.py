@@ -118,7 +118,7 @@ class LoraMoe(ExpertMethod):
         super().wrap(model, fresh)
         # Never regroups, so it draws nothing from its seed: it logs what BADIT's does.
         self.regrouper = Regrouper(self.layers, self.settings.regroup_every, "fixed",
-                                   refine=False, seed=None)
+                                   seed=None)
 
     def start_stage(self, stage, loader):
         self.check_tasks(stage.tasks)

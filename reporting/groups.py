@@ -2,12 +2,12 @@
 
 import metrics
 from inputs.suites import SUPERNI
-from registry import VARIANTS
+from registry import FORMER, VARIANTS
 
 
 def cells(records):
     """{(model, variant, setting): records by seed} without single-task runs, in a fixed order."""
-    known = list(VARIANTS.values())
+    known = [*VARIANTS.values(), *FORMER.values()]
     found = {}
     ordered = sorted(records, key=lambda record: (
         record.model, known.index(record.variant) if record.variant in known else len(known),
@@ -20,8 +20,8 @@ def cells(records):
 
 def label(variant):
     """The short name that `study.py --methods` takes, where there is one."""
-    names = {words: name for name, words in VARIANTS.items()} | {"zero_shot": "zero-shot"}
-    return names.get(variant, variant)
+    names = {words: name for name, words in (VARIANTS | FORMER).items()}
+    return "zero-shot" if variant == "zero_shot" else names.get(variant, variant)
 
 
 def short(task):

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 import metrics
-from registry import VARIANTS
+from registry import FORMER, VARIANTS
 from reporting.groups import cells, final_loss, forgets, forgetting
 from reporting.significance import paired_bootstrap, smallest_wilcoxon_p
 
@@ -98,7 +98,7 @@ def judge(claim, measured, model, setting, ours):
     """[the Verdict], or [] without a pair of runs. The best of several is so on the same seeds."""
     pairs = {}
     for name in claim.theirs:
-        theirs = measured.get((model, VARIANTS[name], setting), {})
+        theirs = measured.get((model, (VARIANTS | FORMER)[name], setting), {})
         both = sorted(ours.keys() & theirs.keys())
         if both:
             pairs[name] = [(ours[seed], theirs[seed]) for seed in both]

@@ -27,8 +27,7 @@ for seed in 1 2 3 4 5; do
       methods+=("$(at "$variant" 5e-4 "${often[$setting]}")")
     done
     [ "$form" = superni ] || methods+=("$(at olora 2e-3)" "$(at gainlora 5e-3)"
-      "$(at badit-no_bad 5e-3 "${often[$setting]}")" "$(at badit-energy-no_dog 5e-4 "${often[$setting]}")"
-      "$(at badit-energy-squared 5e-4 "${often[$setting]}")")
+      "$(at badit-no_bad 5e-3 "${often[$setting]}")" "$(at badit-energy-no_dog 5e-4 "${often[$setting]}")")
     bash scripts/sweep.sh --models smollm2-135m --launcher "${LAUNCHER:-python}" "${data[@]}" \
       --runs "runs/compare-$form${RATE:+-$RATE}" --no_single --methods "${methods[@]}" \
       --seeds "$seed" --settings "$setting" "$@" -- --eval_loss --eval_batch_size 64 "${flags[@]}" "${more[@]}" ||

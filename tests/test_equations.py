@@ -19,12 +19,9 @@ from grouping import (
     component_gradients,
     gradient_angles,
     group_components,
-    grouping_from_gram,
     grouping_objective,
     orthogonalized_similarity,
-    refine_grouping,
     relabel,
-    sign_free_gram,
     spherical_kmeans,
     unit_gradients,
 )
@@ -142,22 +139,6 @@ def naive_groups(gradients, K):
             break
         labels = new
     return first_member_order(labels)
-
-
-def naive_refine(unit, labels, K):
-    """Swap the pair that raises Eq. 10 most while one raises it."""
-    labels = labels.clone()
-    while True:
-        start, best = objective(unit, labels, K), (1e-9, None)
-        for i, j in itertools.combinations(range(len(labels)), 2):
-            if labels[i] != labels[j]:
-                swapped = labels.clone()
-                swapped[i], swapped[j] = labels[j], labels[i]
-                best = max(best, (objective(unit, swapped, K) - start, (i, j)), key=lambda b: b[0])
-        if best[1] is None:
-            return labels
-        i, j = best[1]
-        labels[i], labels[j] = labels[j].item(), labels[i].item()
 
 
 def angle(a, b):
@@ -408,7 +389,6 @@ FUNCTIONS = {
     "similarity": (orthogonalized_similarity, similarity, dict(rtol=1e-7, atol=1e-9)),
     "angles": (lambda *args: torch.stack(gradient_angles(*args), -1), naive_angles,
                dict(rtol=0, atol=1e-6)),
-    "refine": (refine_grouping, naive_refine, dict(rtol=0, atol=0)),
 }
 
 
@@ -416,8 +396,7 @@ SMALL_SHAPES = [(8, 6, 2), (9, 6, 3), (12, 6, 4)]
 
 
 @pytest.mark.parametrize(("name", "N", "D", "K"), [
-    (name, *shape) for name in FUNCTIONS for shape in [*SHAPES, (16, 30, 8), *SMALL_SHAPES]
-    if name != "refine" or shape in SMALL_SHAPES])  # its loop over all swaps is slow
+    (name, *shape) for name in FUNCTIONS for shape in [*SHAPES, (16, 30, 8), *SMALL_SHAPES]])
 def test_functions_of_gram_matrices(name, N, D, K):
     """Each against its loop in full space, for layers alone and for several at once."""
     function, naive, tolerance = FUNCTIONS[name]
@@ -429,22 +408,6 @@ def test_functions_of_gram_matrices(name, N, D, K):
         alone = function(unit[layer] @ unit[layer].T, labels[layer].clone(), K)
         assert_close(together[layer], alone)
         assert_close(alone, naive(unit[layer], labels[layer], K), **tolerance)
-        if name == "refine":
-            assert is_balanced(alone, K)
-            assert objective(unit[layer], alone, K) >= objective(unit[layer], labels[layer], K)
-
-
-@pytest.mark.parametrize(("N", "D", "K"), [*SHAPES, (16, 30, 8)])
-def test_sign_free_gram(N, D, K):
-    """It is the Gram matrix of ghat ghat', so groups do not depend on the gradients' signs."""
-    unit = units(5, N, D)
-    outer = torch.stack([torch.outer(row, row).flatten() for row in unit])
-    assert_close(sign_free_gram(unit @ unit.T), outer @ outer.T)
-    signs = torch.tensor([1.0, -1.0], dtype=torch.float64).repeat(N // 2)[:, None]
-    groupings = [grouping_from_gram(sign_free_gram(rows @ rows.T)[None], K)[0]
-                 for rows in (unit, signs * unit)]
-    assert_close(*groupings)
-    assert_close(groupings[0][0], group_components(outer, K))
 
 
 def test_objective_by_hand():
@@ -517,18 +480,6 @@ def test_rounds_never_lower_the_nuclear_norm(seed):
     assert rose >= 1
 
 
-def test_refine_reaches_nearly_the_best_grouping():
-    """Never below its start, within 5 % of Eq. 10's optimum on the mean."""
-    ratios, labelings = [], [torch.tensor(c) for c in balanced_labelings(6, 2)]
-    for seed in range(12):
-        unit, start = units(seed + 80, 6, 4), random_labels(seed, 6, 2)
-        best = max(objective(unit, labels, 2) for labels in labelings)
-        value = objective(unit, refine_grouping(unit @ unit.T, start, 2), 2)
-        assert objective(unit, start, 2) - 1e-9 <= value <= best + 1e-9
-        ratios.append(value / best)
-    assert np.mean(ratios) >= 0.95
-
-
 def test_gradient_angles_by_hand():
     """Equal vectors are at 0 and not nan, opposite centroids at 180 degrees."""
     e = torch.eye(2, dtype=torch.float64)
@@ -579,49 +530,34 @@ def test_group_components_is_the_looped_pipeline(N, D, K, seed):
 
 
 @pytest.mark.parametrize(("K", "r"), [(8, 4), (4, 4), (3, 5), (2, 1)])
-@pytest.mark.parametrize("refine", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_planted_groups_are_found(K, r, refine, dtype):
+def test_planted_groups_are_found(K, r, dtype):
     """Orthogonal group directions plus noise are recovered in any order."""
     for seed in range(12):
         g, truth = planted(seed, K, r)
-        got = group_components(g.to(dtype), K, refine=refine)
+        got = group_components(g.to(dtype), K)
         assert torch.equal(got, first_member_order(truth))
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_refine_never_lowers_the_objective_of_the_rounds(seed):
-    """Never below the grouping it follows, and no swap is left to gain."""
-    unit, K = units(seed + 110, 16, 8), 4
-    plain = group_components(unit, K)
-    refined = group_components(unit, K, refine=True)
-    assert is_balanced(refined, K)
-    assert objective(unit, refined, K) >= objective(unit, plain, K) - 1e-9
-    expected = naive_refine(unit, plain, K)
-    assert objective(unit, refined, K) == pytest.approx(objective(unit, expected, K), rel=1e-9)
-
-
-@pytest.mark.parametrize("refine", [False, True])
-def test_grouping_keeps_names_of_the_current_one(refine):
+def test_grouping_keeps_names_of_the_current_one():
     """The partition does not depend on `current`, its names follow it."""
     for seed in range(5):
         g, current = units(seed + 120, 16, 12), random_labels(seed, 16, 4)
-        free = group_components(g, 4, refine=refine)
-        got = group_components(g, 4, current=current, refine=refine)
+        free = group_components(g, 4)
+        got = group_components(g, 4, current=current)
         assert torch.equal(partition(got), partition(free))
         overlaps = [sum(names[a] == b for a, b in zip(free.tolist(), current.tolist(), strict=True))
                     for names in itertools.permutations(range(4))]
         assert int((got == current).sum()) == max(overlaps)
 
 
-@pytest.mark.parametrize("refine", [False, True])
-def test_grouping_is_blind_to_positive_scales(refine):
+def test_grouping_is_blind_to_positive_scales():
     """Eq. 9: multiplying each gradient by its own positive constant changes nothing."""
     for seed in range(4):
         g = units(seed + 130, 24, 20)
         scales = 10 ** (3 * randn(seed, 24, 1))
-        assert torch.equal(group_components(g, 4, refine=refine),
-                           group_components(g * scales, 4, refine=refine))
+        assert torch.equal(group_components(g, 4),
+                           group_components(g * scales, 4))
 
 
 def test_grouping_is_deterministic():
@@ -632,24 +568,23 @@ def test_grouping_is_deterministic():
         torch.manual_seed(seed)
         np.random.seed(seed)
         before = torch.get_rng_state()
-        results.append(group_components(g, 8, current=current, refine=True))
+        results.append(group_components(g, 8, current=current))
         assert torch.equal(before, torch.get_rng_state())
     assert torch.equal(results[0], results[1])
     assert torch.equal(inputs[0], g) and torch.equal(inputs[1], current)
 
 
-@pytest.mark.parametrize("refine", [False, True])
-def test_layers_are_grouped_as_if_alone(refine):
+def test_layers_are_grouped_as_if_alone():
     """(L, N, D) gives what each layer gives alone, with and without `current`."""
     g = torch.stack([units(seed + 150, 16, 12) * 10.0**seed for seed in range(4)])
     current = torch.stack([random_labels(seed, 16, 4) for seed in range(4)])
-    free = group_components(g, 4, refine=refine)
-    named = group_components(g, 4, current=current, refine=refine)
+    free = group_components(g, 4)
+    named = group_components(g, 4, current=current)
     assert free.shape == named.shape == (4, 16)
     for layer in range(4):
-        alone = group_components(g[layer], 4, refine=refine)
+        alone = group_components(g[layer], 4)
         assert torch.equal(free[layer], alone)
-        alone = group_components(g[layer], 4, current=current[layer], refine=refine)
+        alone = group_components(g[layer], 4, current=current[layer])
         assert torch.equal(named[layer], alone)
 
 
@@ -694,15 +629,14 @@ def test_zero_gradients_keep_as_many_names_as_they_can(seed):
     assert int((got[zeros] == current[zeros]).sum()) == best
 
 
-@pytest.mark.parametrize("refine", [False, True])
-def test_zero_gradients_without_names_to_keep(refine):
+def test_zero_gradients_without_names_to_keep():
     """Eq. 9: with no current grouping the others are still grouped and the result balanced."""
     for seed in range(4):
         g, truth = planted(seed, 4, 4)
         zeros = members(truth, 1)[:2] + members(truth, 3)[:1]
         others = [i for i in range(16) if i not in zeros]
         g[zeros] = 0
-        got = group_components(g, 4, refine=refine)
+        got = group_components(g, 4)
         assert is_balanced(got, 4)
         assert torch.equal(partition(got[others]), partition(truth[others]))
 

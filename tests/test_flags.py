@@ -160,7 +160,7 @@ def test_defaults_need_no_words():
       for value in (0, -0.1, float("nan"), float("inf"), "0.1", True, None, 1e39, 10**400)),
     ("router_noise", -0.1), ("dropout", 1), ("dropout", -0.1), ("warmup_ratio", float("nan")),
     ("seed", -1), ("seed", 2**32), ("seed", 0.5), ("max_eval_per_task", 0),
-    ("chat_template", 1), ("chat_template", "yes"), ("refine", None), ("deterministic", 0),
+    ("chat_template", 1), ("chat_template", "yes"), ("no_dog", None), ("deterministic", 0),
     ("setting", "both"), ("routing", None), ("eval_tasks", ["all"]), ("match_parameters", "lora"),
     ("model", None), ("model", 5), ("method", ["badit"]), ("data_dir", False),
     ("tasks", []), ("tasks", "all"), ("tasks", ["a", 5]), ("tasks", ["a", "--rank"]),

@@ -56,7 +56,7 @@ def test_bad_numbers(no_weights, name, value):
     ("--report_to paper", "'paper'"),
     ("--tasks", "--tasks"),
     ("--target_modules", "--target_modules"),
-    ("--refine yes", "yes"),
+    ("--no_dog yes", "yes"),
     ("extra", "extra"),
     ("--learning-rate 1e-3", "--learning-rate"),
     ("--learning_rate -1", "--learning_rate"),
@@ -100,9 +100,6 @@ def test_help_tells_every_flag(capsys):
     "--no_bad --inactive keep : --inactive",
     "--no_bad --svd fast : --svd",
     "--no_dog --grouping random : --grouping",
-    "--no_dog --refine : --refine",
-    "--grouping random --refine : --refine",
-    "--grouping fixed --refine : --refine",
     "--data_dir somewhere : --data_dir",
     "--suite . --data_dir somewhere : --data_dir",
 ])
@@ -113,7 +110,7 @@ def test_flags_that_would_be_ignored_are_refused(no_weights, llama, flags):
 
 
 @pytest.mark.parametrize("flags", [
-    "--rank 4", "--epochs 10", "--target_modules gate_proj", "--refine", "--setting mixed",
+    "--rank 4", "--epochs 10", "--target_modules gate_proj", "--no_dog", "--setting mixed",
     "--top_k 4", "--gradient_checkpointing", "--eval_tasks all", "--method zero_shot"])
 def test_evaluation_reads_no_training_flags(no_weights, finished, flags):
     """With --eval_only the adapter's own method and settings count."""
