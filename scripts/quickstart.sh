@@ -28,4 +28,4 @@ next, after \`source .venv/bin/activate\`:
   python train.py --method badit --setting sequential --eval_before    # the tasks one after the other
 
 and to compare it with LoRA of as many parameters and the same scaling, trained alike:
-  ${launch[*]} --method lora --match_parameters badit --alpha 272 ${flags[*]}"
+  ${launch[*]} --method lora --match_parameters badit ${flags[*]}"
