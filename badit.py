@@ -76,14 +76,14 @@ class BaditLinear(InitialBank, BankLinear):
                 scores = F.linear(x.to(self.router.dtype), self.router)  # (..., K)
                 alpha = routing_weights(scores)
         if self.top_k == self.num_experts:
-            return Routing(alpha, alpha, None)
+            return Routing(alpha, alpha, None, scores)
         if self.training and self.routing == "token" and self.router_noise > 0:
             # Equal logits at init would always pick the same experts; from the global generator,
             # so that gradient checkpointing draws the same noise again.
             scores = scores + self.router_noise * torch.randn_like(scores)
         active = select_experts(scores, self.top_k)
         kept = 1.0 if self.inactive == "keep" else 0.0
-        return Routing(alpha, torch.where(active, alpha, kept), active)
+        return Routing(alpha, torch.where(active, alpha, kept), active, scores)
 
     @property
     def depends_on_token(self):

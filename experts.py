@@ -74,6 +74,7 @@ class Routing(NamedTuple):
     alpha: torch.Tensor  # (..., K) routing weights
     weight: torch.Tensor  # (..., K) the factor with which each expert acts
     active: torch.Tensor | None  # (..., K) bool, experts that learn from the token; None for all
+    scores: torch.Tensor | None = None  # (..., K) the largest select: logits, or relative energies
 
 
 class Bank(NamedTuple):

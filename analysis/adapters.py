@@ -1,4 +1,4 @@
-"""The adapters of finished runs that are compared, and rows that none of them was trained on."""
+"""Read the adapters of finished runs, and find rows that none of them was trained on."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -16,43 +16,50 @@ WITH_EXPERTS = [name for name, entry in METHODS.items() if "num_experts" in entr
 
 
 class Adapter(NamedTuple):
-    """One adapter, or those of a run with --setting single: one folder for each task."""
+    """The adapter of a run, or its adapters by task for a run with --setting single."""
 
     name: str  # of its run
-    folders: dict[str | None, Path]  # by task; None: one for all
+    folders: dict[str | None, Path]  # by task; None: one adapter for all tasks
     config: AdapterConfig
     settings: Settings
-    results: dict  # of its run, empty where there is no results.json
+    results: dict  # results.json of its run, empty where there is none
 
     @property
-    def alone(self):
+    def single(self):
+        """Whether each task has an adapter of its own."""
         return None not in self.folders
 
+    @property
+    def about(self):
+        """The entries of analysis.json that say which adapter it is."""
+        return {"name": self.name, "method": self.config.method, "alone": self.single,
+                "variant": self.results.get("variant", self.config.method)}
+
     def folder(self, task):
-        """The folder of the adapter that this task is measured with."""
-        return self.folders[task if self.alone else None]
+        """Return the folder of the adapter for a task."""
+        return self.folders[task if self.single else None]
 
 
 def find(paths):
-    """The Adapters at --adapter. Raises InputError for different base models or prompts."""
+    """Return the Adapters at --adapter. Raises InputError for different base models or prompts."""
     found = [read(Path(path)) for path in paths]
-    names = [each.name for each in found]
-    if len(set(names)) < len(names):  # then their paths tell them apart
+    if len({each.name for each in found}) < len(found):
         found = [each._replace(name=str(path)) for each, path in zip(found, paths, strict=True)]
+    first = found[0].config
     for path, each in zip(paths, found, strict=True):
-        if each.config.base_sha256 != found[0].config.base_sha256:
+        if each.config.base_sha256 != first.base_sha256:
             raise InputError(f"--adapter {path} was made on another base model than {paths[0]}")
-        if each.config.base != found[0].config.base:
+        if each.config.base != first.base:
             raise InputError(f"--adapter {path} was made on a base stored as {each.config.base}, "
-                             f"{paths[0]} on one stored as {found[0].config.base}")
-        if each.config.chat_template != found[0].config.chat_template:
+                             f"{paths[0]} on one stored as {first.base}")
+        if each.config.chat_template != first.chat_template:
             raise InputError(f"--adapter {path} and {paths[0]}: only one of them was trained on "
                              "prompts in the chat template")
     return found
 
 
 def read(path):
-    """The Adapter in a folder. Raises InputError for none, or single ones of different settings."""
+    """Return the Adapter in a folder. Raises InputError for none, or for a mixture of runs."""
     folders = {None: path}
     if not (path / ADAPTER_CONFIG).exists() and not (path / "adapter" / ADAPTER_CONFIG).exists():
         folders = {file.parent.name: file.parent
@@ -60,10 +67,10 @@ def read(path):
     about = {folder: read_adapter_config(folder) for folder in folders.values()}
     first, *others = about.items()
     for folder, (config, settings) in others:
-        same = structs.replace(config, trained_on=first[1][0].trained_on)  # but for the task
+        same = structs.replace(config, trained_on=first[1][0].trained_on)
         if (same, settings) != first[1]:
-            raise InputError(f"{folder} and {first[0]} are of different runs: their experts cannot "
-                             "be compared")
+            raise InputError(f"{folder} and {first[0]} come from different runs: their experts "
+                             "cannot be compared")
     results = path.parent / "results.json"
     content = formats.load(results) if results.exists() else {}
     name = path.parent.name if path.name == "adapter" else path.name
@@ -71,32 +78,32 @@ def read(path):
 
 
 def check_experts(paths, adapters):
-    """Raise InputError for an adapter without a router."""
+    """Raise InputError for an adapter whose method does not select experts."""
     for path, each in zip(paths, adapters, strict=True):
         method, settings = each.config.method, each.settings
         static = getattr(settings, "routing", "token") == "static" and not settings.no_bad
         if method not in WITH_EXPERTS or static:
-            raise InputError(f"--adapter {path} is of {method}{' --routing static' * static}, "
-                             f"which has no router; methods with one: {', '.join(WITH_EXPERTS)}")
+            raise InputError(f"--adapter {path}: {method}{' --routing static' * static} selects no "
+                             f"experts; methods that do: {', '.join(WITH_EXPERTS)}")
 
 
 def check_tasks(adapters, suite):
-    """Raise InputError where single-task adapters are not those of the suite's tasks."""
+    """Raise InputError where a single-task run has no adapter for a task of the suite."""
     for each in adapters:
-        missing = [task for task in suite.tasks if each.alone and task not in each.folders]
+        missing = [task for task in suite.tasks if each.single and task not in each.folders]
         if missing:
-            raise InputError(f"{each.name} has single-task adapters of {', '.join(each.folders)}, "
-                             f"not of {', '.join(missing)} (--tasks, --suite)")
+            raise InputError(f"{each.name} has single-task adapters for {', '.join(each.folders)}, "
+                             f"not for {', '.join(missing)} (--tasks, --suite)")
 
 
 def unseen(suite, adapters, needed):
-    """The suite with rows that no adapter was trained on in `train`, and words that say which.
+    """Return the suite with rows in `train` that no adapter was trained on, and their description.
 
-    Training rows beyond each run's --max_train_per_task, as its results.json says; where they are
-    fewer than `needed` in a task, test rows as well. Test rows alone where a run drew its rows, or
-    went on from another whose rows are not known.
+    These are the training rows beyond --max_train_per_task of every run, with the test rows where
+    a task has fewer than `needed`. Test rows alone where the results.json of a run is missing or it
+    continued another run.
     """
-    seen = [None if each.results.get("args", {}).get("sample") or each.results.get("went_on_from")
+    seen = [None if each.results.get("went_on_from")
             else each.results.get("args", {}).get("max_train_per_task") for each in adapters]
     first = None if None in seen else max(seen)
     rest = {name: task.train[first:] if first else [] for name, task in suite.tasks.items()}

@@ -1,6 +1,6 @@
-"""Do tasks' gradients conflict, and does a step for one task hurt another?
+"""Compute statistics of conflict and interference between tasks (pure functions).
 
-The paper claims that BADIT "mitigates the degree of cross-task interference" and measures neither.
+The paper claims that BADIT "mitigates the degree of cross-task interference" without a measurement.
 Axis names
     T, H      tasks; folds of the rows of a task
     t, u      two tasks
@@ -10,13 +10,13 @@ import numpy as np
 import torch
 from scipy import stats
 
-RELIABLE = 0.2  # R below which a cosine is not corrected for noise
-DECIDED = 0.975  # quantile of Student's t beyond which a pair's sign is decided
-CHUNK = 2**20  # entries of all vectors in double precision at a time
+RELIABLE = 0.2  # smallest reliability for a cosine corrected for noise
+DECIDED = 0.975  # quantile of Student's t that decides the sign of a pair
+CHUNK = 2**20  # columns converted to float64 at a time
 
 
 def gram_matrix(vectors):
-    """Inner products (n, n) of vectors (n, P), summed in float64."""
+    """Compute the inner products (n, n) of vectors (n, P) in float64."""
     total = torch.zeros(len(vectors), len(vectors), dtype=torch.float64, device=vectors.device)
     for start in range(0, vectors.shape[1], CHUNK):
         part = vectors[:, start:start + CHUNK].double()
@@ -25,7 +25,7 @@ def gram_matrix(vectors):
 
 
 def own_products(G):
-    """own_t = mean over f != f' of G[t, f, t, f'], (T,): unbiased for |E g_t|^2; G (T, H, T, H).
+    """Average G (T, H, T, H) of a task over pairs of different folds, (T,): unbiased for |E g_t|^2.
     """
     T, H = G.shape[:2]
     own = G[np.arange(T), :, np.arange(T), :]  # (T, H, H)
@@ -33,7 +33,7 @@ def own_products(G):
 
 
 def jackknife_error(G):
-    """Standard error of the mean of G (T, H, T, H) over folds, (T, T): fold f of both left out."""
+    """Compute the jackknife standard error (T, T) of the mean of G (T, H, T, H) over folds."""
     H = G.shape[1]
     same_fold = np.einsum("tfuf->tuf", G)  # (T, T, H)
     without = (G.sum((1, 3))[..., None] - G.sum(3).swapaxes(1, 2) - G.sum(1) + same_fold
@@ -42,10 +42,10 @@ def jackknife_error(G):
 
 
 def conflict(G):
-    """What the inner products G (T, H, T, H) of fold-wise task gradients say of conflict.
+    """Compute conflict statistics from inner products G (T, H, T, H) of gradients by task and fold.
 
-    `decided` are the shares of pairs whose inner product is below, not told from, above zero.
-    None where a task has no gradient here.
+    `decided` are the shares of pairs whose inner product is significantly below zero, undecided,
+    and significantly above zero. None where a task has no gradient.
     """
     T, H = G.shape[:2]
     mean = G.mean((1, 3))  # (T, T)
@@ -74,10 +74,10 @@ def conflict(G):
 
 
 def interference(delta, losses):
-    """What one step for each task does to the others: delta (T, T) of losses (T,) before it.
+    """Summarise the loss changes delta (T, T) after one step for each task; losses (T,) before it.
 
-    Row i: the task that makes the step; column j: the task that pays. The three numbers are None,
-    with the reason, unless a step helps its own task in at least 3 of 4 cases.
+    Row i: the task whose gradient makes the step; column j: the task whose loss changes. The three
+    numbers are None, with the reason, unless at least 3 of 4 steps improve their own task.
     """
     T = len(losses)
     own, other = delta.diagonal(), ~np.eye(T, dtype=bool)
@@ -85,8 +85,8 @@ def interference(delta, losses):
     found = {"own_gain": float(-own.mean()), "improved": improved, "tasks": T,
              "interference_share": None, "harm_ratio": None, "transfer": None, "reason": None}
     if 4 * improved < 3 * T:
-        return found | {"reason": f"a step improves its own task in {improved} of {T} cases only: "
-                        "it is noise or too large (--rows, --step_scale)"}
+        return found | {"reason": f"a step improves its own task in only {improved} of {T} cases: "
+                        "noise, or too large a step (--rows, --learning_rate)"}
     moved, harm = np.abs(delta[other]).sum(), np.maximum(delta[other], 0).sum()
     helped = other & (own < 0)[:, None]
     ratios = (delta / np.where(own < 0, own, 1)[:, None])[helped]

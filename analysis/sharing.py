@@ -1,6 +1,6 @@
-"""How tasks share active units: statistics on masks, each beside chance, ceiling and controls.
+"""Compute how tasks share active units: statistics on masks, with chance, ceiling and controls.
 
-Pure functions of Fig. 1, 5 to 10 and H.1; no model here. Axis names
+Pure functions for Fig. 1, 5 to 10 and Appendix H.1. Axis names
     T     tasks
     P     units: the neurons of a layer, or the entries of a matrix
     n     number of tasks in which a unit is active
@@ -13,20 +13,20 @@ import torch
 from scipy import stats
 
 LABEL_PERMUTATIONS, MASK_PERMUTATIONS = 10_000, 20
-EXACT_UNITS = 10**5  # above, E[J] is the ratio of expectations: the error is O(1 / P)
-SAMPLED_UNITS = 10**6  # patterns of larger matrices are counted on so many units
+EXACT_UNITS = 10**5  # more units: E[J] is the ratio of expectations, with an error of O(1 / P)
+SAMPLED_UNITS = 10**6  # patterns of larger matrices are counted on a random sample of this size
 MOST_TASKS = 62  # a pattern is an int64
-SMALLEST_HEADROOM = 0.02  # of ceiling over chance, below which kappa would be noise
-GROUPS = 15  # largest pattern groups that are shown
+SMALLEST_HEADROOM = 0.02  # ceiling minus chance; below this, kappa would be noise
+GROUPS = 15  # number of pattern groups to report
 
 
 # --- from scores to masks -----------------------------------------------------------------------
 
 
 def top_masks(scores, counts):
-    """The k largest of the scores (P,) for every k in `counts`, as bool tensors (P,).
+    """Yield the mask (P,) of the k largest scores (P,) for every k in `counts`.
 
-    Ties go to the lower index, so every mask has exactly k units and smaller ones nest in larger.
+    Ties go to the lower index, so every mask has exactly k units and contains the smaller ones.
     """
     order = scores.sort(descending=True, stable=True).indices  # (P,)
     for k in counts:
@@ -36,7 +36,7 @@ def top_masks(scores, counts):
 
 
 def concentration(scores, shares=(0.01, 0.1)):
-    """Share of the sum of non-negative scores (P,) that their largest units hold."""
+    """Compute the share of the sum of scores (P,) >= 0 in the largest 1% and 10% of the units."""
     ordered = scores.double().sort(descending=True).values  # (P,)
     total = ordered.sum()
     return [float(ordered[:round(share * len(ordered))].sum() / total) if total > 0 else None
@@ -44,10 +44,11 @@ def concentration(scores, shares=(0.01, 0.1)):
 
 
 def additive_structure(F):
-    """How far log F (out, in) is a row effect plus a column effect -> (R2, rows, columns, clamped).
+    """Fit log F (out, in) by row effects plus column effects -> (R2, rows, columns, clamped).
 
     R2 = 1 - SS(log F - mean - row - column) / SS(log F - mean), None where F is constant; the
-    effects are (out,) and (in,); `clamped` entries were 0 and count as the smallest normal number.
+    effects are (out,) and (in,). Entries of 0 are clamped to the smallest normal number; `clamped`
+    is their number.
     """
     tiny = torch.finfo(torch.float32).tiny
     logs = F.double().clamp_min(tiny).log()  # (out, in)
@@ -60,7 +61,7 @@ def additive_structure(F):
 
 
 def mean_correlation(profiles):
-    """Mean over pairs of the correlation of profiles (T, n); None where one has no spread."""
+    """Average the correlation of two profiles over all pairs of (T, n); None for a constant one."""
     profiles = np.asarray(profiles, dtype=float)
     centred = profiles - profiles.mean(1, keepdims=True)
     norm = np.linalg.norm(centred, axis=1)
@@ -71,7 +72,7 @@ def mean_correlation(profiles):
 
 
 def off_diagonal(matrix):
-    """The entries above the diagonal of a symmetric (T, T): one for each pair of tasks."""
+    """Return the entries above the diagonal of a symmetric (T, T): one for each pair of tasks."""
     return matrix[np.triu_indices(len(matrix), 1)]
 
 
@@ -79,8 +80,8 @@ def off_diagonal(matrix):
 
 
 def common(M, N):
-    """|A_t and B_u| for masks M (T, P) and N (U, P), (T, U)."""
-    # Float32 products use BLAS and count exactly up to 2**24 units at a time.
+    """Count the common units of masks M (T, P) and N (U, P), (T, U)."""
+    # In float32 BLAS computes the product, and counts up to 2**24 are exact.
     total = np.zeros((len(M), len(N)))
     for start in range(0, M.shape[1], 2**22):
         part = slice(start, start + 2**22)
@@ -89,14 +90,20 @@ def common(M, N):
 
 
 def jaccard(M, N):
-    """J = |A and B| / |A or B|, (T, U); 0 where both sets are empty."""
+    """Compute J = |A and B| / |A or B| of masks M (T, P) and N (U, P), (T, U)."""
     both = common(M, N)
     either = M.sum(1)[:, None] + N.sum(1) - both
     return both / np.maximum(either, 1)
 
 
+def own_jaccard(halves):
+    """Compute J of the two halves (2, T, P) of each task, (T,)."""
+    return np.array([jaccard(first[None], second[None])[0, 0]
+                     for first, second in zip(*halves, strict=True)])
+
+
 def chance_jaccard(k, j, P):
-    """E[J] of two independent random sets of k and j among P units (hypergeometric overlap)."""
+    """Compute E[J] of two random sets of k and j among P units (hypergeometric overlap)."""
     if P > EXACT_UNITS:
         a, b = k / P, j / P
         return a * b / (a + b - a * b)
@@ -105,26 +112,26 @@ def chance_jaccard(k, j, P):
 
 
 def mean_chance_jaccard(k, P):
-    """`chance_jaccard`, mean over pairs of tasks with k (T,) units."""
+    """Average `chance_jaccard` over pairs of tasks with k (T,) units."""
     pairs = [(int(k[t]), int(k[u])) for t in range(len(k)) for u in range(t)]
     distinct = {pair: chance_jaccard(*pair, P) for pair in set(pairs)}
     return float(np.mean([distinct[pair] for pair in pairs]))
 
 
 def cross_jaccard(halves):
-    """Mean J over pairs of tasks and both combinations of their folds; halves (2, T, P)."""
+    """Average J over pairs of tasks and both combinations of their folds; halves (2, T, P)."""
     J = (jaccard(halves[0], halves[1]) + jaccard(halves[1], halves[0])) / 2  # (T, T)
     return float(off_diagonal(J).mean())
 
 
 def kappa(cross, chance, ceiling):
-    """0: tasks share as random sets do; 1: as much as two halves of one task. None: no headroom."""
+    """Rescale J: 0 for random sets, 1 for two halves of one task; None for too little headroom."""
     headroom = ceiling - chance
     return (cross - chance) / headroom if headroom >= SMALLEST_HEADROOM else None
 
 
 def chance_histogram(q):
-    """Probability that a unit is active in n = 0..T tasks: Poisson-binomial with q (T,)."""
+    """Compute the probabilities (T + 1,) of n active tasks: Poisson-binomial with q (T,)."""
     pmf = np.ones(1)
     for share in q:
         pmf = np.convolve(pmf, [1 - share, share])
@@ -132,13 +139,13 @@ def chance_histogram(q):
 
 
 def shared_share(M):
-    """Mean over tasks of the share of active units that another task has too."""
+    """Average over tasks the share of active units that are active in another task too."""
     shared = M.sum(0) >= 2  # (P,)
     return float(((M & shared).sum(1) / M.sum(1)).mean())
 
 
 def shared_chance(q):
-    """`shared_share` of independent random sets."""
+    """Compute the expected `shared_share` of independent random sets with shares q (T,)."""
     idle = 1 - np.asarray(q)
     return float(np.mean([1 - np.prod(np.delete(idle, t)) for t in range(len(idle))]))
 
@@ -147,7 +154,9 @@ def shared_chance(q):
 
 
 def pattern_sizes(M):
-    """(patterns, sizes): the tasks of a unit as bits, for all units active at all; largest first.
+    """Count the units of each pattern, the tasks of a unit as bits -> (patterns, sizes).
+
+    Units that are active in no task are left out. Sorted by decreasing size.
     """
     codes = np.zeros(M.shape[1], dtype=np.int64)
     for t, mask in enumerate(M):
@@ -158,7 +167,7 @@ def pattern_sizes(M):
 
 
 def pattern_summary(sizes, patterns, T):
-    """Numbers of the base groups, by name."""
+    """Summarise the pattern groups."""
     active = int(sizes.sum())
     covering = int(np.searchsorted(sizes.cumsum(), active / 2) + 1)
     everywhere = sizes[patterns == 2**T - 1].sum()
@@ -167,10 +176,10 @@ def pattern_summary(sizes, patterns, T):
 
 
 def base_groups(M, generator):
-    """The groups of units with equal patterns, and the same after permuting each task's mask.
+    """Group units with equal patterns, and compare with random permutations of each task's mask.
 
-    {"observed", "permuted"} of `pattern_summary`, the number of units they were counted on, and
-    the largest groups as (pattern, size, expected size). Permutations keep every k.
+    Returns `pattern_summary` as "observed" and, as a mean over permutations, "permuted"; the number
+    of units; and the largest groups with their size and the size expected of independent tasks.
     """
     T, P = M.shape
     if P > SAMPLED_UNITS:
@@ -193,9 +202,10 @@ def base_groups(M, generator):
 
 
 def category_effect(J, categories, generator):
-    """Mean J within categories minus between, and its one-sided p over permuted labels.
+    """Test whether J (T, T) is larger within categories than between them: (effect, p).
 
-    J (T, T), categories (T,) -> (effect, p); (None, None) unless two categories have two tasks.
+    The effect is the difference of the means; p comes from a one-sided permutation test over the
+    labels categories (T,). (None, None) unless two categories have two tasks.
     """
     _, labels, sizes = np.unique(categories, return_inverse=True, return_counts=True)
     if (sizes >= 2).sum() < 2:
@@ -211,7 +221,7 @@ def category_effect(J, categories, generator):
 
     observed = effect(labels)
     permuted = generator.permuted(np.tile(labels, (LABEL_PERMUTATIONS, 1)), axis=1)
-    # Equal groupings give equal effects, but for the last digit.
+    # Rounding: equal groupings can differ in the last digit.
     reached = (effect(permuted) >= observed - 1e-12).sum()
     return float(observed), float((1 + reached) / (1 + LABEL_PERMUTATIONS))
 
@@ -220,37 +230,26 @@ def category_effect(J, categories, generator):
 
 
 def sharing(M, halves, controls, categories, generator):
-    """All statistics of masks M (T, P), their folds' halves (2, T, P), {name: control mask (P,)}.
+    """Compute all statistics of masks M (T, P), the folds' halves (2, T, P), {name: control (P,)}.
 
-    Tasks with no unit or all units active, in M or in a half, are left out: `left_out` has their
-    numbers. None stands for what cannot be measured. `generator` is of NumPy.
+    Every mask has an active and an inactive unit. None marks what cannot be measured.
     """
-    P = M.shape[1]
-    counts = np.stack([M.sum(1), *halves.sum(2)])  # (3, T)
-    kept = ((counts > 0) & (counts < P)).all(0)  # (T,)
-    found = {"units": P, "active": M.sum(1).tolist(), "left_out": np.flatnonzero(~kept).tolist()}
-    if kept.sum() < 2:
-        return found
-    M, halves = M[kept], halves[:, kept]
-    categories = [name for name, keep in zip(categories, kept, strict=True) if keep]
-    T, k = len(M), M.sum(1)
-    q, n = k / P, M.sum(0)
+    T, P = M.shape
+    k, n = M.sum(1), M.sum(0)  # (T,), (P,)
     J = jaccard(M, M)
-    pairs = off_diagonal(J)
-    own = np.array([jaccard(first[None], second[None])[0, 0]
-                    for first, second in zip(*halves, strict=True)])  # (T,)
-    chance = mean_chance_jaccard(k, P)
+    pairs, own = off_diagonal(J), own_jaccard(halves)
     half_chance = mean_chance_jaccard(halves.sum(2).mean(0).round(), P)
     cross = cross_jaccard(halves)
     effect, p = category_effect(J, categories, generator)
     core = n == T
-    found |= {
-        "histogram": np.bincount(n, minlength=T + 1).tolist(),
-        "chance_histogram": (P * chance_histogram(q)).tolist(),
-        "shared": shared_share(M), "shared_chance": shared_chance(q),
+    return {
+        "units": P, "active": k.tolist(), "histogram": np.bincount(n, minlength=T + 1).tolist(),
+        "chance_histogram": (P * chance_histogram(k / P)).tolist(),
+        "shared": shared_share(M), "shared_chance": shared_chance(k / P),
         "jaccard": float(pairs.mean()), "smallest": float(pairs.min()),
-        "largest": float(pairs.max()), "chance": chance, "ceiling": float(own.mean()),
-        "cross": cross, "kappa": kappa(cross, half_chance, float(own.mean())),
+        "largest": float(pairs.max()), "chance": mean_chance_jaccard(k, P),
+        "ceiling": float(own.mean()), "cross": cross,
+        "kappa": kappa(cross, half_chance, float(own.mean())),
         "category_effect": effect, "category_p": p,
         "lower_half": float(M[:, :P // 2].sum() / M.sum()),
         "matrix": np.where(np.eye(T, dtype=bool), own, J).tolist(),
@@ -260,25 +259,24 @@ def sharing(M, halves, controls, categories, generator):
             "core": float(mask[core].mean()) if core.any() else None}
             for name, mask in controls.items()},
         "patterns": base_groups(M, generator)}
-    return found
 
 
 # --- signs --------------------------------------------------------------------------------------
 
 
 def minority_chance(n):
-    """E[min(i, n - i)] / n for i of n independent fair signs."""
+    """Compute E[min(i, n - i)] / n for i positive signs among n fair coin flips."""
     i = np.arange(n + 1)
     return float((stats.binom(n, 0.5).pmf(i) * np.minimum(i, n - i)).sum() / n)
 
 
 def signs(M, positive, negative, halves):
-    """Do tasks pull the weights that they share in opposite directions (Fig. 10)?
+    """Count weights whose gradients have opposite signs in different tasks (Fig. 10).
 
-    Masks M and signs of the mean gradient, all (T, P); `halves` is a pair of (positive, negative)
-    of the two folds. A zero gradient counts in neither sign. By n = number of tasks with a sign:
-    the share of weights with both signs, and the mean share of the rarer one, each with the value
-    for independent fair signs. None where no weight has so many.
+    Masks M and signs of the mean gradient are all (T, P); `halves` is a pair of (positive,
+    negative) of the two folds. A zero gradient has neither sign. By n, the number of tasks with a
+    sign: the share of weights with both signs and the mean share of the rarer sign, each with its
+    value for fair coin flips; None where no weight has n signs.
     """
     up, down = M & positive, M & negative
     pos, neg = up.sum(0), down.sum(0)  # (P,)
@@ -302,7 +300,7 @@ def signs(M, positive, negative, halves):
                 if both_folds[t].any()]
 
     def weighted(key):
-        """The mean over all weights active in two tasks or more."""
+        """Average over all weights that are active in at least two tasks."""
         return sum(line["weights"] * line[key] for line in by_n
                    if line["weights"]) / weights if weights else None
 

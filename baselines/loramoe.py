@@ -43,7 +43,7 @@ class LoraMoeLinear(BankLinear):
                 g = logits.masked_fill(~active, -torch.inf).softmax(dim=-1)  # renormalised top_k
         if self.gates is not None:
             self.gates.append(g)
-        return Routing(g, g, active)
+        return Routing(g, g, active, logits)
 
 
 # --- localized balancing constraint -------------------------------------------------------------

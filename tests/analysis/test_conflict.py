@@ -100,7 +100,7 @@ def test_interference():
     assert found["transfer"] == pytest.approx(np.median([-0.5, 0.5, -0.5, 0, 0.125, -1e-9 / 4]))
     delta[0, 0] = 1
     none = conflict.interference(delta, np.ones(3))
-    assert none["harm_ratio"] is None and "in 2 of 3 cases only" in none["reason"]
+    assert none["harm_ratio"] is None and "in only 2 of 3 cases" in none["reason"]
 
 
 # --- adapters -----------------------------------------------------------------------------------
@@ -115,11 +115,10 @@ def one_adapter(method, **changed):
             weight += 0.05 * torch.randn_like(weight)
     rows = {f"task{t}": [row | {"id": str(i)} for i, row in enumerate(rows_of(t, 19))]
             for t in range(3)}
-    args = argparse.Namespace(folds=H, lookahead=3, step_scale=1.0,
-                              learning_rate=1e-6, micro_batch=4)
-    adapter = types.SimpleNamespace(results={}, folder=lambda task: task)
+    args = argparse.Namespace(folds=H, lookahead=3, learning_rate=1e-6, micro_batch=4)
+    adapter = types.SimpleNamespace(results={})
     names = list(model.adapted_by.layers)
-    return gradients.OneAdapter(args, adapter, lambda folder: model, rows, 2, names, names[:1])
+    return gradients.OneAdapter(args, adapter, model, rows, 2, names, names[:1])
 
 
 def kept_of(one):
@@ -165,7 +164,7 @@ def test_gram_is_that_of_autograd(method):
 
 
 def test_a_regrouping_changes_no_task_gradient():
-    """Sec. 9.1: with equal gates and all experts active, experts' Gram matrices sum to the same."""
+    """With equal gates and all experts active, the Gram matrices of experts sum to the same."""
     one = one_adapter("badit", top_k=8)
     name = one.names[0]
     layer = one.model.get_submodule(name)
@@ -185,7 +184,7 @@ def test_a_regrouping_changes_no_task_gradient():
 def test_lookahead():
     """Weights are as before to the bit, also after an interruption; first order predicts it."""
     one = one_adapter("lora")
-    one.others = one.rows  # the very rows of the gradients
+    one.held_out = one.rows  # the very rows of the gradients
     one.model.double()
     before = weights_of(one.model)
     kept = {task: {key: value.double() for key, value in each.items()}

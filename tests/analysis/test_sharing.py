@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from analysis import released, sharing
+from analysis import sharing
 
 
 def rng(seed=0):
@@ -169,15 +169,6 @@ def test_planted_categories():
     assert measured(M, categories=list("aabcdefgh"))["category_p"] is None
 
 
-def test_empty_and_full_masks_are_left_out():
-    M = exact_masks(rng(7), 4, 50, 5)
-    M[1], M[2] = False, True
-    found = measured(M)
-    assert found["left_out"] == [1, 2] and found["active"] == [5, 0, 50, 5]
-    assert found["jaccard"] == pytest.approx(sharing.jaccard(M[:1], M[3:])[0, 0])
-    assert "jaccard" not in measured(M[1:3])
-
-
 def test_mean_correlation():
     profiles = rng(8).random((3, 20))
     naive = np.mean([np.corrcoef(profiles)[t, u] for t, u in itertools.combinations(range(3), 2)])
@@ -205,68 +196,3 @@ def test_signs():
     none = sharing.signs(M[:, :1], up[:, :1], up[:, :1], [(up[:, :1], up[:, :1])] * 2)
     assert none["zero"] == 5 and none["both"] is None and none["pairwise"] is None
     assert sharing.minority_chance(15) == pytest.approx(0.395, abs=0.001)
-
-
-# --- the released scripts' reading --------------------------------------------------------------
-
-
-def naive_blocks(scores):
-    """Means of blocks by slices of a matrix; the last may be smaller."""
-    return np.array([scores[i:i + 32, j:j + 32].mean() for i in range(0, scores.shape[0], 32)
-                     for j in range(0, scores.shape[1], 32)])
-
-
-def naive_top(scores):
-    """Largest tenth of distinct scores, as a bool array of their shape."""
-    return scores > np.sort(scores.ravel())[::-1][round(0.1 * scores.size)]
-
-
-@pytest.mark.parametrize("shape", [(64, 96), (70, 45), (33, 5)])
-def test_released_blocks(shape):
-    scores = rng(11).normal(size=shape)
-    assert released.block_means(torch.tensor(scores)).numpy() == pytest.approx(
-        naive_blocks(scores))
-    assert released.block_means(torch.tensor(scores[0])).numpy() == pytest.approx(
-        naive_blocks(scores[:1]))
-
-
-def test_released_neurons():
-    """One threshold for all tasks: a task with larger means takes all, and another none."""
-    z = rng(12).normal(size=(4, 320))
-    masks = released.neuron_masks(torch.tensor(z))
-    blocks = np.array([naive_blocks(mine[None]) for mine in z])
-    assert (masks == naive_top(blocks)).all() and masks.sum() == 4
-    z[2] -= 10  # signed: a task far below 0 is the least active
-    z[3] += 10
-    found = released.compared(released.neuron_masks(torch.tensor(z)), exact_masks(rng(13), 4, 320,
-                                                                                  32))
-    assert found["blocks"] == 10 and found["active"] == [0, 0, 0, 4]
-    assert found["left_out"] == [0, 1, 2] and found["jaccard"] is found["chance"] is None
-    assert found["ours_chance"] == pytest.approx(sharing.chance_jaccard(32, 32, 320))
-
-
-def test_released_weights():
-    """From the gradients of rows of three tasks: blocks, single weights, and their overlaps."""
-    G = rng(14).normal(size=(3, 6, 130, 100)) * rng(15).random((130, 1)) * rng(16).random(100)
-    F, squares = (G**2).mean(1), G.mean(1)**2  # (T, out, in)
-    scores = [released.matrix_scores(torch.tensor(mine.mean(0)), torch.tensor(fisher))
-              for mine, fisher in zip(G, F, strict=True)]
-    tops = np.array([each["top"].numpy() for each in scores])
-    ours = np.array([naive_top(fisher).ravel() for fisher in F])
-    found = released.compared_weights(tops, *([each[key] for each in scores]
-                                              for key in ("blocks", "fisher")), ours)
-
-    def mean_jaccard(masks):
-        sets = [set(np.flatnonzero(mask)) for mask in masks]
-        return np.mean([len(a & b) / len(a | b) for a, b in itertools.combinations(sets, 2)])
-
-    single = [naive_top(each).ravel() for each in squares]
-    assert (tops == single).all() and not (tops == ours).all()
-    assert found["blocks"] == 20 and found["active"] == [2] * 3 and found["left_out"] == []
-    for key, masks in (("jaccard", [naive_top(naive_blocks(each)) for each in squares]),
-                       ("fisher_blocks", [naive_top(naive_blocks(each)) for each in F]),
-                       ("single", single), ("ours", ours)):
-        assert found[key] == pytest.approx(mean_jaccard(masks))
-    assert found["chance"] == pytest.approx(sharing.chance_jaccard(2, 2, 20))
-    assert found["overlap"] == pytest.approx([
-        (a & b).sum() / (a | b).sum() for a, b in zip(single, ours, strict=True)])
