@@ -77,12 +77,16 @@ def decompose(weight, num_experts, rank, scaling, svd="exact"):
 
     b_i = sqrt(S_i / s) u_i and a_i = sqrt(S_i / s) v_i', by descending singular value: expert k
     starts with components r*k to r*k + r - 1. Returns a Decomposition in float32, or in float64 for
-    a float64 weight. Raises ValueError for N outside 1 .. min(out, in).
+    a float64 weight. Raises InputError for N outside 1 .. min(out, in), for a weight that is not
+    finite, and for one of a rank below N.
     """
     W0, N, s = weight, num_experts * rank, scaling
     check_bank_size(num_experts, rank, W0.shape)
     W = W0.to(torch.promote_types(W0.dtype, torch.float32))
+    if not torch.isfinite(W).all():
+        raise InputError("its weight holds NaN or infinity")
     U, S, Vh = top_singular_triplets(W, N, svd)
+    check_singular_values(S, W.shape)
     U, Vh = orient_singular_pairs(U, Vh)
     root = (S / s).sqrt()  # (N,)
     A, B = root[:, None] * Vh, U * root  # (N, in), (out, N)
@@ -94,6 +98,18 @@ def check_bank_size(num_experts, rank, shape):
     if not 1 <= num_experts * rank <= min(shape):
         raise InputError(f"num_experts * rank = {num_experts} * {rank} = {num_experts * rank} must "
                          f"be from 1 to {min(shape)}, the smaller side of a {tuple(shape)} weight")
+
+
+def check_singular_values(S, shape):
+    """Raise InputError unless all of S (N,), descending, are non-zero beside their rounding error.
+
+    A component of a zero singular value has a = b = 0, so its gradient is zero: it cannot learn.
+    """
+    nonzero = int((S > S[0] * max(shape) * torch.finfo(S.dtype).eps).sum())
+    if nonzero < len(S):
+        raise InputError(f"its weight has {nonzero} non-zero singular values, and {len(S)} "
+                         "components need as many: give fewer (--rank, --num_experts) or other "
+                         "--target_modules")
 
 
 class InitialBank:

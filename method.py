@@ -100,7 +100,11 @@ class Method:
             home = linear.weight.device
             if self.device is not None:
                 linear.to(self.device)
-            layer = self.layers[name] = self.build_layer(linear, fresh).train(linear.training)
+            try:
+                layer = self.build_layer(linear, fresh).train(linear.training)
+            except InputError as error:
+                raise InputError(f"{name}: {error}") from None
+            self.layers[name] = layer
             if self.device is not None:  # which the whole base may not fit
                 for tensor in (getattr(layer, base) for base in layer.base_tensors):
                     if tensor is not None:
@@ -200,15 +204,20 @@ def find_targets(model, target_modules):
 
     ("all-linear",) means all of them. Raises InputError for a name that none of them has.
     """
-    # Not the output layer: it sees only the positions whose logits are kept.
+    # Not the output layer: its input is only the positions whose logits are kept.
+    output = model.get_output_embeddings()
     linears = {name: module for name, module in model.named_modules()
-               if isinstance(module, nn.Linear) and module is not model.get_output_embeddings()}
+               if isinstance(module, nn.Linear) and module is not output}
     if tuple(target_modules) == (ALL_LINEAR,):
         return linears
     existing = {name.rpartition(".")[2] for name in linears}
     if ALL_LINEAR in target_modules:
         raise InputError(f"--target_modules {' '.join(target_modules)}: {ALL_LINEAR} stands alone")
     for target in target_modules:
+        if target not in existing and any(module is output and name.rpartition(".")[2] == target
+                                          for name, module in model.named_modules()):
+            raise InputError(f"--target_modules {target}: the output layer is never adapted; the "
+                             f"others are {', '.join(sorted(existing)) or 'none'}")
         if target not in existing:
             raise InputError(f"--target_modules {target}: the model has no such linear layer; "
                              f"it has {', '.join(sorted(existing)) or 'none'}")

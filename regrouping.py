@@ -3,6 +3,8 @@
 Axis names as in grouping.py.
 """
 
+import math
+
 import torch
 from accelerate import PartialState
 
@@ -209,8 +211,9 @@ def measure(model, batch, layers, new):
             x, y = inputs[0][tokens], output[tokens].float()  # (tokens, in), (tokens, out)
             now, then = (layer.add_bank(torch.zeros_like(y), x, bank)
                          for bank in (layer.bank, layer.regrouped(grouping)))  # (tokens, out)
-            drift = float((then - now).norm() / y.norm()) if len(y) else None
-            measured.append(dict(regroup_drift=drift, **router_health(layer.route(x))))
+            drift = float((then - now).norm() / y.norm())  # NaN where all outputs are zero
+            measured.append(dict(regroup_drift=drift if math.isfinite(drift) else None,
+                                 **router_health(layer.route(x))))
         return hook
 
     handles = [layer.register_forward_hook(hook_of(name, grouping))

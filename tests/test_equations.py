@@ -5,6 +5,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 from tiny import randn
 from torch.testing import assert_close
@@ -25,6 +26,7 @@ from grouping import (
     spherical_kmeans,
     unit_gradients,
 )
+from inputs.errors import InputError
 
 SHAPES = [(32, 20, 4), (24, 30, 3), (12, 9, 3)]  # (N, D, K)
 
@@ -594,6 +596,38 @@ def test_duplicated_gradients_still_give_a_balanced_grouping():
     assert is_balanced(group_components(g, 4), 4)
     current = random_labels(4, 12, 4)
     assert is_balanced(group_components(g, 4, current=current), 4)
+
+
+DEGENERATE = {
+    "all zero": (torch.zeros(12, 10), "0 non-zero singular values, and 4"),
+    "rank 3": (randn(1, 12, 3) @ randn(2, 3, 10), "3 non-zero singular values, and 4"),
+    "equal rows": (torch.ones(12, 10), "1 non-zero singular value"),
+    "one row": (F.pad(randn(3, 1, 10), (0, 0, 0, 11)), "1 non-zero singular value"),
+    "subnormal": (torch.full((12, 10), 1e-45), "non-zero singular value"),
+    "NaN": (torch.full((12, 10), torch.nan), "NaN or infinity"),
+    "one infinity": (torch.eye(12, 10).index_put((torch.tensor(3), torch.tensor(3)),
+                                                 torch.tensor(torch.inf)), "NaN or infinity"),
+    "too narrow": (randn(4, 12, 3), "smaller side"),
+    "one input": (randn(5, 12, 1), "smaller side"),
+}
+
+
+@pytest.mark.parametrize("svd", ["exact", "fast"])
+@pytest.mark.parametrize("name", DEGENERATE)
+def test_a_weight_without_as_many_components_is_refused(name, svd):
+    weight, named = DEGENERATE[name]
+    with pytest.raises(InputError, match=named):
+        decompose(weight.float(), 2, 2, 8.0, svd)
+
+
+@pytest.mark.parametrize("shape", [(4, 4), (1, 1), (1, 9), (9, 1), (40, 4)])
+@pytest.mark.parametrize("scale", [1e-12, 1.0, 1e12])
+def test_small_and_full_rank_weights_are_decomposed(shape, scale):
+    N = min(shape)
+    weight = scale * randn(6, *shape).float()
+    A, B, residual, _ = decompose(weight, N, 1, 8.0)
+    assert (A.abs().amax(1) > 0).all() and (B.abs().amax(0) > 0).all()
+    assert residual.abs().max() <= 1e-5 * weight.abs().max()
 
 
 # Eq. 9: zero and non-finite gradients
