@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import random
 import re
 import tempfile
 from collections import Counter
@@ -14,16 +15,16 @@ from msgspec import Struct
 from inputs import formats, table_files
 from inputs.errors import InputError, library_errors
 from inputs.files import write_json
-from inputs.numbers import PositiveInt, Seed, stable_seed
+from inputs.numbers import PositiveInt, stable_seed
 from inputs.settings import REQUIRED, Flag
 from inputs.task_files import METRICS, SPLITS, listed, read_task, resolve_names
 
 # Columns of input and output; the first pair that a file has is read.
 PAIRS = (("input", "output"), ("prompt", "completion"), ("question", "answer"),
-         ("prompt", "answer"), ("sentence", "label"), ("text", "label"), ("context", "response"),
-         ("instruction", "output"), ("instruction", "response"))
-OTHER_SPLITS = ("test", "dev", "eval", "valid", "validation")
-TEST_ITEMS, SEED = 100, 1  # of a split made here
+         ("prompt", "answer"), ("sentence", "label"), ("text", "label"), ("inputs", "targets"),
+         ("context", "response"), ("instruction", "output"), ("instruction", "response"))
+TEST_ITEMS = 100
+FILE_NAME = re.compile(r"(.*?)[._-]?(train|test|dev|eval|valid|validation)?(?:-\d+-of-\d+)?")
 LEFT_OUT = "left out"  # keys, columns and files
 FLAGS = (
     Flag("source", str, REQUIRED, "a file, a folder, or the name of a dataset on the Hugging Face "
@@ -34,7 +35,6 @@ FLAGS = (
          "accuracy beside a labels.json, otherwise rouge_l)"),
     Flag("test_items", PositiveInt | None, None, "number of test instances to draw where there is "
          f"no test file, at most half of a task (default: {TEST_ITEMS})", "N"),
-    Flag("seed", Seed | None, None, f"seed of that draw (default: {SEED})"),
     Flag("input_column", str | None, None, "column of a table to read as input (default: "
          f"{', '.join(dict.fromkeys(pair[0] for pair in PAIRS))})", "COLUMN"),
     Flag("output_column", str | None, None, "column of a table to read as output (default: "
@@ -45,12 +45,10 @@ FLAGS = (
 
 
 class Files(NamedTuple):
-    """Where a task's rows are, and what the place says of the task."""
+    """Where a task's rows are: paths, or datasets.Dataset, by split."""
 
-    splits: dict[str, list]  # paths, or datasets.Dataset
-    category: str | None = None
-    metric: str | None = None
-    not_read: tuple[str, ...] = ()  # names of other files and splits there
+    folder: Path
+    splits: dict[str, list]
 
 
 class Head(Struct):
@@ -96,71 +94,50 @@ def convert(args):
 # --- finding ------------------------------------------------------------------------------------
 
 
-def _find_tasks(source):
+def _find_tasks(source, notes):
     """Return {task: Files} of a file, a folder or a dataset of the hub. Raises InputError."""
-    place = Path(source)
-    if not place.exists():
-        return _find_on_hub(source)
+    place, found = Path(source), {}
+    if not place.exists() or (place / "dataset_dict.json").exists():
+        return _find_by_datasets(source, place, notes)
     if place.is_file():
-        return {place.stem: Files({"train": [place]})}
-    found = {}
-    for folder in _task_folders(place):
-        name = folder.absolute().name
-        if name in found:
-            raise InputError(f"{source} holds two tasks {name}: "
-                             f"{found[name].splits['train'][0].parent} and {folder}")
-        found[name] = _files_in(folder, place)
-    if not found:  # natural-instructions, or another folder of files that are a task each
-        files = sorted(place.glob("tasks/task*.json")) or sorted(place.iterdir())
-        found = {file.stem: Files({"train": [file]}) for file in files
-                 if file.suffix in table_files.SUFFIXES and file.stem not in OTHER_SPLITS}
+        return {place.stem: Files(place.parent, {"train": [place]})}
+    files = {path: FILE_NAME.fullmatch(path.stem).groups() for path in sorted(place.rglob("*"))
+             if path.suffix in table_files.SUFFIXES and path.is_file()
+             and not any(part.startswith(".") for part in path.relative_to(place).parts)}
+    by_folder = any((name, split) == ("", "train") for name, split in files.values())
+    for path, (name, split) in files.items():
+        folder = path.parent.parent if path.parent.name == "data" else path.parent
+        if by_folder and name or split not in (None, *SPLITS):
+            notes.say(LEFT_OUT, *{path.name} - {"labels.json"})
+            continue
+        name, split = name or folder.absolute().name, split or "train"
+        paths = found.setdefault(name, Files(folder, {})).splits.setdefault(split, [])
+        if found[name].folder != folder or paths and "-of-" not in path.name:
+            raise InputError(f"two files of task {name}, {split}: {path} and "
+                             f"{paths[0] if paths else found[name].folder}")
+        paths.append(path)
     if not found:
-        raise InputError(f"{source} holds nothing to convert: no train file in it or in a folder "
-                         "for each task, no tasks/task*.json, and no file of a task; formats: "
-                         f"{', '.join(table_files.SUFFIXES)}")
+        raise InputError(f"{source} holds no file of {', '.join(table_files.SUFFIXES)} to convert")
+    for files in found.values():
+        if "train" not in files.splits:
+            raise InputError(f"{files.splits['test'][0]}: there is no train file beside it")
     return found
 
 
-def _find_on_hub(source):
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", source):
+def _find_by_datasets(source, place, notes):
+    """Return {task: Files} of a folder that save_to_disk wrote, or of a dataset on the hub."""
+    if not place.exists() and not re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", source):
         raise InputError(f"{source} does not exist")
     import datasets  # here, because it takes seconds
 
-    with library_errors(f"{source} does not exist here, and cannot be read from the hub"):
-        splits = datasets.load_dataset(*source.split(":"))
-        found = {split: [splits[split]] for split in SPLITS if split in splits}
-        return {re.split("[/:]", source)[-1]: Files(
-            {"train": [splits["train"]]} | found, not_read=tuple(splits.keys() - found.keys()))}
-
-
-def _files_in(folder, source):
-    """Return the Files of a task folder; a folder between it and `source` is its category."""
-    splits = {split: paths for split in SPLITS if (paths := _split_files(folder, split))}
-    read = {path.name for paths in splits.values() for path in paths} | {"labels.json"}
-    group = folder.parent.name if folder not in (source, source / folder.name) else None
-    there = {path.name for path in folder.iterdir()
-             if path.suffix in table_files.SUFFIXES and path.is_file()}
-    return Files(splits, group, "accuracy" if "labels.json" in there else None,
-                 tuple(sorted(there - read)))
-
-
-def _task_folders(source):
-    """Return the folders with a training file: `source`, or those in it, perhaps in groups."""
-    if _split_files(source, "train"):
-        return [source]
-    folders = (path for pattern in ("*", "*/*") for path in source.glob(pattern)
-               if path.is_dir() and path.name[0] != "." and path.name != "data")
-    return sorted(folder for folder in folders if _split_files(folder, "train"))
-
-
-def _split_files(folder, split):
-    """Return the file of a split, or its shards, also of folder/data. Raises InputError."""
-    name = rf"{split}(-\d+-of-\d+)?({'|'.join(map(re.escape, table_files.SUFFIXES))})"
-    found = [path for place in (folder, folder / "data") for path in sorted(place.glob(f"{split}*"))
-             if re.fullmatch(name, path.name)]
-    if len(found) > 1 and not all(re.search(r"-\d+-of-\d+\.", path.name) for path in found):
-        raise InputError(f"{found[0]} and {found[1]} are both there: keep one")
-    return found
+    with library_errors(f"cannot read {source}" if place.exists() else
+                        f"{source} does not exist here, and cannot be read from the hub"):
+        read = (datasets.load_from_disk(place) if place.exists()
+                else datasets.load_dataset(*source.split(":")))
+        splits = {"train": [read["train"]]} | (
+            {"test": [read["test"]]} if "test" in read else {})
+    notes.say(LEFT_OUT, *sorted(read.keys() - splits.keys()))
+    return {re.split("[/:]", source)[-1]: Files(place, splits)}
 
 
 # --- reading ------------------------------------------------------------------------------------
@@ -168,7 +145,7 @@ def _split_files(folder, split):
 
 def _read_tasks(args, notes):
     """Yield (name, {"train", "test": content of its file}) of every task."""
-    files, drawn, done = _find_tasks(args.source), False, set()
+    files, done = _find_tasks(args.source, notes), set()
     by_column = bool(args.task_column)
     chosen = args.tasks and not by_column
     for place in resolve_names(args.tasks, list(files)) if chosen else files:
@@ -179,18 +156,14 @@ def _read_tasks(args, notes):
             if name in done:
                 raise InputError(f"two tasks would be named {name}")
             done.add(name)
-            drawn |= "test" not in groups[found]
             yield name, _finish(name, files[place], head, groups[found], args, notes)
-    for flag in ("test_items", "seed"):
-        if getattr(args, flag) is not None and not drawn:
-            raise InputError(f"--{flag} is not read where every task has a test file")
 
 
 def _read_files(files, args, notes):
     """Return (Head of a task's files, {value of the task column: {split: instances}})."""
     head, declared, read = None, False, {}
-    for split, sources in files.splits.items():
-        for source in sources:
+    for split in SPLITS:
+        for source in files.splits.get(split, ()):
             said, rows = table_files.read(source, notes)
             declared |= bool(said)
             notes.say(LEFT_OUT, *sorted(said.keys() - set(Head.__struct_fields__)))
@@ -202,7 +175,6 @@ def _read_files(files, args, notes):
             where = source if isinstance(source, Path) else f"{args.source}, split {split}"
             read.setdefault(split, []).extend(
                 (row, f"{where}, row {number}") for number, row in enumerate(rows, start=1))
-    notes.say(LEFT_OUT, *files.not_read)
     read = {split: _without_chats(rows, notes) for split, rows in read.items()}
     there = dict.fromkeys(column for rows in read.values() for row, _ in rows for column in row)
     columns = _choose_columns(list(there), args, files.splits["train"][0])
@@ -328,12 +300,15 @@ def _finish(name, files, head, splits, args, notes):
     for split, rows in splits.items():
         _name_instances(rows, name if len(splits) == 1 else f"{name}-{split}", name, notes)
     if "test" not in splits:
-        seed = SEED if args.seed is None else args.seed
-        notes.say(f"test instances drawn from the training file (--test_items, --seed {seed})",
-                  name)
-        splits = _draw_test(name, splits["train"], args.test_items or TEST_ITEMS, seed)
-    category = head.Category or ", ".join(head.Categories) or files.category
-    metric = args.metric or head.Metric or files.metric
+        splits = _draw_test(name, instances, args.test_items or TEST_ITEMS)
+        notes.say("test instances drawn from the training file (--test_items)", name)
+    elif args.test_items:
+        raise InputError(f"--test_items has no effect: {name} has a test file")
+    group = files.folder.parent  # a folder between a task's folder and SOURCE is its category
+    category = head.Category or ", ".join(head.Categories) or (
+        group.name if Path(args.source) in group.parents else None)
+    metric = args.metric or head.Metric or (
+        "accuracy" if (files.folder / "labels.json").exists() else None)
     about = {"Definition": definition} | ({"Category": category} if category else {}) | (
         {"Metric": metric} if metric else {})
     return {split: about | {"Instances": [{key: instance[key] for key in ("id", "input", "output")}
@@ -352,7 +327,7 @@ def _name_instances(instances, stem, task, notes):
         instance["id"] = f"{stem}-{index}"
 
 
-def _draw_test(name, instances, count, seed):
+def _draw_test(name, instances, count):
     """Return {"train", "test"}: `count` instances for the test, at most half.
 
     The draw is by instance id: the same whatever the order of the rows.
@@ -360,8 +335,8 @@ def _draw_test(name, instances, count, seed):
     count = min(count, len(instances) // 2)
     if not count:
         raise InputError(f"{name} has one instance: none is left for a test")
-    ranked = sorted(instances, key=lambda instance: stable_seed("test", seed, instance["id"]))
-    drawn = {instance["id"] for instance in ranked[:count]}
+    ranked = sorted(instance["id"] for instance in instances)
+    drawn = set(random.Random(stable_seed("test", name)).sample(ranked, count))
     return {split: [instance for instance in instances
                     if (instance["id"] in drawn) == (split == "test")] for split in SPLITS}
 

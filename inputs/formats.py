@@ -297,7 +297,7 @@ def text(path):
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from None
     except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not readable JSON: {error}") from None
+        raise InputError(f"{path} is not UTF-8 text: {error}") from None
 
 
 def _parse(content, source):

@@ -9,8 +9,9 @@ from inputs.errors import InputError, library_errors
 
 SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet")
 LARGEST_CELL = 2**30  # characters; the csv module allows 131,072 by default
-ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant",
-         "assistant": "assistant"}  # of ShareGPT and of OpenAI; chats with others are left out
+# As in OpenAI's and ShareGPT's chats; a chat with other roles is left out.
+ROLES = {"system": "system", "developer": "system", "user": "user", "human": "user",
+         "assistant": "assistant", "gpt": "assistant"}
 
 
 def read(source, notes):
@@ -48,7 +49,7 @@ def _read_json(path):
     first, _, rest = formats.text(path).strip().partition("\n")
     if rest and first.startswith("{") and first.rstrip().endswith("}"):
         return {}, formats.read_lines(path, Any)  # JSON lines in a .json file
-    content = formats.load(path)
+    content, _ = formats.read(path, Any)
     head = content if isinstance(content, dict) else {}
     rows = head.pop("Instances", None) if head else content
     if not isinstance(rows, list):
@@ -107,15 +108,16 @@ def single_turn(row):
     turns = parts[0] + parts[1] if all(isinstance(part, list) for part in parts) else row.get(key)
     if not isinstance(turns, list):
         return row, ""
-    said = [(ROLES.get(turn.get("role", turn.get("from"))), turn.get("content", turn.get("value")))
-            for turn in turns if isinstance(turn, dict)]
-    system = [said.pop(0)[1]] if said and said[0][0] == "system" else []
-    exchange = said[:2]
-    if [role for role, _ in exchange] != ["user", "assistant"] or not all(
-            isinstance(text, str) for text in (*system, *(text for _, text in exchange))):
+    said = [(ROLES.get(str(turn.get("role", turn.get("from")))),
+             turn.get("content", turn.get("value"))) for turn in turns if isinstance(turn, dict)]
+    start = 1 if said and said[0][0] == "system" else 0
+    roles = [role for role, _ in said[start:start + 2]]
+    system, *exchange = (row.get("system") or "", *(text for _, text in said[:start + 2]))
+    if roles != ["user", "assistant"] or not all(
+            isinstance(text, str) for text in (system, *exchange)):
         return None, "left out: they do not begin with a text of the user and one of the assistant"
+    system = "\n\n".join(filter(None, (system, *exchange[:start])))
     rest = {name: value for name, value in row.items()
             if name not in ("prompt", "completion", key)}
-    system = "\n\n".join(filter(None, (row.get("system"), *system)))
-    row = rest | {"system": system, "input": exchange[0][1], "output": exchange[1][1]}
-    return row, "cut to their first exchange" if len(said) > 2 else ""
+    row = rest | {"system": system, "input": exchange[start], "output": exchange[start + 1]}
+    return row, "cut to their first exchange" if len(turns) > start + 2 else ""

@@ -85,6 +85,10 @@ LAYOUTS = {  # files, the only task: name, definition, category, metric
     "JSON lines named JSON": ({"t.json": lines(PAIR)}, ("t", "", "other", "rouge_l")),
     "Dolly": ({"t.jsonl": lines([{"instruction": "I", "context": f"c{i}", "response": "r"}
                                  for i in range(2)])}, ("t", "I", "other", "rouge_l")),
+    "files by split": ({"t_train.jsonl": lines(PAIR[:1]), "t_test.jsonl": lines(PAIR[1:]),
+                        "t_valid.jsonl": "?"}, ("t", "", "other", "rouge_l")),
+    "FLAN": ({"t.jsonl": lines([{"inputs": f"a{i}", "targets": "b"} for i in range(2)])},
+             ("t", "", "other", "rouge_l")),
     "TSV": ({"t.tsv": 'question\tanswer\na, "b"\t"c\td"\ne\tf\n'}, ("t", "", "other", "rouge_l")),
 }
 
@@ -161,6 +165,8 @@ CHATS = {  # a row, the exchange that it becomes
     "messages": ({"messages": [ASK, ANSWER]}, ("Hot?", "Cold.")),
     "system": ({"messages": [{"role": "system", "content": "Be."}, ASK, ANSWER]},
                ("Be.\n\nHot?", "Cold.")),
+    "developer": ({"messages": [{"role": "developer", "content": "Be."}, ASK, ANSWER]},
+                  ("Be.\n\nHot?", "Cold.")),
     "several turns": ({"messages": [ASK, ANSWER, ASK, ANSWER]}, ("Hot?", "Cold.")),
     "ShareGPT": ({"conversations": [{"from": "human", "value": "Hot?"},
                                     {"from": "gpt", "value": "Cold."}], "system": "Be."},
@@ -174,6 +180,8 @@ CHATS = {  # a row, the exchange that it becomes
     "picture": ({"messages": [{"role": "user", "content": [{"type": "image"}]}, ANSWER]}, None),
     "no text": ({"messages": [ASK, {"role": "assistant", "content": None}]}, None),
     "nothing": ({"messages": []}, None),
+    "odd role": ({"messages": [{"role": [1], "content": "?"}, ANSWER]}, None),
+    "odd system": ({"messages": [ASK, ANSWER], "system": 5}, None),
 }
 
 
@@ -203,7 +211,7 @@ def test_a_system_turn_that_all_chats_share_is_the_definition(tmp_path):
 
 
 def test_a_dataset_of_the_hub(tmp_path, capsys, monkeypatch):
-    """It is read by name; without a network one line says so."""
+    """It is read by name, or where save_to_disk wrote it; without a network one line says so."""
     made = datasets.DatasetDict({split: datasets.Dataset.from_list(rows) for split, rows in (
         ("train", PAIR), ("validation", PAIR), ("test", PAIR[:1]))})
     asked = []
@@ -213,6 +221,9 @@ def test_a_dataset_of_the_hub(tmp_path, capsys, monkeypatch):
     assert (task.name, len(task.train), len(task.test)) == ("cb", 2, 1)
     assert asked == [("nobody/glue", "cb")]
     assert "left out: validation" in capsys.readouterr().out
+    datasets.disable_progress_bars()
+    made.save_to_disk(tmp_path / "saved")
+    assert exchanges(converted(tmp_path / "saved", tmp_path / "b")["saved"]) == exchanges(task)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     assert "nobody/glue does not exist" in refused("nobody/glue", tmp_path, capsys)
 
@@ -252,12 +263,11 @@ def test_own_test_file_is_kept(tmp_path, capsys):
     source = write(tmp_path / "mine", {"train.json": PAIR, "test.json": PAIR[:1]})
     task = converted(source, tmp_path)["mine"]
     assert (len(task.train), len(task.test)) == (2, 1)
-    for flag in ("--test_items", "--seed"):
-        assert flag in refused(source, tmp_path, capsys, flag, "3")
+    assert "--test_items" in refused(source, tmp_path, capsys, "--test_items", "3")
 
 
 def test_drawn_test(tmp_path):
-    """By seed and id: equal whatever the order of the rows; at most half of them."""
+    """By id: equal whatever the order of the rows; at most half of them."""
     rows = [{"id": f"n{i}", "input": f"in {i}", "output": "a"} for i in range(40)]
 
     def drawn(rows, *flags, name):
@@ -270,7 +280,6 @@ def test_drawn_test(tmp_path):
     first = drawn(rows, "--test_items", "10", name="a")
     shuffled = random.Random(0).sample(rows, 40)
     assert len(first) == 10 and drawn(shuffled, "--test_items", "10", name="b") == first
-    assert drawn(rows, "--test_items", "10", "--seed", "2", name="c") != first
     assert len(drawn(rows, name="d")) == 20
 
 
@@ -286,6 +295,7 @@ def test_tasks_and_metric(tmp_path):
 BAD = {  # files, what stands in the line
     "nothing": ({"x.md": "?"}, ("source",)),
     "test file alone": ({"test.json": PAIR}, ("source",)),
+    "test file of one task": ({"a.json": PAIR, "b_test.json": PAIR}, ("source", "train")),
     "empty list": ({"t/train.json": []}, ("train.json",)),
     "empty file": ({"t/train.csv": ""}, ("train.csv",)),
     "broken json": ({"t/train.json": "[{"}, ("train.json",)),
@@ -297,6 +307,8 @@ BAD = {  # files, what stands in the line
     "equal columns": ({"t/train.csv": "input,input\na,b\n"}, ("train.csv", "input")),
     "empty cell": ({"t/train.csv": "input,output\na,b\na,\n"}, ("row 2", "no output")),
     "not UTF-8": ({"t/train.csv": "input,output\né,b".encode("latin-1")}, ("train.csv",)),
+    "half a surrogate pair": ({"t/train.json": '[{"input": "\\ud800", "output": "b"}]'},
+                              ("train.json", "surrogate")),
     "broken parquet": ({"t/train.parquet": b"PAR1"}, ("train.parquet",)),
     "no object": ({"t/train.json": [{"input": "a", "output": "b"}, 3]}, ("train.json", "row 2")),
     "columns": ({"t/train.json": [{"content": "a", "tag": "b"}]},
@@ -329,7 +341,7 @@ def test_bad_files_are_refused(tmp_path, capsys, case):
 
 @pytest.mark.parametrize("flags, named", [
     (["--tasks", "u"], "'u'"), (["--input_column", "text"], "'text'"),
-    (["--task_column", "text"], "'text'"), (["--test_items", "0"], "'0'"), (["--seed", "-1"], "-1"),
+    (["--task_column", "text"], "'text'"), (["--test_items", "0"], "'0'"),
     (["--metric", "f1"], "rouge_l"), (["--test", "5"], "--test"),
 ])
 def test_bad_flags_are_refused(tmp_path, capsys, flags, named):

@@ -63,7 +63,7 @@ def test_whole_numbers_as_ids(tmp_path):
 
 def write_lines(file, rows):
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    file.write_text("".join(json.dumps(row) + "\n\n" for row in rows))  # blank lines are skipped
 
 
 def test_json_lines(tmp_path):
