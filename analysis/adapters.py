@@ -100,11 +100,14 @@ def unseen(suite, adapters, needed):
     """Return the suite with rows in `train` that no adapter was trained on, and their description.
 
     These are the training rows beyond --max_train_per_task of every run, with the test rows where
-    a task has fewer than `needed`. Test rows alone where the results.json of a run is missing or it
-    continued another run.
+    a task has fewer than `needed`. Test rows alone where a run's rows are unknown: its results.json
+    is missing, it drew its rows at random, or it continued another run.
     """
-    seen = [None if each.results.get("went_on_from")
-            else each.results.get("args", {}).get("max_train_per_task") for each in adapters]
+    seen = []
+    for each in adapters:
+        args = each.results.get("args", {})
+        unknown = each.results.get("went_on_from") or args.get("sample")
+        seen.append(None if unknown else args.get("max_train_per_task"))
     first = None if None in seen else max(seen)
     rest = {name: task.train[first:] if first else [] for name, task in suite.tasks.items()}
     if all(len(rows) >= needed for rows in rest.values()):
