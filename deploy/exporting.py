@@ -27,7 +27,6 @@ from registry import EMBEDDED, MODELS, method_class
 
 BATCH = 8  # rows of a calibration pass
 ANSWERS = 16  # prompts that are answered at a time
-VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # allowed values of its --max-lora-rank
 
 
 def export(args):
@@ -39,15 +38,16 @@ def export(args):
     device = torch.device("cpu") if device.type == "mps" else device  # mps has no float64
     run = run_of(args.adapter, config)
     trained, tokenizer = models.load(args.model)
-    suite, encoded = read_rows(args, run, tokenizer, config)
     adapter.load(trained.to(device), args.adapter).eval()
+    check_layers(trained.adapted_by, args.approximate)
+    suite, encoded = read_rows(args, run, tokenizer, config)
     updates, form = fit(args, trained, tokenizer, encoded.train, device)
     dtype = stored_dtype(args.model) if args.merged else None
     exported, _ = models.load(args.model)
     low_rank.merge(exported.to(device), updates, dtype)
     near = compare(trained, exported, tokenizer, first_of_each(encoded.test, args.rows),
                    {name: task.metric for name, task in suite.tasks.items()}, args.max_new_tokens)
-    said = [*form, *near.lines(suite.name)]
+    said = [form, *near.lines(suite.name)]
     for line in said:
         print(one_line(line), flush=True)
     if near.kl > args.max_kl:
@@ -62,40 +62,43 @@ def export(args):
         else:
             write_lora(folder, updates, rank, args.model)
     size = sum(file.stat().st_size for file in args.out.iterdir())
-    print(one_line(f"{args.out}: {size / 2**20:.1f} MiB"
-                   + ("" if args.merged else f"; {vllm_flag(rank)}")))
+    print(one_line(f"{args.out}: {size / 2**20:.1f} MiB"))
 
 
 # --- the update ---------------------------------------------------------------------------------
 
 
-def fit(args, model, tokenizer, train, device):
-    """Return {layer: Update} of a wrapped model, and a line that says how each was found.
-
-    Layers that depend on the token are fitted to rows of `train`. Raises InputError where
-    --approximate or --rank does not suit the layers.
-    """
-    layers = model.adapted_by.layers
-    for layer in layers.values():
+def check_layers(method, approximate):
+    """Raise InputError where the method's layers have no update, or --approximate is wrong."""
+    layers = method.layers.values()
+    for layer in layers:
         if getattr(layer, "constant_update", None) is None:
-            raise InputError(f"{model.adapted_by.name} cannot be exported as a LoRA adapter: "
+            raise InputError(f"{method.name} cannot be exported as a LoRA adapter: "
                              f"{type(layer).__name__} defines no constant_update")
-    fitted = sum(layer.depends_on_token for layer in layers.values())
-    if fitted and not args.approximate:
+    routed = any(layer.depends_on_token for layer in layers)
+    if routed and not approximate:
         raise InputError("this adapter's experts depend on the token, so no LoRA adapter equals "
                          "it: --approximate exports the nearest one and measures the difference")
-    if args.approximate and not fitted:
-        raise InputError(f"--approximate has no effect: this {model.adapted_by.name} adapter is "
-                         "exported exactly")
-    how, mixing = "exact", {}
-    if fitted:
+    if approximate and not routed:
+        raise InputError(f"--approximate has no effect: this {method.name} adapter is exported "
+                         "exactly")
+
+
+def fit(args, model, tokenizer, train, device):
+    """Return {layer: Update} of a wrapped model, and a line that says how they were found.
+
+    Layers that depend on the token are fitted to rows of `train`. Raises InputError for a --rank
+    that cuts nothing.
+    """
+    layers, how, mixing = model.adapted_by.layers, "exact", {}
+    if args.approximate:
         rows = sorted(first_of_each(train, args.rows), key=lambda row: len(row["input_ids"]))
         batches = [data.pad_left([row["input_ids"] for row in rows[first:first + BATCH]],
                                  tokenizer.pad_token_id) for first in range(0, len(rows), BATCH)]
         batches = [{key: tensor.to(device) for key, tensor in batch.items()} for batch in batches]
         mixing = {name: low_rank.least_squares(sums)
                   for name, sums in low_rank.calibrate(model, batches).items()}
-        how = (f"approximated: {fitted} layers with experts that depend on the token, each "
+        how = (f"approximated: {len(mixing)} layers with experts that depend on the token, each "
                f"replaced by a constant that was fitted to {len(rows)} training rows")
     updates, lost = {}, 0.0
     for name, layer in layers.items():
@@ -107,7 +110,7 @@ def fit(args, model, tokenizer, train, device):
     rank = max(len(update.A) for update in updates.values())
     cut = f"; --rank cut off at most {lost:.1%} of a layer's update" if args.rank else ""
     updates = {name: low_rank.padded(update, rank) for name, update in updates.items()}
-    return updates, [f"{how}; rank {rank}{cut}"]
+    return updates, f"{how}; rank {rank}{cut}"
 
 
 def run_of(path, config):
@@ -288,11 +291,3 @@ def hub_name(model):
 def stored_dtype(model):
     """Return the dtype that a checkpoint's configuration names; float32 where it names none."""
     return read_config(models.locate(model)).dtype or torch.float32
-
-
-def vllm_flag(rank):
-    """Return the flag that vLLM needs for an adapter of this rank."""
-    fits = [allowed for allowed in VLLM_RANKS if allowed >= rank]
-    if not fits:
-        return f"vLLM takes no rank above {VLLM_RANKS[-1]}: give --rank, or --merged"
-    return f"vLLM needs --max-lora-rank {fits[0]}"

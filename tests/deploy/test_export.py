@@ -214,24 +214,6 @@ def test_calibration_sees_every_token_once(case):
     assert torch.equal(logits_of(model), before)
 
 
-@pytest.mark.parametrize("case", ["badit", "loramoe"])
-def test_least_squares_is_nearer_than_mean_factors(case):
-    """In KL of the whole model, on rows that were not fitted."""
-    model = wrapped(base_model(), case)
-    learn(model.adapted_by, 0, 1, steps=20)
-    rows = rows_of(1, 40)
-    held_out = [row["input_ids"] for row in rows[1::2]]
-    sums, kl = low_rank.calibrate(model, [{key: batch[key] for key in INPUTS}
-                                          for batch in loader_of(rows[::2])]), []
-    for fit in (low_rank.least_squares, low_rank.mean_factors):
-        base = base_model()
-        low_rank.merge(base, {name: low_rank.Update(*layer.constant_update(fit(sums[name])))
-                              for name, layer in model.adapted_by.layers.items()})
-        kl.append(float(exporting.divergence(logits_of(model, held_out),
-                                             logits_of(base, held_out)).mean()))
-    assert kl[0] < kl[1]
-
-
 def test_divergence_against_its_sum():
     p, q = randn(0, 3, 7), randn(1, 3, 7)
     for row in range(3):
@@ -263,7 +245,7 @@ def test_an_exact_export_is_the_wrapped_model(case, architecture, adapters, chec
         read_adapter_config(tmp_path / "out")
 
     status, out, _ = call(capsys, *words, tmp_path / "merged", "--merged")
-    assert status == 0 and out[-1].endswith("MiB")
+    assert status == 0
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype="auto").eval()
     assert loaded.dtype == torch.float32
     assert_near(loaded, wanted)
@@ -328,7 +310,6 @@ def test_the_card(llama, suite, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(exporting, "hub_name", lambda model: "someone/tiny")
     status, out, _ = call(capsys, "run/adapter", "--out", "out", "--rows", 5, "--max_new_tokens", 3)
     assert status == 0 and "5 held-out prompts of tiny" in out[1]
-    assert out[-1].endswith("vLLM needs --max-lora-rank 8")
     _, front, body = Path("out/README.md").read_text().split("---\n", 2)
     assert front.splitlines() == ["base_model: someone/tiny", "library_name: peft",
                                   "pipeline_tag: text-generation", "tags:", "- badit"]
@@ -372,13 +353,6 @@ def test_an_adapter_of_a_quantised_base(wide, suite, tmp_path, capsys):
         tmp_path / "out" / "README.md").read_text()
     status, _, err = call(capsys, *words, "--out", tmp_path / "merged", "--merged")
     assert status == 2 and "stored as int8, but a merged" in err[-1]
-
-
-@pytest.mark.parametrize("rank, words", [
-    (64, "vLLM needs --max-lora-rank 64"), (60, "vLLM needs --max-lora-rank 64"),
-    (1024, "vLLM takes no rank above 512: give --rank, or --merged")])
-def test_the_flag_for_vllm(rank, words):
-    assert exporting.vllm_flag(rank) == words
 
 
 # --- a method of one's own ----------------------------------------------------------------------
@@ -469,9 +443,9 @@ def test_a_new_method_is_exported(layer, checkpoints, suite, tmp_path, capsys, m
     ("lora", ("--data_dir", "x"), "without --suite"), ("lora", ("--suite", "nowhere"), "nowhere"),
     ("lora", ("--model", "qwen3"), "qwen3"),
     ("lora", ("--suite", "mini", "--data_dir", "x"), "--data_dir"),
-    ("lora", ("--suite", "mini", "--approximate"), "is exported exactly"),
-    ("static", ("--suite", "mini", "--approximate"), "is exported exactly"),
-    ("badit", ("--suite", "mini"), "--approximate exports the nearest one"),
+    ("lora", ("--approximate",), "is exported exactly"),
+    ("static", ("--approximate",), "is exported exactly"),
+    ("badit", (), "--approximate exports the nearest one"),
 ])
 def test_bad_input_is_one_line(case, words, named, adapters, tmp_path, capsys):
     folder, _ = adapters(case)
