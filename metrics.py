@@ -170,6 +170,10 @@ def _evaluate_class():
     return SuperNIMetric
 
 
+# How Backward is read, wherever it stands.
+BACKWARD = "Backward: change after later tasks; below zero means forgetting, for score and loss."
+
+
 def mean(values):
     """Arithmetic mean, or None where there is no value or one is missing (None)."""
     values = list(values)
@@ -196,12 +200,13 @@ def _check_matrix(score_matrix, order):
             raise ValueError(f"scores must be finite numbers or None, found {row}")
 
 
-def continual_metrics(score_matrix, order, single_task_scores):
-    """Appendix G.5 from a[j][i], the score on task order[i] after the j-th stage, None = missing.
+def continual_metrics(score_matrix, order, single_task_scores, without=()):
+    """Compute the metrics of Appendix G.5 from a[j][i], the score on order[i] after stage j.
 
-    One row is mixed training, len(order) rows sequential training. `single_task_scores` maps task
-    to the score of the same method trained on it alone, or is None. Returns rouge, forward,
-    forget_rate and backward, in points; one that would need a missing score is None.
+    A missing score is None. Mixed training has one row, sequential training len(order) rows.
+    `single_task_scores` maps a task to the score of the same method trained on it alone, or is
+    None. `without` names tasks that no mean counts. Returns rouge, forward, forget_rate and
+    backward in points, None if a score that it needs is missing.
     Raises ValueError for a malformed matrix or a score of a task that is not in `order`.
     """
     _check_matrix(score_matrix, order)
@@ -213,23 +218,25 @@ def continual_metrics(score_matrix, order, single_task_scores):
         if value is not None and not math.isfinite(value):
             raise ValueError(f"the single-task score of {task} is {value}")
     a, T = score_matrix, len(order)
+    counted = [i for i in range(T) if order[i] not in without]
+    earlier = [i for i in counted if i < T - 1]  # no task is trained after the last one
     learned = [a[min(i, len(a) - 1)][i] for i in range(T)]  # after training on task i
     sequential = len(a) > 1
     return {
-        "rouge": mean(a[-1]),
-        "forward": mean(_difference(learned[i], single.get(order[i])) for i in range(T)),
+        "rouge": mean(a[-1][i] for i in counted),
+        "forward": mean(_difference(learned[i], single.get(order[i])) for i in counted),
         "forget_rate": mean(_difference(_highest(a[j][i] for j in range(i, T - 1)), a[-1][i])
-                            for i in range(T - 1)) if sequential else None,
+                            for i in earlier) if sequential else None,
         "backward": mean(_difference(a[-1][i], learned[i])
-                         for i in range(T - 1)) if sequential else None,
+                         for i in earlier) if sequential else None,
     }
 
 
-def loss_metrics(loss_matrix, order, single_task_losses):
-    """The same of losses, in nats per token: loss, forward, forget_rate and backward.
+def loss_metrics(loss_matrix, order, single_task_losses, without=()):
+    """Compute loss, forward, forget_rate and backward of losses, in nats per token.
 
-    Forward and Backward above zero are lower losses, as with scores; a Forget Rate above zero is
-    loss that has come back.
+    The signs are those of scores: Forward and Backward above zero are lower losses, a Forget Rate
+    above zero is a loss that has risen again.
     """
 
     def negated(values):
@@ -237,7 +244,7 @@ def loss_metrics(loss_matrix, order, single_task_losses):
 
     single = single_task_losses and dict(zip(single_task_losses, negated(
         single_task_losses.values()), strict=True))
-    values = continual_metrics([negated(row) for row in loss_matrix], order, single)
+    values = continual_metrics([negated(row) for row in loss_matrix], order, single, without)
     (loss,) = negated([values.pop("rouge")])
     return {"loss": loss, **values}
 
@@ -264,16 +271,16 @@ def _highest(values):
     return None if any(value is None for value in values) else max(values)
 
 
-def headline(kinds):
-    """What a mean over tasks of these metrics is: rouge where all are Rouge-L."""
-    return "rouge" if set(kinds) == {"rouge_l"} else "mean score"
+def headline(types):
+    """Return the name of a mean over tasks of these metrics: rouge if all are Rouge-L."""
+    return "rouge" if set(types) == {"rouge_l"} else "mean score"
 
 
 def named_metrics(results):
     """(name, value or None) of the metrics over tasks of a results.json, named by what they are."""
-    kinds = [task["metric"] for task in results["tasks"].values()]
+    types = [task["metric"] for task in results["tasks"].values()]
     for name, value in results["metrics"].items():
-        yield headline(kinds) if name == "rouge" else name, value
+        yield headline(types) if name == "rouge" else name, value
 
 
 def score_table(results):
@@ -300,6 +307,5 @@ def score_table(results):
     for name, value in results.get("loss_metrics", {}).items():
         name = name if name == "loss" else f"{name} of the loss"
         yield f"{name}: {'not measured' if value is None else f'{value:.4f}'}"
-    if "forward_needs" in results:
-        yield f"forward needs the single-task scores: {results['forward_needs']}"
-        yield "and then --single_task_results with its results.json"
+    if len(order) > 1 and args["setting"] == "sequential":
+        yield BACKWARD

@@ -5,6 +5,8 @@
     python report.py runs/tune --tuning --out T       # loss against learning rate, by method
     python report.py runs/study --export S.jsonl.gz   # all runs in one file, no weights, no texts
     python report.py S.jsonl.gz --out report          # the same report from that file
+    python report.py runs/X runs/single               # a run with Forward from single-task runs
+    python report.py S.jsonl.gz --readme README.md    # the table of five claims, in that file
 
 A run that is incomplete, of another version or of mixed settings is named and left out.
 """
@@ -28,6 +30,9 @@ FLAGS = (
          "NAME.jsonl.gz", metavar="FILE"),
     Flag("unpack", Path | None, None, "write each run to a folder of its own there, from which a "
          "study goes on", metavar="DIR"),
+    Flag("readme", Path | None, None, "write the table of five claims between the markers "
+         "<!-- results --> and <!-- /results --> of this file; each PATH is a study",
+         metavar="FILE"),
     Flag("tuning", bool, False, "the runs are those of scripts/tune.sh, at several learning "
          "rates: --out says which suits each method"),
     Flag("allow_other", tuple[Literal[runs.FREE], ...], (), "what may differ between runs of one "
@@ -35,10 +40,16 @@ FLAGS = (
 )
 
 
-def show_run(folder):
-    """Print the table of a run; write its page and, if it was trained, its figure."""
+def show_run(paths):
+    """Print the table of a run; write its page and, if it was trained, its figure.
+
+    The first of `paths` holds the run, the others single-task runs for its Forward.
+    """
+    folder = only_run(paths[0])
     try:
         record = runs.read(folder)
+        if paths[1:]:
+            record = runs.with_forward(record, runs.collect(paths[1:])[0])
         answers, regroupings = runs.read_answers(folder), runs.read_regroupings(folder)
     except InputError as error:
         raise InputError(f"{folder}: {error}") from None
@@ -52,14 +63,14 @@ def show_run(folder):
         print(one_line(f"figure: {folder / 'figure.png'}"))
 
 
-def only_run(folders):
-    """Return the folder of the one run in `folders`. Raises InputError if there are more."""
-    if len(folders) == 1 and (folders[0] / "results.json").exists():
-        return folders[0]  # even if other runs lie below it
-    found = [] if any(map(runs.is_records_file, folders)) else list(runs.find(folders))
-    if len(folders) > 1 or len(found) != 1:
-        raise InputError(f"{' '.join(map(str, folders))} holds several runs: name one, or give "
-                         "--out DIR for the report of all")
+def only_run(folder):
+    """Return the folder of the one run in `folder`. Raises InputError if there are more."""
+    if (folder / "results.json").exists():
+        return folder  # even if other runs lie below it
+    found = [] if runs.is_records_file(folder) else list(runs.find([folder]))
+    if len(found) != 1:
+        raise InputError(f"{folder} holds several runs: name one, or give --out DIR for the report "
+                         "of all")
     return found[0]
 
 
@@ -73,6 +84,11 @@ def build_parser():
 def make(args):
     """Read the runs of a study, and write what the flags ask for."""
     free = [*args.allow_other, *([runs.RATE] if args.tuning else [])]
+    if args.readme:
+        from reporting import readme  # not above: numpy takes a second to load
+        readme.update(args.readme, {path: runs.collect([path], free)[0] for path in args.runs})
+        print(one_line(f"table of {len(args.runs)} studies: {args.readme}"))
+        return
     records, left_out = runs.collect(args.runs, free)
     for folder, reason in left_out:
         print(one_line(f"left out: {folder}: {reason}"), file=sys.stderr)
@@ -94,13 +110,13 @@ def main(argv=None):
         if args.export and not runs.is_records_name(args.export):
             raise InputError(f"--export {args.export}: the name of the file must end with "
                              ".jsonl.gz")
-        if args.out or args.export or args.unpack:
+        if args.out or args.export or args.unpack or args.readme:
             make(args)
         elif args.tuning or args.allow_other:
-            raise InputError("--tuning and --allow_other need --out DIR, --export FILE or "
-                             "--unpack DIR")
+            raise InputError("--tuning and --allow_other need --out DIR, --export FILE, --unpack "
+                             "DIR or --readme FILE")
         else:
-            show_run(only_run(args.runs))
+            show_run(args.runs)
     except (InputError, OSError) as error:
         print(one_line(f"error: {error}"), file=sys.stderr)
         return 2

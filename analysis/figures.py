@@ -5,7 +5,7 @@ import numpy as np
 from matplotlib.colors import ListedColormap
 
 from reporting.figures import grid
-from reporting.groups import short
+from reporting.runs import short
 
 ACTIVE = ListedColormap(["#1b2a52", "#ffd700"])  # dark blue, yellow
 BINS = 256  # largest number of rows in a picture of a matrix; more are averaged

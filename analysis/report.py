@@ -9,7 +9,7 @@ from inputs.errors import one_line
 from inputs.files import write_text
 from inputs.formats import load
 from reporting.figures import save
-from reporting.groups import short
+from reporting.runs import short
 
 
 def write(folder):

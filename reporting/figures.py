@@ -1,4 +1,4 @@
-"""The figures of a report and of one run, drawn with matplotlib."""
+"""Draw the figures of a report and of one run."""
 
 import math
 from collections import defaultdict
@@ -8,20 +8,11 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib.ticker import FormatStrFormatter
 
 import metrics
 from inputs.files import atomic_path
 from registry import SENSITIVITY, VARIANTS
-from reporting.groups import (
-    cells,
-    final_loss,
-    forgets,
-    forgetting,
-    label,
-    short,
-    values_of,
-)
+from reporting.runs import forgets, group_runs, label, losses_of, short, values_of
 
 matplotlib.rcParams["text.parse_math"] = False  # a $ in a name is a $
 SMOOTHING = 10  # steps in the running mean of the loss
@@ -44,12 +35,12 @@ def grid(panels, width=5.5, height=3.8, columns=3):
     return figure, axes[:panels]
 
 
-def save(figure, path, kinds):
-    """Write a figure as `path`.png and the like, and close it; equal figures give equal bytes."""
-    for kind in kinds:
-        with atomic_path(path.with_name(f"{path.name}.{kind}")) as temporary:
-            metadata = {"CreationDate": None} if kind == "pdf" else None
-            figure.savefig(temporary, format=kind, dpi=120, metadata=metadata)
+def save(figure, path, types):
+    """Write a figure as `path`.png or .pdf, and close it; equal figures give equal bytes."""
+    for name in types:
+        with atomic_path(path.with_name(f"{path.name}.{name}")) as temporary:
+            metadata = {"CreationDate": None} if name == "pdf" else None
+            figure.savefig(temporary, format=name, dpi=120, metadata=metadata)
     plt.close(figure)
 
 
@@ -175,7 +166,7 @@ def panelled(records, wanted, each=1):
     `wanted(run)` holds are in it. A variant has the same colour in all panels.
     """
     panels, variants = defaultdict(list), {}
-    for (model, variant, setting), runs in cells(records).items():
+    for (model, variant, setting), runs in group_runs(records).items():
         chosen = [run for run in runs if wanted(run)]
         if chosen:
             colour = variants.setdefault(variant, COLOURS[len(variants) % len(COLOURS)])
@@ -298,36 +289,34 @@ def parameters_and_scores(records):
 
 
 def losses(records):
-    """Loss of the test answers after all training, and what sequential training forgot of it.
+    """Draw the loss after all training, and what later tasks changed of it in sequence.
 
     A column for each variant, a line for each seed, a bar at the mean.
     """
+    relative = any(losses_of(run, records).get("relative") is not None for run in records)
+    name = "relative" if relative else "loss"
     panels = defaultdict(dict)
-    for (model, variant, setting), runs in cells(records).items():
+    for (model, variant, setting), runs in group_runs(records).items():
         runs = [run for run in runs if run.losses()]
-        measures = {"loss after all training": final_loss}
+        shown = {"loss after all training": name}
         if all(map(forgets, runs)):
-            measures["loss that came back"] = forgetting
-        for title, measure in measures.items() if runs else ():
-            panels[f"{model}, {setting}: {title}"][label(variant)] = {
-                run.seed: measure(run) for run in runs}
+            shown["Backward (below zero: forgetting)"] = "backward"
+        for title, number in shown.items() if runs and setting != "eval" else ():
+            panels[f"{model}, {setting}: {title}", number][label(variant)] = {
+                run.seed: losses_of(run, records)[number] for run in runs}
     panels = {title: columns for title, columns in panels.items() if len(columns) > 1}
     if not panels:
         return None
     figure, axes = grid(len(panels), columns=2, width=7, height=4.4)
-    for place, (title, columns) in zip(axes, panels.items(), strict=True):
+    for place, ((title, number), columns) in zip(axes, panels.items(), strict=True):
         for seed in sorted(set().union(*columns.values())):
             place.plot([each.get(seed, math.nan) for each in columns.values()], marker="o",
                        markersize=3, linewidth=0.7, alpha=0.6, label=f"seed {seed}")
         place.plot([metrics.mean(each.values()) for each in columns.values()], "_k", markersize=16)
         place.set_xticks(range(len(columns)), columns, rotation=35, ha="right",
                          rotation_mode="anchor", fontsize=8)
-        place.set(title=title, ylabel="nats per token")
-        values = [value for each in columns.values() for value in each.values()]
-        if 0 < 4 * min(values) < max(values):  # one that did not learn would flatten the others
-            place.set_yscale("log")
-            for which in (place.yaxis.set_major_formatter, place.yaxis.set_minor_formatter):
-                which(FormatStrFormatter("%.2g"))
+        place.set(title=title, ylabel="mean over tasks of ln(loss / zero-shot loss)"
+                  if number == "relative" else "nats per token")
         place.legend(fontsize=7)
     return figure
 
@@ -336,7 +325,7 @@ def sensitivity(records):
     """Fig. 12: BADIT's score against K (r = 4) and against r (K = 8)."""
     wanted = [VARIANTS[name] for name in SENSITIVITY]
     points = defaultdict(list)
-    for (model, variant, setting), runs in cells(records).items():
+    for (model, variant, setting), runs in group_runs(records).items():
         if variant not in wanted:
             continue
         score = metrics.mean(values_of(runs, "rouge", records))
@@ -365,7 +354,7 @@ def sensitivity(records):
 
 def matrices(records):
     """Tables 6 to 9: (name, heatmap) of the first seed's sequential runs, one after the other."""
-    for (model, variant, setting), runs in cells(records).items():
+    for (model, variant, setting), runs in group_runs(records).items():
         for run in runs[:1] if setting == "sequential" else ():
             name = f"matrix-{label(variant).replace(' ', '')}-{model}-seed{run.seed}"
             yield name, matrix_figure(

@@ -1,4 +1,4 @@
-"""Read finished runs, select those that can be compared, and pack a study into one file.
+"""Read finished runs, pack a study into one file, and select and group what can be compared.
 
 A run is its --output_dir, or one line of a file of records (`write_records`), which keeps neither
 weights nor texts.
@@ -6,20 +6,30 @@ weights nor texts.
 
 import gzip
 import json
+import math
+import statistics
 import zlib
 from collections import Counter
 from pathlib import Path, PurePath
 from typing import NamedTuple
 
+import metrics
 from inputs import formats
 from inputs.bars import Bar
 from inputs.errors import InputError
 from inputs.files import atomic_path, write_json, write_text
-from registry import METHODS
+from inputs.suites import SUPERNI
+from registry import FORMER, METHODS, VARIANTS
 
 ITEMS_FILE = "items.json"  # scores per item of an unpacked record
 RUN_SIGNS = ("results.json", "log.jsonl", "checkpoints")  # a folder with one of them holds a run
 RATE = "--learning_rate"
+SMALLEST = 1e-2  # nats per token: a smaller loss counts as this much in a mean of logarithms
+# Data of number_word_question before its test rows asked what its training rows teach: half of the
+# mean loss of a suite was what the base model does not know.
+UNLEARNABLE = {
+    "55526f53cb00b2589a6615d7bd153ac242dc098df9334bb007aebe20c0f420bd",
+    "8642ca60cc37d2d85972ac881f8fc3fabbd5f72ed0968a5a33c69a60ade4a69b"}
 FREE = ("code", "versions")  # what --allow_other may let differ
 NEEDED = ("args", "base_sha256", "code_sha256", "comparable", "compiler", "global_batch_size",
           "metrics", "parameters", "precision", "processes", "regroupings", "rows", "run",
@@ -65,8 +75,20 @@ class Record(NamedTuple):
 
     @property
     def order(self):
-        """The tasks in the order of training."""
+        """All tasks in the order of training."""
         return self.results["task_order"]
+
+    @property
+    def without(self):
+        """The tasks that no number of a report counts."""
+        return [task for task, about in self.results["tasks"].items()
+                if about["sha256"] in UNLEARNABLE]
+
+    @property
+    def tasks(self):
+        """{task that counts: what results.json says of it}, in the order of training."""
+        return {task: self.results["tasks"][task] for task in self.order
+                if task not in self.without}
 
     @property
     def group(self):
@@ -84,10 +106,16 @@ class Record(NamedTuple):
 
     def final(self, reference):
         """{task: score after all training}, None if not evaluated. A single run: after its task."""
-        matrix = self.matrix(reference)
-        rows = [matrix[i] if self.setting == "single" else matrix[-1]
-                for i in range(len(self.order))]
-        return {task: row[i] for i, (task, row) in enumerate(zip(self.order, rows, strict=True))}
+        return self._last(self.matrix(reference))
+
+    def final_losses(self):
+        """{task: loss after all training} of a run that measured losses."""
+        return self._last(self.losses())
+
+    def _last(self, matrix):
+        rows = range(len(self.order)) if self.setting == "single" else [-1] * len(self.order)
+        return {task: matrix[row][i] for i, (row, task) in enumerate(zip(
+            rows, self.order, strict=True)) if task not in self.without}
 
 
 # --- reading ------------------------------------------------------------------------------------
@@ -249,11 +277,10 @@ def unpack(records, out):
 
 
 def protocol(record, free=()):
-    """{name: value} of all that must be equal in runs that stand in one table.
+    """Return {name: value} of everything that must be equal in runs of one table.
 
-    Beside the model, the method, the seed and the setting, which are its rows and columns. Each
-    variant of a method may have a learning rate of its own: they need different ones. `free`
-    leaves out some of FREE, or RATE.
+    The model, the method, the seed and the setting are its rows and columns. Each variant of a
+    method may have its own learning rate. `free` leaves out some of FREE, or RATE.
     """
     results = record.results
     values = results["comparable"] | {"precision": results["precision"],
@@ -273,9 +300,9 @@ def protocol(record, free=()):
 
 
 def select(records, free=()):
-    """(records that share a protocol, [(folder, reason)] of the others).
+    """Return (records of one protocol, [(folder, reason)] of the others).
 
-    Of each part of the protocol the value that most records have counts, the first among equals.
+    Each part of the protocol is what most records have, the first among equals.
     """
     protocols = [protocol(record, free) for record in records]
     usual = {}
@@ -326,3 +353,112 @@ def collect(paths, free=()):
         reasons = "; ".join(f"{folder}: {reason}" for folder, reason in left_out[:3])
         raise InputError(f"no finished run in {' '.join(map(str, paths))} ({reasons})")
     return kept, left_out + others
+
+
+# --- groups of runs, and what is computed of one run --------------------------------------------
+
+
+def group_runs(records):
+    """Return {(model, variant, setting): records by seed} without single runs, in fixed order."""
+    known = [*VARIANTS.values(), *FORMER.values()]
+    found = {}
+    ordered = sorted(records, key=lambda record: (
+        record.model, known.index(record.variant) if record.variant in known else len(known),
+        record.variant, record.setting, record.seed))
+    for record in ordered:
+        if record.setting != "single":
+            found.setdefault(record.group, []).append(record)
+    return found
+
+
+def label(variant):
+    """Return the short name that `study.py --methods` takes, if there is one."""
+    names = {words: name for name, words in (VARIANTS | FORMER).items()}
+    return "zero-shot" if variant == "zero_shot" else names.get(variant, variant)
+
+
+def short(task):
+    """Return T363 for a SuperNI task, the whole name for any other."""
+    return task.split("_")[0].replace("task", "T") if task in SUPERNI else task
+
+
+def scores_of(record, records):
+    """Return the metrics of Appendix G.5 against the first reference, None if not measured.
+
+    `records` hold the single-task runs that Forward needs.
+    """
+    if record.setting == "eval":
+        return {"rouge": metrics.mean(record.final("first").values()), "forward": None,
+                "forget_rate": None, "backward": None}
+    single = on_one_task(record, records, lambda run: run.final("first"))
+    return metrics.continual_metrics(record.matrix("first"), record.order, single, record.without)
+
+
+def values_of(group, metric, records):
+    """Return one metric of each run, without those for which it is missing."""
+    values = [scores_of(run, records)[metric] for run in group]
+    return tuple(value for value in values if value is not None)
+
+
+def losses_of(record, records):
+    """Return the metrics of losses, {} if not measured: loss, forward, forget_rate, backward.
+
+    Beside them relative and median: the mean and the median over tasks of ln(loss / zero-shot
+    loss), None without a zero-shot run of the model. No task can make up most of such a mean; a
+    loss below SMALLEST counts as SMALLEST.
+    """
+    if record.losses() is None:
+        return {}
+    single = on_one_task(record, records, losses_alone)
+    found = metrics.loss_metrics(record.losses(), record.order, single, record.without)
+    bare = next((other.final_losses() for other in records if other.model == record.model
+                 and other.variant == "zero_shot" and other.losses()), None)
+    ratios = bare and [math.log(max(loss, SMALLEST) / max(bare[task], SMALLEST))
+                       for task, loss in record.final_losses().items()]
+    return found | {"relative": ratios and metrics.mean(ratios),
+                    "median": ratios and statistics.median(ratios)}
+
+
+def forgets(run):
+    """Return whether a run trained tasks after others, so that something can be forgotten."""
+    return run.setting == "sequential" and any(task in run.tasks for task in run.order[:-1])
+
+
+def on_one_task(record, records, measure):
+    """Return {task: `measure` of the same method, model and seed trained on that task alone}."""
+    found = {}
+    for other in records:
+        if other.setting == "single" and _alike(other) == _alike(record):
+            found |= measure(other)
+    return {task: found[task] for task in record.order if task in found}
+
+
+def losses_alone(run):
+    return run.final_losses() if run.losses() else {}
+
+
+def _alike(record):
+    """Return what a single-task run shares with the run that it is for, beside the protocol."""
+    schedule = record.results["comparable"].get(f"--regroup_every, {record.setting}")
+    return record.model, record.variant, record.seed, schedule
+
+
+def with_forward(record, others):
+    """Return `record` with the Forward that the single-task runs `others` give.
+
+    Raises InputError that names the tasks on which no such run was trained.
+    """
+    kept, left_out = select([record, *others])
+    for folder, reason in left_out:
+        raise InputError(f"{folder}: {reason}")
+    single = on_one_task(record, kept, lambda run: run.final("best"))
+    missing = [task for task in record.order if task not in single]
+    if missing:
+        raise InputError("Forward needs runs with --setting single of the same method, model and "
+                         f"seed; there is none on {', '.join(missing)} (for a report of several "
+                         "runs, give --out DIR)")
+    changed = {"metrics": metrics.continual_metrics(record.matrix("best"), record.order, single)}
+    if record.losses():
+        changed["loss_metrics"] = metrics.loss_metrics(
+            record.losses(), record.order, on_one_task(record, kept, losses_alone))
+    return record._replace(results=record.results | changed)

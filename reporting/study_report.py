@@ -1,26 +1,28 @@
-"""The report of a study: Markdown with its tables, what differences are worth, and its figures."""
+"""Write the report of a study: tables, verdicts on claims, and figures."""
 
 from collections import Counter
-
-import numpy as np
 
 from inputs.bars import Bar
 from inputs.errors import one_line
 from inputs.files import write_text
-from reporting import figures, runs, significance, tables, verdicts
-from reporting.groups import cells, label
+from reporting import figures, runs, tables, verdicts
 
-# Of the protocol, what would fill pages.
+# Parts of the protocol that would fill pages.
 CHECKSUMS = ("data of", "weights of", "test items of", "metric of", "code", "versions")
 
-VERDICTS = ("By the loss of the test answers, in nats per token, ours minus theirs. Paired "
-            "bootstrap over seeds and items, of forgetting over seeds and tasks "
-            f"({significance.RESAMPLES:,} resamples); the best baseline is the one with the lowest "
-            "mean loss on these runs.")
+VERDICTS = ("Ours minus theirs, below zero is better for ours: the mean over tasks of ln(loss of "
+            "the test answers), so -0.05 is a loss about 5 % lower; of forgetting, the rise of the "
+            "loss in nats per token. Paired bootstrap over seeds and items, of forgetting over "
+            f"seeds and tasks ({verdicts.RESAMPLES:,} resamples). A claim is shown only if its p "
+            "is below 0.05 after Holm's correction over all claims of this report. The best "
+            "baseline is the one with the lowest loss on these runs.")
 
 
 def make(records, left_out, out):
-    """Write report.md, tables/ and figures/ into the folder `out`."""
+    """Write report.md, figures.md, tables/ and figures/ into the folder `out`.
+
+    Returns the path of report.md.
+    """
     made = tables.all_tables(records)
     for table in made:
         write_text(out / "tables" / f"{table.name}.tex", table.latex())
@@ -30,23 +32,30 @@ def make(records, left_out, out):
                              leave=False):
         figures.save(figure, out / "figures" / name, ("png", "pdf"))
         names.append(name)
-    alone = sum(record.setting == "single" for record in records)
-    parts = ["# Report", f"{len(records) - alone} runs, {alone} single-task runs, "
-             f"{len(left_out)} left out.", "## Settings that all runs share",
-             bullets(shared_settings(records)), "## What made them", bullets(made_by(records)),
-             *(table.markdown() for table in made)]
+    write_text(out / "figures.md", "\n\n".join(
+        ["# Figures", *(f"![{name}](figures/{name}.png)" for name in names)]) + "\n")
+    single = sum(record.setting == "single" for record in records)
+    parts = ["# Report", f"{len(records) - single} runs, {single} single-task runs, "
+             f"{len(left_out)} left out. All figures are in figures.md beside this file."]
+    without = sorted({task for record in records for task in record.without})
+    if without:
+        parts.append(f"No number counts {', '.join(without)}: its test rows asked for facts that "
+                     "no training row holds.")
+    parts += ["## Settings that all runs share", bullets(shared_settings(records)),
+              "## What made them", bullets(made_by(records)),
+              *(table.markdown() for table in made)]
+    found = verdicts.verdicts(records)
     for title, claims in (("The paper's claims", verdicts.PAPER),
                           ("Beyond the paper", verdicts.BEYOND)):
-        said = verdicts.lines(records, claims)
+        said = [verdict.sentence() for verdict in found if verdict.claim in claims]
         if said:
             parts += [f"## {title}", VERDICTS, bullets(said)]
-    said = comparisons(records)
+    said = verdicts.comparisons(records)
     if said:
-        parts += ["## What the differences are worth",
-                  f"Paired bootstrap over seeds and items ({significance.RESAMPLES:,} resamples, "
-                  "tasks as strata), first reference; no correction for the number of comparisons.",
-                  bullets(said)]
-    parts += ["## Figures", *(f"![{name}](figures/{name}.png)" for name in names)]
+        parts += ["## Differences of scores", "BADIT minus the other, first reference, 0 to 100. "
+                  f"Paired bootstrap over seeds and items ({verdicts.RESAMPLES:,} resamples), "
+                  "without correction for the number of comparisons: no interval here shows "
+                  "anything by itself.", bullets(said)]
     if left_out:
         parts += ["## Left out", bullets(one_line(f"`{folder}`: {reason}")
                                          for folder, reason in left_out)]
@@ -59,7 +68,7 @@ def bullets(lines):
 
 
 def shared_settings(records):
-    """What all runs of the report have in common, a line each."""
+    """Return the protocol of all runs of the report, a line a part."""
     shared = {name: value for record in records for name, value in runs.protocol(record).items()
               if not name.startswith(CHECKSUMS)}
     rates = {name for name in shared if name.startswith(runs.RATE)}
@@ -71,10 +80,11 @@ def shared_settings(records):
 
 
 def made_by(records):
-    """Device, code and versions of the runs, a line each; of how many runs where they differ."""
+    """Return device, code and versions of the runs, a line each, with counts where they differ."""
     made = [{"device": record.results["run"]["device"],
-             "code": f"SHA-256 {record.results['code_sha256']:.8}"} | record.results["versions"]
-            for record in records]
+             "code": f"SHA-256 {record.results['code_sha256']:.8}",
+             "git commit": f"{record.results.get('git_commit') or 'none':.12}"}
+            | record.results["versions"] for record in records]
     lines = []
     for name in made[0]:
         counts = Counter(each[name] for each in made).most_common()
@@ -82,33 +92,3 @@ def made_by(records):
             value if len(counts) == 1 else f"{value} ({count} of {len(made)} runs)"
             for value, count in counts))
     return lines
-
-
-def comparisons(records):
-    """A sentence for BADIT against every other method, by model and setting."""
-    groups, sentences = cells(records), []
-    for (model, variant, setting), theirs in groups.items():
-        ours = groups.get((model, "badit", setting), ())
-        if variant == "badit" or not ours:
-            continue
-        mine = {run.seed: run for run in ours if run.items}
-        pairs = [(mine[run.seed], run) for run in theirs if run.seed in mine and run.items]
-        if pairs:
-            differences = item_differences(pairs)
-            items = sum(values.shape[1] for values in differences.values())
-            sentences.append(significance.sentence(
-                "badit", label(variant), f"{model}, {setting}",
-                *significance.paired_bootstrap(differences), len(pairs), items))
-    return sentences
-
-
-def item_differences(pairs):
-    """{task: (seeds, items)} of first-reference scores by each task's metric, ours - theirs."""
-    differences = {}
-    for task, about in pairs[0][0].results["tasks"].items():
-        ids = sorted(pairs[0][0].items[task])
-        differences[task] = np.array([
-            [ours.items[task][name][about["metric"]]["first"]
-             - theirs.items[task][name][about["metric"]]["first"] for name in ids]
-            for ours, theirs in pairs])
-    return differences

@@ -1,4 +1,4 @@
-"""The tables of a report, as data, and their Markdown, LaTeX and CSV forms."""
+"""Make the tables of a report, in Markdown, LaTeX and CSV."""
 
 import json
 import statistics
@@ -9,18 +9,21 @@ import pandas as pd
 
 import metrics
 from inputs.suites import SUPERNI
-from reporting.groups import cells, label, short, values_of
+from reporting.runs import group_runs, label, losses_of, short, values_of
 
 PAPER = Path(__file__).resolve().parents[1] / "results" / "paper.json"
 PARTS = ("load", "decompose", "train", "regroup", "evaluate")
 METRICS = {"rouge": "Rouge", "forget_rate": "Forget", "forward": "Forward", "backward": "Backward"}
 ABLATIONS = ("badit", "badit --no_bad", "badit --no_dog", "badit --no_bad --no_dog",
              "badit --grouping random")
+OLORA = ("`olora` is O-LoRA (Wang et al. 2023), which the paper cites. In mixed training O-LoRA is "
+         "LoRA, but the paper's OLoRA and LoRA rows differ there, so it cannot have run O-LoRA. "
+         "Its row is set beside OLoRA (arXiv 2406.01775), here `olora_qr`.")
 # What pandas leaves as it is, and LaTeX would not show, or as something else.
 SYMBOLS = {"±": r"$\pm$", "Δ": r"$\Delta$", "--": "-{}-"}
 
 
-class Cell(NamedTuple):
+class Score(NamedTuple):
     """One number per seed, and the paper's mean where there is one."""
 
     values: tuple
@@ -57,7 +60,7 @@ class Cell(NamedTuple):
 
 
 class Table(NamedTuple):
-    """`rows` of strings and Cells under `header`; `name` is that of its files."""
+    """`rows` of strings and Scores under `header`; `name` is that of its files."""
 
     name: str
     title: str
@@ -66,7 +69,7 @@ class Table(NamedTuple):
     rows: list
 
     def texts(self):
-        return [[part.text() if isinstance(part, Cell) else str(part) for part in row]
+        return [[part.text() if isinstance(part, Score) else str(part) for part in row]
                 for row in self.rows]
 
     def markdown(self):
@@ -75,7 +78,7 @@ class Table(NamedTuple):
         return f"## {self.title}\n\n{self.note}\n\n{body}"
 
     def latex(self):
-        columns = "".join("r" if isinstance(part, Cell) else "l" for part in self.rows[0])
+        columns = "".join("r" if isinstance(part, Score) else "l" for part in self.rows[0])
         body = pd.DataFrame(self.texts(), columns=self.header).to_latex(
             index=False, escape=True, column_format=columns)
         for symbol, command in SYMBOLS.items():
@@ -84,8 +87,8 @@ class Table(NamedTuple):
 
     def csv(self):
         """Numbers in columns of their own, with all digits; empty where there is none."""
-        columns = [pd.DataFrame([cell.numbers() for cell in parts]).add_prefix(f"{title} ")
-                   if isinstance(parts[0], Cell) else pd.Series(parts, name=title)
+        columns = [pd.DataFrame([score.numbers() for score in parts]).add_prefix(f"{title} ")
+                   if isinstance(parts[0], Score) else pd.Series(parts, name=title)
                    for title, parts in zip(self.header, zip(*self.rows, strict=True), strict=True)]
         return pd.concat(columns, axis=1).to_csv(index=False)
 
@@ -111,26 +114,26 @@ def paper_figure(paper, table, model, variant, column, runs):
 
 
 def beside_paper(records, paper, table, model, variant, columns):
-    """A Cell for each of the columns, such as "mixed/rouge"."""
-    groups, made = cells(records), []
+    """A Score for each of the columns, such as "mixed/rouge"."""
+    groups, made = group_runs(records), []
     for column in columns:
         setting, _, metric = column.partition("/")
         runs = groups.get((model, variant, setting), ())
-        made.append(Cell(values_of(runs, metric, records),
+        made.append(Score(values_of(runs, metric, records),
                          paper_figure(paper, table, model, variant, column, runs)))
     return made
 
 
 def score_name(records):
-    """What the mean over tasks is called: Rouge only where all tasks are Rouge-L."""
-    kinds = {about["metric"] for record in records for about in record.results["tasks"].values()}
-    return METRICS["rouge"] if metrics.headline(kinds) == "rouge" else "score"
+    """Return the name of the mean over tasks: Rouge only if all tasks are Rouge-L."""
+    types = {about["metric"] for record in records for about in record.tasks.values()}
+    return METRICS["rouge"] if metrics.headline(types) == "rouge" else "score"
 
 
 def variants(records):
     """{(model, variant): {setting: runs}}, in a fixed order."""
     found = {}
-    for (model, variant, setting), runs in cells(records).items():
+    for (model, variant, setting), runs in group_runs(records).items():
         found.setdefault((model, variant), {})[setting] = runs
     return found
 
@@ -141,22 +144,24 @@ def table1(records, paper):
     for (model, variant), runs in variants(records).items():
         numbers = beside_paper(records, paper, "table1", model, variant, columns)
         if variant == "zero_shot":
-            numbers[0] = Cell(values_of(runs["eval"], "rouge", records))
+            numbers[0] = Score(values_of(runs["eval"], "rouge", records))
             n, counts = len(runs["eval"]), "-"
         else:
             n = f"{len(runs.get('mixed', ()))} + {len(runs.get('sequential', ()))}"
             first = (runs.get("mixed") or runs.get("sequential") or runs["eval"])[0]
-            counts = " / ".join(f"{first.results['parameters'][kind] / 1e6:.2f} M"
-                                for kind in ("trainable", "stored"))
+            counts = " / ".join(f"{first.results['parameters'][name] / 1e6:.2f} M"
+                                for name in ("trainable", "stored"))
         rows.append([model, label(variant), counts, n, *numbers])
     header = ["model", "method", "trained / stored", "seeds"]
     named = METRICS | {"rouge": score_name(records)}
     header += [f"{setting} {named[name]}" for setting, name in
                (column.split("/") for column in columns)]
-    return Table("table1", "Table 1: all methods", "Against the first reference, 0 to 100: mean ± "
-                 "standard deviation over seeds (mixed + sequential); weights that are trained and "
-                 "that an adapter stores; in brackets the paper's mean "
-                 "and the difference from it. Empty: not measured.", header, rows)
+    note = ("Against the first reference, 0 to 100: mean ± standard deviation over seeds (mixed + "
+            "sequential); weights that are trained and that an adapter stores; in brackets the "
+            "paper's mean and the difference from it. Empty: not measured. " + metrics.BACKWARD)
+    if any(record.variant.split()[0] == "olora" for record in records):
+        note += " " + OLORA
+    return Table("table1", "Table 1: all methods", note, header, rows)
 
 
 def table2(records, paper):
@@ -166,16 +171,16 @@ def table2(records, paper):
         numbers = {variant: beside_paper(records, paper, "table2", model, variant, columns)
                    for variant in ABLATIONS}
         present = {variant: mine for variant, mine in numbers.items()
-                   if any(cell.values for cell in mine)}
+                   if any(score.values for score in mine)}
         if len(present) < 2:
             continue
         for variant, mine in present.items():
-            lost = [sign * (whole.mean - cell.mean) for sign, whole, cell in
+            lost = [sign * (whole.mean - score.mean) for sign, whole, score in
                     zip(columns.values(), numbers["badit"], mine, strict=True)
-                    if whole.values and cell.values]
+                    if whole.values and score.values]
             complete = len(lost) == len(columns) and variant != "badit"
             runs = there[model, variant].get("sequential", ())
-            rows.append([model, label(variant), *mine, Cell(
+            rows.append([model, label(variant), *mine, Score(
                 (sum(lost),) if complete else (),
                 paper_figure(paper, "table2", model, variant, "degradation", runs))])
     score = score_name(records)
@@ -194,10 +199,10 @@ def table3(records, paper):
                  if run.seed in base and machine(run) == machine(base[run.seed])]
         if not alike:
             continue
-        ratio = Cell(tuple(training_seconds(run) / training_seconds(base[run.seed])
+        ratio = Score(tuple(training_seconds(run) / training_seconds(base[run.seed])
                            for run in alike),
                      paper_figure(paper, "table3", model, variant, "relative_time", alike))
-        parts = [Cell(tuple(run.results["run"]["seconds"].get(part, 0.0) for run in alike),
+        parts = [Score(tuple(run.results["run"]["seconds"].get(part, 0.0) for run in alike),
                       digits=1) for part in PARTS]
         rows.append([model, label(variant), alike[0].results["run"]["device"], ratio, *parts])
     header = ["model", "method", "device", "relative", *(f"{part} s" for part in PARTS)]
@@ -222,22 +227,21 @@ def training_seconds(run):
 def by_setting(records, columns, digits=2):
     """(header, rows) of a column for each number, {title: its function of a run, or None}."""
     rows = []
-    for (model, variant, setting), runs in cells(records).items():
+    for (model, variant, setting), runs in group_runs(records).items():
         values = ([number(run) for run in runs] for number in columns.values())
         rows.append([model, label(variant), setting, *(
-            Cell(tuple(value for value in each if value is not None), digits=digits)
+            Score(tuple(value for value in each if value is not None), digits=digits)
             for each in values)])
     return ["model", "method", "setting", *columns], rows
 
 
 def categories(records):
     def score_of(category):
-        return lambda run: metrics.mean(
-            score for task, score in run.final("first").items()
-            if run.results["tasks"][task]["category"] == category)
+        return lambda run: metrics.mean(score for task, score in run.final("first").items()
+                                        if run.tasks[task]["category"] == category)
 
-    names = {about["category"] for runs in cells(records).values()
-             for about in runs[0].results["tasks"].values()} - {""}
+    names = {about["category"] for runs in group_runs(records).values()
+             for about in runs[0].tasks.values()} - {""}
     header, rows = by_setting(records, {name: score_of(name) for name in sorted(names)})
     return Table("categories", "Scores by category", "Mean over the tasks of a category after all "
                  "training, first reference.", header, rows if names else [])
@@ -245,24 +249,22 @@ def categories(records):
 
 def losses(records):
     def measure(name):
-        def number(run):
-            if run.losses() is None or run.setting == "single":
-                return None
-            return metrics.loss_metrics(run.losses(), run.order, None)[name]
-        return number
+        return lambda run: losses_of(run, records).get(name)
 
     header, rows = by_setting(records, {
-        "loss": measure("loss"), "loss come back": measure("forget_rate"),
-        "Backward of the loss": measure("backward")}, digits=3)
-    return Table("losses", "Loss of the test answers", "Mean over tasks, in nats per token of the "
-                 "first reference (--eval_loss), after all training; how far it is above the "
-                 "lowest that it was, and what later tasks took off it.",
-                 header, [row for row in rows if row[3].values])
+        "ln(loss / zero-shot)": measure("relative"), "its median task": measure("median"),
+        "loss": measure("loss"), "Forget": measure("forget_rate"), "Forward": measure("forward"),
+        "Backward": measure("backward")}, digits=3)
+    return Table("losses", "Loss of the test answers", "After all training, of the first reference "
+                 "(--eval_loss). First the mean and the median over tasks of ln(loss / loss of the "
+                 "bare model): no task can make up most of it. Then in nats per token, means over "
+                 "tasks: the loss, and the metrics of losses with the signs of scores. "
+                 + metrics.BACKWARD, header, [row for row in rows if row[5].values])
 
 
 def regroupings(records):
     def chosen(events):
-        """Those that regrouped, not what was measured after a stage's last step; or all."""
+        """Return those that regrouped, without measurements after a stage's last step; or all."""
         return [event for event in events if event["grouping"] != "fixed"] or events
 
     def measured(name, of=chosen):
@@ -277,15 +279,15 @@ def regroupings(records):
     header, rows = by_setting(records, {
         "inside, before": measured("intra_before", later),
         "between, before": measured("inter_before", later),
-        "inside, after": measured("intra_after"), "moved": measured("moved")})
-    _, drifts = by_setting(records, {"drift": measured("regroup_drift")}, digits=4)
-    rows = [row + drift[3:] for row, drift in zip(rows, drifts, strict=True)]
+        "inside, after": measured("intra_after"), "moved": measured("moved"),
+        "drift": measured("regroup_drift")})
+    rows = [[*row[:-1], row[-1]._replace(digits=4)] for row in rows if row[-1].values]
     return Table("regroupings", "Regroupings", "Means over layers and regroupings. Degrees between "
                  "the gradients of components inside an expert and between experts: before, under "
                  "groups that earlier gradients chose, and without a run's first, where all have "
                  "the initial groups; after, under those that these gradients chose. Components "
                  "that change their expert, and the relative change of a layer's output (drift).",
-                 [*header, "drift"], [row for row in rows if row[-2].values])
+                 header, rows)
 
 
 def references(records):
@@ -294,8 +296,8 @@ def references(records):
 
     def score_by(metric):
         return lambda run: metrics.mean(
-            metrics.mean(item[metric]["first"] for item in items.values())
-            for items in run.items.values())
+            metrics.mean(item[metric]["first"] for item in run.items[task].values())
+            for task in run.tasks)
 
     header, rows = by_setting(records, {
         "first reference": score_against("first"), "best reference": score_against("best"),
@@ -309,7 +311,7 @@ def tasks(records):
     def score_on(task):
         return lambda run: run.final("first").get(task)
 
-    names = sorted({task for runs in cells(records).values() for task in runs[0].order})
+    names = sorted({task for runs in group_runs(records).values() for task in runs[0].tasks})
     header, rows = by_setting(records, {short(task): score_on(task) for task in names})
     return Table("tasks", "Scores by task", "After all training, by the task's metric, first "
                  "reference.", header, rows)

@@ -1,4 +1,4 @@
-"""Which learning rate suits each method: the loss of held-out rows against it."""
+"""Show the loss of held-out rows by learning rate, and the best rate of each method."""
 
 from collections import defaultdict
 
@@ -6,12 +6,12 @@ import metrics
 from inputs.errors import InputError
 from inputs.files import write_text
 from reporting import figures
-from reporting.groups import label
-from reporting.tables import Cell, Table
+from reporting.runs import label
+from reporting.tables import Score, Table
 
 
 def make(records, left_out, out):
-    """Write tuning.md, tuning.csv and tuning.png into the folder `out`; return the first."""
+    """Write tuning.md with its table and figure into the folder `out`, and return its path."""
     found = losses_by_rate(records)
     table = rate_table(found)
     write_text(out / "tuning.csv", table.csv())
@@ -24,54 +24,54 @@ def make(records, left_out, out):
 
 
 def losses_by_rate(records):
-    """{(model, variant): {rate: losses, one a seed}}, mean over tasks, rates and names in order.
+    """Return {(model, variant, setting): {rate: losses, one a seed}}, sorted; means over tasks.
 
-    Raises InputError for a run that was not made for choosing: not mixed training with --eval_loss,
-    evaluated on --validation rows.
+    Raises InputError for a run without --eval_loss or --validation.
     """
     found = defaultdict(lambda: defaultdict(list))
-    for record in sorted(records, key=lambda record: (record.model, record.variant, record.seed)):
-        if record.setting != "mixed" or record.losses() is None or not record.results[
-                "comparable"].get("--validation"):
-            raise InputError(f"{record.folder}: rates are chosen by mixed training with "
-                             "--validation N and --eval_loss")
-        found[record.model, record.variant][record.rate].append(metrics.mean(record.losses()[-1]))
+    for record in sorted(records, key=lambda record: (*record.group, record.seed)):
+        if record.setting not in ("mixed", "sequential") or record.losses() is None or not (
+                record.results["comparable"].get("--validation")):
+            raise InputError(f"{record.folder}: rates are chosen by mixed or sequential training "
+                             "with --validation N and --eval_loss")
+        found[record.group][record.rate].append(metrics.mean(record.final_losses().values()))
     return {key: dict(sorted(rates.items())) for key, rates in found.items()}
 
 
 def best(rates):
-    """The rate of the lowest mean loss."""
+    """Return the rate with the lowest mean loss."""
     return min(rates, key=lambda rate: metrics.mean(rates[rate]))
 
 
 def rate_table(found):
-    """A row for each model and variant, a column for each rate."""
+    """Make a table with a row for each method and a column for each rate."""
     columns = sorted({rate for rates in found.values() for rate in rates})
     rows = []
-    for (model, variant), rates in found.items():
+    for (model, variant, setting), rates in found.items():
         chosen = best(rates)
         edge = len(rates) > 1 and chosen in (min(rates), max(rates))
-        rows.append([model, label(variant), *(Cell(tuple(rates.get(rate, ())), digits=3)
+        rows.append([model, label(variant), setting, *(Score(tuple(rates.get(rate, ())), digits=3)
                                               for rate in columns),
                      f"{chosen:g}" + " (at the edge of those tried)" * edge])
     return Table("tuning", "Loss by learning rate", "Mean over tasks of the loss of the held-out "
-                 "training rows' answers, nats per token, after mixed training; empty: not run.",
-                 ["model", "method", *(f"{rate:g}" for rate in columns), "best"], rows)
+                 "training rows' answers, nats per token, after all training; empty: not run.",
+                 ["model", "method", "setting", *(f"{rate:g}" for rate in columns), "best"], rows)
 
 
 def rate_figure(found):
-    """Loss against learning rate, all methods in one picture; a ring marks the best of each."""
-    models = list(dict.fromkeys(model for model, _ in found))
-    figure, axes = figures.grid(len(models), width=7, height=4.6)
-    for place, model in zip(axes, models, strict=True):
-        mine = {variant: rates for (each, variant), rates in found.items() if each == model}
+    """Draw loss against learning rate, a panel a model and setting; a ring marks the best rate."""
+    panels = list(dict.fromkeys((model, setting) for model, _, setting in found))
+    figure, axes = figures.grid(len(panels), width=7, height=4.6)
+    for place, panel in zip(axes, panels, strict=True):
+        mine = {variant: rates for (model, variant, setting), rates in found.items()
+                if (model, setting) == panel}
         for (variant, rates), colour in zip(mine.items(), figures.COLOURS, strict=False):
             means = {rate: metrics.mean(losses) for rate, losses in rates.items()}
             place.plot(list(means), list(means.values()), color=colour, marker="o", markersize=4,
                        label=label(variant))
             place.plot([best(rates)], [means[best(rates)]], color=colour, marker="o",
                        markersize=11, markerfacecolor="none", linestyle="none")
-        place.set(title=model, xscale="log", yscale="log", xlabel="peak learning rate",
+        place.set(title=", ".join(panel), xscale="log", yscale="log", xlabel="peak learning rate",
                   ylabel="loss of held-out rows, nats per token")
         ticks = sorted({rate for rates in mine.values() for rate in rates})
         place.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
@@ -83,6 +83,6 @@ def rate_figure(found):
 
 
 def words(found):
-    """Each variant with its best rate, as scripts/study.py takes them."""
+    """Return each variant with its best rate, as study.py --methods takes them."""
     return " ".join(f"'{label(variant)} --learning_rate {best(rates):g}'"
-                    for (_, variant), rates in found.items())
+                    for (_, variant, _), rates in found.items())

@@ -1,25 +1,31 @@
-"""What a study says of the paper's claims: differences, their intervals, and a sentence for each.
+"""Judge claims by the runs of a study: differences, their intervals, and a sentence for each.
 
-Differences are of losses (lower is better), ours minus theirs, in nats per token: a forward pass
-over the answers separates methods where the scores of few items cannot.
+A difference is ours minus theirs of the mean over tasks of ln(loss), so below zero is better for
+ours: losses separate methods where the scores of few items cannot, and in a mean of logarithms no
+task outweighs the others.
 """
 
+import statistics
 from typing import NamedTuple
 
 import numpy as np
 
 import metrics
-from registry import FORMER, VARIANTS
-from reporting.groups import cells, final_loss, forgets, forgetting
-from reporting.significance import paired_bootstrap, smallest_wilcoxon_p
+from registry import VARIANTS
+from reporting.runs import SMALLEST, forgets, group_runs, label
 
-ENOUGH = 6  # seeds: fewer give no p below 0.05 by themselves, and too narrow an interval
-BASELINES = ("lora-matched", "pissa-matched", "lora", "pissa", "olora", "loramoe", "gainlora")
+RESAMPLES = 10_000
+LEVEL = 0.95
+ENOUGH = 6  # with fewer seeds no test over seeds can give p < 0.05, and the interval is too narrow
+BASELINES = ("lora-matched", "pissa-matched", "lora", "pissa", "olora", "olora_qr", "loramoe",
+             "gainlora")
 
 
 class Claim(NamedTuple):
-    """`ours` has a lower loss than `theirs`, or forgets less; the best of several is that of the
-    lowest loss, as what learns nothing forgets nothing."""
+    """`ours` has a lower loss than `theirs`, or forgets less.
+
+    Of several `theirs` the one with the lowest loss is taken: what learns nothing forgets nothing.
+    """
 
     text: str
     ours: str
@@ -27,78 +33,171 @@ class Claim(NamedTuple):
     forgets: bool = False
 
 
+BEST = Claim("BADIT is better than the best baseline", "badit", BASELINES)
+DOG = Claim("regrouping by gradients (DOG) is better than at random", "badit", ("badit-random",))
+BAD = Claim("starting from the decomposition (BAD) is better than LoRAMoE's start", "badit",
+            ("badit-no_bad",))
+ENERGY_HALF = Claim("routing by energy is better than half of the components without routing",
+                    "badit-energy", ("half",))
+ENERGY_BEST = Claim("routing by energy is better than the best baseline", "badit-energy",
+                    BASELINES)
+
 PAPER = (
-    Claim("BADIT is better than the best baseline", "badit", BASELINES),
+    BEST,
     Claim("BADIT forgets less than the best baseline", "badit", BASELINES, forgets=True),
-    Claim("regrouping by gradients (DOG) is better than at random", "badit", ("badit-random",)),
+    DOG,
     Claim("regrouping by gradients (DOG) is better than none", "badit", ("badit-no_dog",)),
-    Claim("starting from the decomposition (BAD) is better than LoRAMoE's start", "badit",
-          ("badit-no_bad",)),
+    BAD,
 )
 BEYOND = (
+    ENERGY_HALF,
     Claim("routing by energy is better than BADIT", "badit-energy", ("badit",)),
-    Claim("routing by energy is better than the best baseline", "badit-energy", BASELINES),
+    ENERGY_BEST,
     Claim("routing by energy forgets less than BADIT", "badit-energy", ("badit",), forgets=True),
     Claim("routing by energy forgets less than the best baseline", "badit-energy", BASELINES,
           forgets=True),
-    *(Claim(f"under routing by energy DOG is better than {what}", "badit-energy", (theirs,))
-      for what, theirs in (("regrouping at random", "badit-energy-random"),
-                           ("none", "badit-energy-no_dog"),
-                           ("by squared cosines", "badit-energy-squared"))),
+    Claim("under routing by energy DOG is better than regrouping at random", "badit-energy",
+          ("badit-energy-random",)),
+    Claim("under routing by energy DOG is better than none", "badit-energy",
+          ("badit-energy-no_dog",)),
+    Claim("one learnt weight an expert (static) is better than BADIT", "badit-static", ("badit",)),
 )
+README = (BEST, DOG, ENERGY_HALF, ENERGY_BEST, BAD)
 
 
-class Verdict(NamedTuple):
-    """A claim in one setting: the difference, its 95 % interval, and over what."""
+# --- intervals ----------------------------------------------------------------------------------
 
-    claim: Claim
-    where: str  # model, setting
-    against: str  # the best of `theirs`
+
+class Interval(NamedTuple):
+    """A difference, its percentile interval, and the two-sided p of its resamples."""
+
     mean: float
     low: float
     high: float
+    p: float
+
+
+def paired_bootstrap(pairs, measure=np.asarray, resamples=RESAMPLES, level=LEVEL):
+    """Return the Interval of a difference between two methods.
+
+    `pairs` {task: (ours, theirs)}, each an array (seeds, items) for the same seeds and items. The
+    statistic is the mean over tasks and seeds of measure(mean over items), ours minus theirs.
+    Seeds are drawn with replacement once for all tasks, items within each task once for all seeds.
+    """
+    generator = np.random.default_rng(0)
+    seeds = len(next(iter(pairs.values()))[0])
+    weight_s = generator.multinomial(seeds, np.full(seeds, 1 / seeds), resamples) / seeds  # (R, S)
+    total, mean = np.zeros(resamples), 0.0
+    for ours, theirs in pairs.values():
+        items = ours.shape[1]
+        weight_i = generator.multinomial(items, np.full(items, 1 / items), resamples) / items
+        drawn = measure(ours @ weight_i.T) - measure(theirs @ weight_i.T)  # (S, R)
+        total += (weight_s.T * drawn).sum(0)
+        mean += float((measure(ours.mean(1)) - measure(theirs.mean(1))).mean())
+    drawn = total / len(pairs)
+    low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
+    tail = min((drawn <= 0).sum(), (drawn >= 0).sum())
+    p = min(1.0, 2 * (int(tail) + 1) / (resamples + 1))
+    return Interval(mean / len(pairs), float(low), float(high), p)
+
+
+def holm(values):
+    """Return p values corrected for their number by Holm's step-down method, in their order."""
+    corrected, highest = [0.0] * len(values), 0.0
+    for rank, index in enumerate(sorted(range(len(values)), key=values.__getitem__)):
+        highest = max(highest, min(1.0, (len(values) - rank) * values[index]))
+        corrected[index] = highest
+    return corrected
+
+
+def smallest_wilcoxon_p(seeds):
+    """Return the smallest two-sided p of Wilcoxon's signed-rank test over so many pairs."""
+    return min(1.0, 2.0 ** (1 - seeds))
+
+
+# --- verdicts -----------------------------------------------------------------------------------
+
+
+class Verdict(NamedTuple):
+    """A claim in one setting, and what the runs say of it."""
+
+    claim: Claim
+    model: str
+    setting: str
+    against: str  # the best of `theirs`
+    interval: Interval
     seeds: int
-    lower: int  # of the seeds, those on which ours is lower
+    lower: int  # number of seeds on which ours is lower
+    median: float  # over tasks, of the differences
+    nats: float  # difference of the plain mean over tasks, nats per token
+    corrected: float = 1.0  # p after Holm's correction over `claims`
+    claims: int = 1
+
+    def word(self):
+        """Return shown, the reverse, not shown, or not judged."""
+        _, low, high, _ = self.interval
+        if self.seeds == 1:
+            return "not judged"
+        if low <= 0 <= high or self.corrected >= 1 - LEVEL:
+            return "not shown"
+        return "shown" if high < 0 else "the reverse"
 
     def sentence(self):
-        """Shown, the reverse shown, or not shown and how large it can be."""
-        size = max(abs(self.low), abs(self.high))
-        on = f" on these {self.seeds} seeds" if self.seeds < ENOUGH else ""
+        mean, low, high, p = self.interval
+        reason = ""
         if self.seeds == 1:
-            found = "**not judged**: one seed says nothing about the next"
-        elif self.high < 0:
-            found = f"**shown{on}**"
-        elif self.low > 0:
-            found = f"**the reverse is shown{on}**"
+            reason = ": one seed says nothing about the next"
+        elif self.word() != "not shown":
+            reason = f" on these {self.seeds} seeds" if self.seeds < ENOUGH else ""
+        elif low <= 0 <= high:
+            reason = f": if there is a difference, it is below {max(abs(low), abs(high)):.3f}"
         else:
-            found = f"**not shown**: if there is a difference, it is below {size:.3f}"
+            reason = f": the interval excludes 0, but not after correction for {self.claims} claims"
         few = ""
         if 1 < self.seeds < ENOUGH:
             few = (f"; {self.seeds} seeds alone could show nothing below "
                    f"p = {smallest_wilcoxon_p(self.seeds):g}")
-        return (f"{self.where}: {self.claim.text}: {found} (against {self.against} "
-                f"{self.mean:+.3f}, 95 % interval {self.low:+.3f} to {self.high:+.3f}; lower on "
-                f"{self.lower} of {self.seeds} seed{'s' * (self.seeds > 1)}{few}).")
+        beside = "" if self.claim.forgets else (
+            f"; median task {self.median:+.3f}; plain mean {self.nats:+.3f} nats")
+        return (f"{self.model}, {self.setting}: {self.claim.text}: **{self.word()}**{reason} "
+                f"(against {self.against} {mean:+.3f}, 95 % interval {low:+.3f} to {high:+.3f}, "
+                f"corrected p {self.corrected:.2g}{beside}; lower on {self.lower} of {self.seeds} "
+                f"seed{'s' * (self.seeds > 1)}{few}).")
+
+    def cell(self):
+        """Return the verdict as it stands in the README's table."""
+        mean, low, high, _ = self.interval
+        rival = f" against {self.against}" if len(self.claim.theirs) > 1 else ""
+        return (f"{self.word()}: {mean:+.2f} ({low:+.2f} to {high:+.2f}){rival}, "
+                f"{self.seeds} seed{'s' * (self.seeds > 1)}")
 
 
 def verdicts(records, claims=PAPER + BEYOND):
-    """A Verdict for each claim and each model and setting whose runs measured losses for it."""
+    """Return a Verdict for each claim, model and setting whose runs measured losses for it."""
     measured = {key: {run.seed: run for run in runs if run.losses()}
-                for key, runs in cells(records).items()}
+                for key, runs in group_runs(records).items()}
     found = []
     for claim in claims:
         for (model, variant, setting), ours in measured.items():
-            if variant == VARIANTS[claim.ours] and ours and (
+            if variant == VARIANTS.get(claim.ours) and ours and (
                     not claim.forgets or all(map(forgets, ours.values()))):
                 found += judge(claim, measured, model, setting, ours)
-    return found
+    return corrected(found)
+
+
+def corrected(found):
+    """Return verdicts with p values that are corrected for their number."""
+    judged = [verdict for verdict in found if verdict.seeds > 1]
+    values = iter(holm([verdict.interval.p for verdict in judged]))
+    return [verdict._replace(corrected=next(values), claims=len(judged))
+            if verdict.seeds > 1 else verdict for verdict in found]
 
 
 def judge(claim, measured, model, setting, ours):
-    """[the Verdict], or [] without a pair of runs. The best of several is so on the same seeds."""
+    """Return [the Verdict], or [] without a pair of runs; rivals with fewer seeds are no rivals."""
     pairs = {}
     for name in claim.theirs:
-        theirs = measured.get((model, (VARIANTS | FORMER)[name], setting), {})
+        theirs = measured.get((model, VARIANTS.get(name, name), setting), {})
         both = sorted(ours.keys() & theirs.keys())
         if both:
             pairs[name] = [(ours[seed], theirs[seed]) for seed in both]
@@ -106,43 +205,87 @@ def judge(claim, measured, model, setting, ours):
         return []
     most = max(map(len, pairs.values()))
     pairs = {name: each for name, each in pairs.items() if len(each) == most}
-    measure = forgetting if claim.forgets else final_loss
-    best = min(pairs, key=lambda name: metrics.mean(final_loss(run) for _, run in pairs[name]))
-    differences = (forgotten if claim.forgets else answer_losses)(pairs[best])
-    by_seed = [measure(mine) - measure(theirs) for mine, theirs in pairs[best]]
-    return [Verdict(claim, f"{model}, {setting}", best, *paired_bootstrap(differences), most,
-                    sum(value < 0 for value in by_seed))]
+    best = min(pairs, key=lambda name: metrics.mean(log_loss(run) for _, run in pairs[name]))
+    pairs = pairs[best]
+    if claim.forgets:
+        compared = {"tasks": tuple(np.array(each) for each in zip(
+            *((list(rises(mine).values()), list(rises(theirs).values()))
+              for mine, theirs in pairs), strict=True))}
+        interval = paired_bootstrap(compared)
+        by_seed = (compared["tasks"][0] - compared["tasks"][1]).mean(1)
+        by_task = compared["tasks"][0] - compared["tasks"][1]
+        median, nats = float(np.median(by_task.mean(0))), interval.mean
+    else:
+        compared = answer_losses(pairs)
+        interval = paired_bootstrap(compared, log)
+        by_seed = [log_loss(mine) - log_loss(theirs) for mine, theirs in pairs]
+        median = statistics.median(float((log(mine.mean(1)) - log(theirs.mean(1))).mean())
+                                   for mine, theirs in compared.values())
+        nats = metrics.mean(metrics.mean(mine.final_losses().values())
+                            - metrics.mean(theirs.final_losses().values())
+                            for mine, theirs in pairs)
+    return [Verdict(claim, model, setting, best, interval, most,
+                    int(sum(value < 0 for value in by_seed)), median, nats)]
+
+
+def log(losses):
+    return np.log(np.maximum(losses, SMALLEST))
+
+
+def log_loss(run):
+    """Return the mean over tasks of ln(loss) after all training."""
+    return float(np.mean(log(np.array(list(run.final_losses().values())))))
 
 
 def answer_losses(pairs):
-    """{task: (seeds, items)} of which the mean is the difference of the task's losses."""
-    differences = {}
-    for task in pairs[0][0].order:
+    """Return {task: (ours, theirs)}, arrays (seeds, items) whose mean over items is the loss."""
+    found = {}
+    for task in pairs[0][0].tasks:
         names = sorted(pairs[0][0].items[task])
-        tokens = np.array([pairs[0][0].items[task][name]["loss"][1] for name in names])
-        sums = np.array([[mine.items[task][name]["loss"][0] - theirs.items[task][name]["loss"][0]
-                          for name in names] for mine, theirs in pairs])
-        differences[task] = sums / tokens.mean()
-    return differences
+        tokens = np.mean([pairs[0][0].items[task][name]["loss"][1] for name in names])
+        found[task] = tuple(
+            np.array([[pair[side].items[task][name]["loss"][0] / tokens for name in names]
+                      for pair in pairs]) for side in (0, 1))
+    return found
 
 
-def forgotten(pairs):
-    """{"tasks": (seeds, tasks)} of which the mean is the difference of `forgetting`.
+def rises(run):
+    """Return {task: how far its loss rose after its own stage}, by name.
 
-    Tasks take the place of items. The last task of a seed's order cannot be forgotten: it is 0,
-    and the others weigh the more.
+    Scaled so that the mean over all tasks is the mean over those that another task followed.
     """
-    def by_task(run):
-        losses, last = run.losses(), run.losses()[-1]
-        return {task: last[i] - losses[i][i] for i, task in enumerate(run.order)}
-
-    names = sorted(pairs[0][0].order)
-    gained = [(by_task(mine), by_task(theirs)) for mine, theirs in pairs]
-    scale = len(names) / (len(names) - 1)
-    return {"tasks": scale * np.array([[mine[name] - theirs[name] for name in names]
-                                       for mine, theirs in gained])}
+    losses, last = run.losses(), run.order[-1]
+    counted = sorted(run.tasks)
+    scale = len(counted) / (len(counted) - (last in counted))
+    return {task: scale * (losses[-1][i] - losses[i][i])
+            for task, i in ((task, run.order.index(task)) for task in counted)}
 
 
-def lines(records, claims):
-    """The sentences for some claims."""
-    return [verdict.sentence() for verdict in verdicts(records, claims)]
+# --- scores -------------------------------------------------------------------------------------
+
+
+def comparisons(records):
+    """Return a sentence on the scores of BADIT against every other method, by model and setting."""
+    groups, sentences = group_runs(records), []
+    for (model, variant, setting), theirs in groups.items():
+        ours = {run.seed: run for run in groups.get((model, "badit", setting), ())}
+        pairs = [(ours[run.seed], run) for run in theirs if run.seed in ours]
+        if variant == "badit" or not pairs:
+            continue
+        mean, low, high, _ = paired_bootstrap(item_scores(pairs))
+        verdict = "the interval includes 0" if low <= 0 <= high else "the interval excludes 0"
+        sentences.append(
+            f"{model}, {setting}: badit - {label(variant)}: {mean:+.2f} points (95 % interval "
+            f"{low:+.2f} to {high:+.2f}, {len(pairs)} seed{'s' * (len(pairs) > 1)}): {verdict}.")
+    return sentences
+
+
+def item_scores(pairs):
+    """Return {task: (ours, theirs)} of first-reference scores, arrays (seeds, items)."""
+    found = {}
+    for task, about in pairs[0][0].tasks.items():
+        names = sorted(pairs[0][0].items[task])
+        found[task] = tuple(
+            np.array([[pair[side].items[task][name][about["metric"]]["first"] for name in names]
+                      for pair in pairs]) for side in (0, 1))
+    return found

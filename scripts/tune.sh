@@ -1,22 +1,36 @@
 #!/usr/bin/env bash
-# Each method's learning rate, by the loss of rows that nothing else uses: bash scripts/tune.sh
-# [arguments of sweep.sh]. Mixed training on the mini suite with a seed that no comparison takes; the
-# last training rows of every task are left out of training and answered in place of test rows.
-# RATES="2e-4 5e-4" tries others. The same command goes on after a stop. It ends with the table and
-# the figure, runs/tune/report/tuning.md.
+# Find each method's learning rate by the loss of rows that nothing else uses:
+# bash scripts/tune.sh [mini|instrument] [arguments of sweep.sh]
+#   mini        mixed training on the mini suite (the default)
+#   instrument  sequential training on the six SuperNI tasks of compare.sh instrument
+# The last training rows of every task are left out of training and answered in place of test rows,
+# with a seed that no comparison uses. RATES="2e-4 5e-4" tries others. After a stop the same command
+# continues. It ends with the table and the figure, runs/tune/report/tuning.md.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-RATES=${RATES:-1e-4 2e-4 5e-4 1e-3 2e-3} methods=() failed=0
-for rate in $RATES; do
-  for method in lora-matched pissa-matched olora gainlora "loramoe --regroup_every 15" \
-    "badit --regroup_every 15" "badit-no_bad --regroup_every 15" "badit-energy --regroup_every 15"; do
-    methods+=("$method --learning_rate $rate")
+form=mini methods=() failed=0 runs=runs/tune
+case ${1:-} in mini|instrument) form=$1; shift ;; esac
+if [ "$form" = mini ]; then
+  data=(--suite mini --settings mixed) rates="1e-4 2e-4 5e-4 1e-3 2e-3" often=15
+  names=(lora-matched pissa-matched olora gainlora loramoe badit badit-no_bad badit-energy)
+  flags=(--validation 6 --max_train_per_task 24 --epochs 2)
+else
+  data=(--suite superni --tasks T591 T639 T1687 T875 T363 T1510 --settings sequential)
+  rates="1e-4 2e-4 5e-4" often=10 runs=runs/tune-instrument
+  names=(lora-matched pissa-matched half olora olora_qr-matched gainlora loramoe badit badit-no_bad
+    badit-static badit-energy)
+  flags=(--validation 40 --max_train_per_task 200 --epochs 2 --max_length 256 --eval_tasks new)
+fi
+for rate in ${RATES:-$rates}; do
+  for name in "${names[@]}"; do
+    flag="$name --learning_rate $rate"
+    case $name in badit*|loramoe) flag+=" --regroup_every $often" ;; esac
+    methods+=("$flag")
   done
 done
-bash scripts/sweep.sh --models smollm2-135m --launcher "${LAUNCHER:-python}" --suite mini \
-  --runs runs/tune --no_single --seeds 101 --settings mixed --methods "${methods[@]}" "$@" -- \
-  --validation 6 --max_train_per_task 24 --epochs 2 --eval_loss --max_new_tokens 1 \
-  --eval_batch_size 64 || { failed=$?; [ $failed = 1 ] || exit $failed; }  # 1: some runs failed
+bash scripts/sweep.sh --models smollm2-135m --launcher "${LAUNCHER:-python}" "${data[@]}" --runs "$runs" \
+  --no_single --seeds 101 --methods "${methods[@]}" "$@" -- --eval_loss --max_new_tokens 1 \
+  --eval_batch_size 64 "${flags[@]}" || { failed=$?; [ $failed = 1 ] || exit $failed; }  # 1: some failed
 case " $* " in *" --dry-run "* | *" --help "*) exit 0 ;; esac
-.venv/bin/python report.py runs/tune --tuning --out runs/tune/report
+.venv/bin/python report.py "$runs" --tuning --out "$runs/report"
 exit $failed

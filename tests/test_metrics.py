@@ -1,4 +1,4 @@
-"""Scores and continual-learning metrics against hand-worked numbers and naive loops (section 8)."""
+"""Scores and continual-learning metrics against numbers by hand and naive loops."""
 
 import copy
 import importlib
@@ -79,14 +79,14 @@ def naive_rouge(prediction, reference):
     ],
 )
 def test_rouge_l_by_hand(prediction, reference, expected):
-    """Section 8: Rouge-L F1 with stemming, times 100; 0 where only one side has a token."""
+    """Rouge-L F1 with stemming, times 100; 0 where only one side has a token."""
     value = metrics.rouge_l(prediction, reference)
     assert isinstance(value, float)
     assert value == pytest.approx(expected, abs=1e-6)
 
 
 def test_rouge_l_against_naive_lcs():
-    """Section 8: 200 random pairs of short words, which the stemmer leaves alone."""
+    """200 random pairs of short words, which the stemmer leaves alone."""
     rng = random.Random(0)
     words = ["ab", "cd", "e", "f1", "gh", "2", "ik", "lmn"]
     seen = set()
@@ -100,7 +100,7 @@ def test_rouge_l_against_naive_lcs():
 
 
 def test_rouge_l_against_naive_lcs_with_stems():
-    """Section 8: words with inflections, case and punctuation, over rouge_score's own tokens."""
+    """Words with inflections, case and punctuation, over rouge_score's own tokens."""
     rng = random.Random(1)
     tokenize = DefaultTokenizer(use_stemmer=True).tokenize
     words = "running Runs cats, cat's relational relate! happily HAPPY the it-was 42 models".split()
@@ -158,7 +158,7 @@ def test_exact_match(prediction, reference, expected):
     ],
 )
 def test_score_best_and_first(prediction, references, metric, expected):
-    """Section 7: against the best and against the first of several references."""
+    """Against the best and against the first of several references."""
     best, first = expected
     value = metrics.score(prediction, references, metric)
     assert value == approx({"best": best, "first": first})
@@ -166,7 +166,7 @@ def test_score_best_and_first(prediction, references, metric, expected):
 
 @pytest.mark.parametrize("metric", ["bleu", "", "Rouge_L", "exact_match", None])
 def test_unknown_metric_is_refused(metric):
-    """Section 7: metrics are rouge_l and accuracy; the message names them."""
+    """Metrics are rouge_l and accuracy; the message names them."""
     allowed = r"(?s)(?=.*rouge_l)(?=.*accuracy)"
     with pytest.raises(ValueError, match=allowed):
         metrics.score("a", ["a"], metric)
@@ -178,17 +178,17 @@ def test_unknown_metric_is_refused(metric):
 
 
 def test_metrics_by_hand():
-    """Section 8: Rouge, Forward, Forget Rate and Backward of a full 3 x 3 matrix."""
+    """Rouge, Forward, Forget Rate and Backward of a full 3 x 3 matrix."""
     assert metrics.continual_metrics(FULL, ORDER, ALONE) == approx(OURS)
 
 
 def test_paper_metrics_by_hand():
-    """Section 8: the released scripts divide Backward by T and take the maximum over all rows."""
+    """The released scripts divide Backward by T and take the maximum over all rows."""
     assert metrics.paper_metrics(FULL, ORDER) == approx(PAPER)
 
 
 def test_seen_tasks_only():
-    """Section 8: the lower triangle is enough for our four; the paper's maximum needs all rows."""
+    """The lower triangle is enough for our four; the paper's maximum needs all rows."""
     seen = without((0, 1), (0, 2), (1, 2))
     assert metrics.continual_metrics(seen, ORDER, ALONE) == approx(OURS)
     expected = {"backward_paper": -25 / 3, "forget_rate_paper": None}
@@ -196,7 +196,7 @@ def test_seen_tasks_only():
 
 
 def test_mixed_training_has_one_row():
-    """Section 8: mixed gives Rouge and Forward; Forget Rate and Backward are null."""
+    """Mixed gives Rouge and Forward; Forget Rate and Backward are null."""
     row = [[70.0, 60.0, 95.0]]  # forward: ((70 - 75) + (60 - 55) + (95 - 88)) / 3
     expected = {"rouge": 75.0, "forward": 7 / 3, "forget_rate": None, "backward": None}
     assert metrics.continual_metrics(row, ORDER, ALONE) == approx(expected)
@@ -205,13 +205,13 @@ def test_mixed_training_has_one_row():
 
 
 def test_mixed_training_with_a_missing_entry():
-    """Section 8: no metric from a missing value, in the one row of mixed training too."""
+    """No metric from a missing value, in the one row of mixed training too."""
     nothing = dict.fromkeys(OURS)
     assert metrics.continual_metrics([[70.0, None, 95.0]], ORDER, ALONE) == nothing
 
 
 def test_one_task():
-    """Section 8: with T = 1 there is nothing to forget: null, not a division by zero."""
+    """With T = 1 there is nothing to forget: null, not a division by zero."""
     expected = {"rouge": 80.0, "forward": 5.0, "forget_rate": None, "backward": None}
     assert metrics.continual_metrics([[80.0]], ["a"], {"a": 75.0}) == approx(expected)
 
@@ -237,7 +237,7 @@ def test_one_task():
     ids=lambda value: str(sorted(value)),
 )
 def test_missing_entries(missing, gone, paper_gone):
-    """Section 8: what needs a missing entry is None, everything else keeps its value."""
+    """What needs a missing entry is None, everything else keeps its value."""
     rows = without(*missing)
     expected = {k: None if k in gone else v for k, v in OURS.items()}
     assert metrics.continual_metrics(rows, ORDER, ALONE) == approx(expected)
@@ -253,14 +253,14 @@ def test_missing_entries(missing, gone, paper_gone):
 )
 @pytest.mark.parametrize("rows", [FULL, [[70.0, 60.0, 95.0]]], ids=["sequential", "mixed"])
 def test_forward_needs_every_single_task_score(rows, alone):
-    """Section 8: without the single-task scores Forward is null, and only Forward."""
+    """Without the single-task scores Forward is null, and only Forward."""
     whole = metrics.continual_metrics(rows, ORDER, ALONE)
     assert whole["forward"] is not None
     assert metrics.continual_metrics(rows, ORDER, alone) == {**whole, "forward": None}
 
 
 def test_zero_is_a_score():
-    """Section 8: 0 is a score like any other; only None is missing."""
+    """0 is a score like any other; only None is missing."""
     rows = [[0.0, 0.0], [0.0, 0.0]]
     result = metrics.continual_metrics(rows, ["a", "b"], {"a": 0.0, "b": 0.0})
     assert result == dict.fromkeys(OURS, 0.0)
@@ -269,7 +269,7 @@ def test_zero_is_a_score():
 
 @pytest.mark.parametrize("seed", range(5))
 def test_metrics_against_naive_loops(seed):
-    """Section 8: random 2..7-task matrices against formulas written out with 1-based indices."""
+    """Random 2..7-task matrices against formulas written out with 1-based indices."""
     rng = random.Random(seed)
     T = rng.randint(2, 7)
     order = [f"t{i}" for i in range(T)]
@@ -294,7 +294,7 @@ def test_metrics_against_naive_loops(seed):
 
 
 def test_metrics_are_plain_numbers():
-    """Section 8: the values go into results.json as they are, null included."""
+    """The values go into results.json as they are, null included."""
     ours = metrics.continual_metrics(FULL, ORDER, {})
     text = json.dumps({**ours, **metrics.paper_metrics(FULL, ORDER)})
     assert json.loads(text)["forward"] is None
@@ -319,7 +319,7 @@ def test_metrics_are_plain_numbers():
     ],
 )
 def test_malformed_matrix_is_refused(rows, order):
-    """Section 8: a matrix is T x T, or one row of T; its scores are finite or missing."""
+    """A matrix is T x T, or one row of T; its scores are finite or missing."""
     with pytest.raises(ValueError):
         metrics.continual_metrics(rows, order, {})
     with pytest.raises(ValueError):
@@ -335,7 +335,7 @@ def test_malformed_matrix_is_refused(rows, order):
     ],
 )
 def test_malformed_single_task_scores_are_refused(alone, named):
-    """Section 8: single-task scores belong to tasks of the order and are finite; named if not."""
+    """Single-task scores belong to tasks of the order and are finite; named if not."""
     with pytest.raises(ValueError, match=named):
         metrics.continual_metrics(FULL, ORDER, alone)
 
@@ -344,7 +344,7 @@ def test_malformed_single_task_scores_are_refused(alone, named):
 
 
 def test_importing_metrics_does_not_import_evaluate(monkeypatch):
-    """Section 8: `evaluate` is loaded by as_evaluate_metric alone, not at import, not by score."""
+    """`evaluate` is loaded by as_evaluate_metric alone, not at import, not by score."""
     asked = []
 
     class Watch:
@@ -371,7 +371,7 @@ def test_importing_metrics_does_not_import_evaluate(monkeypatch):
     ],
 )
 def test_evaluate_metric(monkeypatch, tmp_path, metric, predictions, references, expected):
-    """Section 8: an evaluate.Metric gives the means over items, also when it is used twice."""
+    """An evaluate.Metric gives the means over items, also when it is used twice."""
     evaluate = importlib.import_module("evaluate")
     monkeypatch.setattr(evaluate.config, "HF_METRICS_CACHE", str(tmp_path))
     built = metrics.as_evaluate_metric(metric)
@@ -382,6 +382,14 @@ def test_evaluate_metric(monkeypatch, tmp_path, metric, predictions, references,
         assert value == approx({"best": best, "first": first})
     value = built.compute(predictions=predictions[-1:], references=references[-1:])
     assert value == approx({"best": 100.0, "first": 100.0})
+
+
+def test_tasks_that_do_not_count():
+    """They are in no mean; the last task stays the last."""
+    found = metrics.continual_metrics(FULL, ORDER, ALONE, without=["beta"])
+    assert found == approx({"rouge": 77.5, "forward": 3.5, "forget_rate": -5.0, "backward": 5.0})
+    found = metrics.continual_metrics(FULL, ORDER, ALONE, without=["gamma"])
+    assert found == approx({"rouge": 57.5, "forward": 5.0, "forget_rate": 15.0, "backward": -12.5})
 
 
 def test_losses_have_the_same_metrics_with_better_above_zero():

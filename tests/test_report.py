@@ -5,8 +5,8 @@ import gzip
 import io
 import itertools
 import json
+import math
 import os
-import re
 import shutil
 import statistics
 import subprocess
@@ -25,7 +25,7 @@ from grouping import component_gram, gradient_angles, grouping_from_gram
 from inputs import formats
 from inputs.suites import SUPERNI
 from registry import METHODS, variant_of
-from reporting import figures, runs, significance, study_report, tables, verdicts
+from reporting import figures, runs, study_report, tables, verdicts
 
 GONE = object()
 
@@ -280,16 +280,45 @@ def test_regroupings(study):
 
 
 def test_losses(study):
-    """Of the runs that measured them, by hand."""
+    """By hand, with Forward from single-task runs; below zero Backward is forgetting."""
     kept, _ = runs.collect([study])
     assert "losses" not in {made.name for made in tables.all_tables(kept)}
-    matrix = [[2.0, 3.5, 4.5], [2.5, 1.0, 4.0], [2.25, 1.5, 0.5]]
-    give_losses(study / "badit-sequential-1", matrix)
+    give_losses(study / "badit-sequential-1", [[2.0, 3.5, 4.5], [2.5, 1.0, 4.0], [2.25, 1.5, 0.5]])
+    give_losses(study / "zero_shot", [[4.0, 4.0, 4.0]])
+    for task in TASKS:
+        give_losses(study / "single" / task, [[1.25]])
     _, rows = table(study, "losses")
-    row = rows["badit", "sequential"]
-    assert len(rows) == 1 and row["loss"].values == pytest.approx([4.25 / 3])
-    assert row["loss come back"].values == pytest.approx([((2.25 - 2.0) + (1.5 - 1.0)) / 2])
-    assert row["Backward of the loss"].values == pytest.approx([((2.0 - 2.25) + (1.0 - 1.5)) / 2])
+    row = {name: score.values for name, score in rows["badit", "sequential"].items()
+           if isinstance(score, tables.Score)}
+    order = results_of(study / "badit-sequential-1")["task_order"]
+    bare = results_of(study / "zero_shot")["task_order"]
+    assert sorted(order) == sorted(bare) and len(rows) == 2
+    ratios = [math.log(loss / 4) for loss in (2.25, 1.5, 0.5)]
+    assert row == {"ln(loss / zero-shot)": pytest.approx([sum(ratios) / 3]),
+                   "its median task": pytest.approx([ratios[1]]),
+                   "loss": pytest.approx([4.25 / 3]), "Forget": pytest.approx([0.375]),
+                   "Forward": pytest.approx([(1.25 - 2 + 1.25 - 1 + 1.25 - 0.5) / 3]),
+                   "Backward": pytest.approx([-0.375])}
+
+
+def test_a_task_of_unlearnable_rows_is_not_counted(study, tmp_path, monkeypatch):
+    """It is trained and evaluated, but in no number of the report, which says so."""
+    monkeypatch.setattr(runs, "UNLEARNABLE", {"bad"})
+    for run in all_runs(study):
+        if "say_both" in results_of(run)["tasks"]:
+            put(run, "tasks.say_both.sha256", "bad")
+    record = runs.read(study / "lora-sequential-1")
+    scores = results_of(study / "lora-sequential-1")["scores"]["first"]
+    counted = [i for i, task in enumerate(record.order) if task != "say_both"]
+    assert list(record.final("first").values()) == [scores[-1][i] for i in counted]
+    made = runs.scores_of(record, [])
+    assert made["rouge"] == pytest.approx(statistics.fmean(scores[-1][i] for i in counted))
+    assert made["backward"] == pytest.approx(statistics.fmean(
+        scores[-1][i] - scores[i][i] for i in counted if i < 2))
+    monkeypatch.setattr(figures, "of_study", lambda records: [])
+    assert report.main([str(study), "--out", str(tmp_path)]) == 0
+    text = (tmp_path / "report.md").read_text()
+    assert "No number counts say_both" in text and "| say_both |" not in text
 
 
 def give_losses(run, matrix):
@@ -306,31 +335,48 @@ TAKEN = {  # loss of the three tasks after each stage, by method and seed, and w
     ("lora", 2): ([[1.0, 9, 9], [1.0, 1.0, 9], [2.0, 1.5, 1.5]], 0.75)}
 
 
+def logs(values):
+    return statistics.fmean(map(math.log, values))
+
+
 def test_verdicts(study):
     """By hand: BADIT's loss is lower and forgets less on both seeds; mixed nothing is measured."""
     for (method, seed), (matrix, _) in TAKEN.items():
         give_losses(study / f"{method}-sequential-{seed}", matrix)
     kept, _ = runs.collect([study])
     better, less = verdicts.verdicts(kept)
-    final = [[sum(TAKEN[method, seed][0][-1]) / 3 for method in ("badit", "lora")]
-             for seed in (1, 2)]
-    assert better.mean == pytest.approx(sum(ours - theirs for ours, theirs in final) / 2)
-    assert less.mean == pytest.approx(((0.375 - 1.125) + (0.25 - 0.75)) / 2)
+    final = {key: matrix[-1] for key, (matrix, _) in TAKEN.items()}
+    assert better.interval.mean == pytest.approx(statistics.fmean(
+        logs(final["badit", seed]) - logs(final["lora", seed]) for seed in (1, 2)))
+    assert better.nats == pytest.approx(statistics.fmean(
+        statistics.fmean(final["badit", seed]) - statistics.fmean(final["lora", seed])
+        for seed in (1, 2)))
+    assert less.interval.mean == pytest.approx(((0.375 - 1.125) + (0.25 - 0.75)) / 2)
     for verdict in (better, less):
-        assert (verdict.against, verdict.seeds, verdict.lower) == ("lora", 2, 2)
-        assert verdict.low <= verdict.mean <= verdict.high
-    assert better.high < 0
-    assert ": **shown on these 2 seeds** (against lora -0.4" in better.sentence()
-    assert "2 seeds alone could show nothing below p = 0.5" in better.sentence()
-    reverse = better._replace(mean=0.1, low=0.05, high=0.2, lower=0)
-    assert "**the reverse is shown on these 2 seeds** (against lora +0.1" in reverse.sentence()
-    many = better._replace(seeds=6).sentence()
-    assert "**shown** (against" in many and "alone" not in many
-    unclear = better._replace(mean=0.1, low=-0.31, high=0.2, seeds=7)
-    assert "**not shown**: if there is a difference, it is below 0.310" in unclear.sentence()
-    assert "alone" not in unclear.sentence()
-    one = better._replace(seeds=1, lower=1).sentence()
-    assert "**not judged**: one seed" in one and "lower on 1 of 1 seed)." in one
+        assert (verdict.against, verdict.seeds, verdict.lower, verdict.claims) == ("lora", 2, 2, 2)
+        assert verdict.interval.low <= verdict.interval.mean <= verdict.interval.high
+    assert better.interval.high < 0 and better.word() == "shown"
+
+
+@pytest.mark.parametrize("interval, corrected, seeds, said, cell", [
+    ((-0.4, -0.5, -0.2, 0.01), 0.02, 2, "**shown** on these 2 seeds (against lora -0.400", "shown"),
+    ((0.1, 0.05, 0.2, 0.01), 0.02, 7, "**the reverse** (against lora +0.100", "the reverse"),
+    ((0.1, -0.31, 0.2, 0.5), 1, 7, "**not shown**: if there is a difference, it is below 0.310",
+     "not shown"),
+    ((0.1, 0.05, 0.2, 0.03), 0.09, 7, "excludes 0, but not after correction for 3", "not shown"),
+    ((0.1, 0.05, 0.2, 0.01), 0.02, 1, "**not judged**: one seed", "not judged")])
+def test_what_a_verdict_says(interval, corrected, seeds, said, cell):
+    """Nothing is called shown without Holm's correction, nor without its few seeds."""
+    verdict = verdicts.Verdict(verdicts.BEST, "m", "mixed", "lora", verdicts.Interval(*interval),
+                               seeds, 1, 0.0, 0.0, corrected, 3)
+    assert said in verdict.sentence() and verdict.cell().startswith(f"{cell}: ")
+    assert ("alone could show nothing" in verdict.sentence()) == (seeds == 2)
+
+
+def test_holm():
+    """The smallest of n counts n times, the next n - 1 times, and none less than one before it."""
+    assert verdicts.holm([0.02, 0.01, 0.04, 0.9]) == pytest.approx([0.06, 0.04, 0.08, 0.9])
+    assert verdicts.holm([0.04, 0.03]) == pytest.approx([0.06, 0.06]) and verdicts.holm([]) == []
 
 
 def test_verdicts_take_the_best_baseline_on_the_same_seeds(study):
@@ -352,20 +398,6 @@ def test_verdicts_take_the_best_baseline_on_the_same_seeds(study):
     assert not verdicts.verdicts([run for run in records if run.variant == "badit"])
 
 
-def test_losses_of_one_that_did_not_learn_leave_the_others_apart(study):
-    """Their axis is logarithmic then; elsewhere it is not."""
-    for far, scale in ((2.0, "linear"), (9.0, "log")):
-        for method, last in (("badit", 1.0), ("lora", far)):
-            give_losses(study / f"{method}-sequential-1", [[last] * 3] * 3)
-        figure = figures.losses(runs.collect([study])[0])
-        assert figure.axes[0].get_yscale() == scale
-        figures.plt.close(figure)
-
-
-def without(line, name):
-    return {key: value for key, value in line.items() if key != name}
-
-
 RATES = {1e-4: (3.0, 4.0), 1e-3: (1.0, 1.5), 1e-2: (2.0, 2.5)}
 
 
@@ -383,8 +415,8 @@ def test_learning_rates(folder, tmp_path, capsys):
     assert report.main(argv) == 0
     assert capsys.readouterr().out == f"10 runs, 0 left out: {tmp_path / 'out' / 'tuning.md'}\n"
     said = (tmp_path / "out" / "tuning.md").read_text()
-    assert "| badit | 4.500 ± 0.707 | 2.250 ± 0.354 | 3.250 ± 0.354 | 0.001 |" in said
-    assert ("| lora | 4.500 ± 0.707 | 2.250 ± 0.354 |  | 0.001 (at the edge of those tried) |"
+    assert "| badit | mixed | 4.500 ± 0.707 | 2.250 ± 0.354 | 3.250 ± 0.354 | 0.001 |" in said
+    assert ("| lora | mixed | 4.500 ± 0.707 | 2.250 ± 0.354 |  | 0.001 (at the edge of those tried)"
             in said)
     assert "`--methods 'badit --learning_rate 0.001' 'lora --learning_rate 0.001'`" in said
     assert matplotlib.image.imread(tmp_path / "out" / "tuning.png").shape[0] > 300
@@ -438,9 +470,9 @@ def test_the_papers_figures_stand_beside_runs_on_all_of_its_tasks():
     fake = type("Run", (), {"order": list(SUPERNI)})
     where = ("table1", "qwen3-8b", "badit", "mixed/rouge")
     assert tables.paper_figure(paper, *where, [fake]) == 55.87
-    assert tables.Cell((55.0, 56.0), 55.87).text() == "55.50 ± 0.71 [55.87, -0.37]"
-    assert tables.Cell((55.0,), 55.87).text() == "55.00 [55.87, -0.87]"
-    assert tables.Cell((), 55.87).text() == ""
+    assert tables.Score((55.0, 56.0), 55.87).text() == "55.50 ± 0.71 [55.87, -0.37]"
+    assert tables.Score((55.0,), 55.87).text() == "55.00 [55.87, -0.87]"
+    assert tables.Score((), 55.87).text() == ""
     fake.order = fake.order[1:]
     assert tables.paper_figure(paper, *where, [fake]) is None
     assert tables.paper_figure(paper, *where, []) is None
@@ -515,7 +547,7 @@ def test_forms_of_a_table(study):
     assert lines[0]["sequential score mean"] == ""
     assert made.markdown().count("\n| ") == 2 + 3
     assert made.latex().count(r"\\") == 1 + 3 and r"\begin{tabular}{llllr" in made.latex()
-    odd = tables.Table("x", "X", "", ["a", "Δ"], [["a_b & 5 % --x", tables.Cell((1.0, 2.0))]])
+    odd = tables.Table("x", "X", "", ["a", "Δ"], [["a_b & 5 % --x", tables.Score((1.0, 2.0))]])
     assert r"a\_b \& 5 \% -{}-x & 1.50 $\pm$ 0.71 \\" in odd.latex()
     assert r"a & $\Delta$ \\" in odd.latex()
 
@@ -523,56 +555,50 @@ def test_forms_of_a_table(study):
 # --- significance -------------------------------------------------------------------------------
 
 
-def test_bootstrap_against_loops():
+@pytest.mark.parametrize("measure", [np.asarray, np.log], ids=["mean", "log"])
+def test_bootstrap_against_loops(measure):
     """The same resampling, one draw after the other; and the mean is exact."""
     generator = np.random.default_rng(1)
-    differences = {"a": generator.normal(1, 3, (4, 6)), "b": generator.normal(-0.5, 1, (4, 9))}
-    mean, low, high = significance.paired_bootstrap(differences, 20_000)
+    pairs = {name: tuple(generator.gamma(4, 1, (4, items)) for _ in range(2))
+             for name, items in (("a", 6), ("b", 9))}
+    found = verdicts.paired_bootstrap(pairs, measure, 20_000)
     draws = []
     for _ in range(20_000):
         seeds = generator.integers(0, 4, 4)
-        draws.append(np.mean([values[seeds][:, generator.integers(0, values.shape[1],
-                                                                  values.shape[1])].mean()
-                              for values in differences.values()]))
-    assert mean == pytest.approx((differences["a"].mean() + differences["b"].mean()) / 2)
-    assert [low, high] == pytest.approx(np.quantile(draws, [0.025, 0.975]), abs=0.03)
-    assert significance.paired_bootstrap(differences, 20_000) == (mean, low, high)
+        drawn = [[measure(each[seeds][:, items].mean(1)).mean() for each in pair]
+                 for pair in pairs.values()
+                 for items in [generator.integers(0, pair[0].shape[1], pair[0].shape[1])]]
+        draws.append(np.mean([ours - theirs for ours, theirs in drawn]))
+    assert found.mean == pytest.approx(np.mean([
+        (measure(ours.mean(1)) - measure(theirs.mean(1))).mean()
+        for ours, theirs in pairs.values()]))
+    assert found[1:3] == pytest.approx(np.quantile(draws, [0.025, 0.975]), abs=0.03)
+    draws = np.array(draws)
+    assert found.p == pytest.approx(2 * min((draws <= 0).mean(), (draws >= 0).mean()), abs=0.02)
+    assert verdicts.paired_bootstrap(pairs, measure, 20_000) == found
 
 
 def test_bootstrap_of_a_constant_is_that_constant():
-    assert significance.paired_bootstrap({"a": np.full((2, 5), 3.0)}, 100) == (
-        pytest.approx((3.0, 3.0, 3.0)))
+    found = verdicts.paired_bootstrap({"a": (np.full((2, 5), 3.0), np.zeros((2, 5)))}, resamples=99)
+    assert found == pytest.approx((3.0, 3.0, 3.0, 0.02))
 
 
 @pytest.mark.parametrize("seeds", range(2, 8))
 def test_smallest_wilcoxon_p(seeds):
     """What SciPy gives where every pair favours the same side."""
     p = wilcoxon(np.arange(1, seeds + 1), method="exact").pvalue
-    assert significance.smallest_wilcoxon_p(seeds) == pytest.approx(p)
-
-
-@pytest.mark.parametrize("numbers, said, unsaid", [
-    ((2.0, 1.0, 3.0, 5), ("2.00 points higher", "excludes 0", "below 0.0625"), "narrow"),
-    ((-2.0, -3.0, 1.0, 2), ("2.00 points lower", "do not show which", "below 0.5", "narrow"),
-     "excludes"),
-    ((1.0, -1.0, 3.0, 1), ("1 seed,", "One seed says nothing"), "Wilcoxon"),
-])
-def test_plain_sentences(numbers, said, unsaid):
-    mean, low, high, seeds = numbers
-    text = significance.sentence("badit", "lora", "m, mixed", mean, low, high, seeds, 60)
-    assert all(part in text for part in said) and unsaid not in text
+    assert verdicts.smallest_wilcoxon_p(seeds) == pytest.approx(p)
 
 
 def test_comparisons_pair_seeds_and_items(study):
     """Of the mean over tasks of BADIT minus the other, first reference."""
     kept, _ = runs.collect([study])
-    lines = study_report.comparisons(kept)
-    assert len(lines) == 2 and all("than lora" in line and "2 seeds, 15 items" in line
-                                   for line in lines)
+    lines = verdicts.comparisons(kept)
+    assert len(lines) == 2 and all("badit - lora" in line and "2 seeds" in line for line in lines)
     ours, theirs = (results_of(study / f"{name}-mixed-1")["scores"]["first"][-1]
                     for name in ("badit", "lora"))
     difference = 0.9 * (statistics.fmean(ours) - statistics.fmean(theirs))  # of seeds 1 and 0.8
-    assert f"{abs(difference):.2f} points {'higher' if difference >= 0 else 'lower'}" in lines[0]
+    assert f"{difference:+.2f} points" in lines[0]
 
 
 # --- whole reports ------------------------------------------------------------------------------
@@ -598,7 +624,7 @@ def test_a_report_and_one_of_its_export(study, tmp_path, capsys):
     drawn = {"learning_curves", "angles", "router_health", "parameters",
              *(f"matrix-{name}-a$_$b-seed1" for name in ("badit", "lora"))}
     made = {"table1", "regroupings", "categories", "references", "tasks"}
-    assert names == {"report.md", *(f"figures/{name}.{kind}" for name in drawn
+    assert names == {"report.md", "figures.md", *(f"figures/{name}.{kind}" for name in drawn
                                     for kind in ("png", "pdf")),
                      *(f"tables/{name}.{kind}" for name in made
                        for kind in ("tex", "csv"))}
@@ -606,7 +632,7 @@ def test_a_report_and_one_of_its_export(study, tmp_path, capsys):
         assert_drawn(one / "figures" / f"{name}.png")
     assert r"a\$\_\$b" in (one / "tables" / "table1.tex").read_text()
     text = (one / "report.md").read_text()
-    assert "# Report" in text and "What the differences are worth" in text
+    assert "# Report" in text and "## Differences of scores" in text
     assert report.main([str(study), "--export", str(small)]) == 0
     assert "Now complete" not in gzip.decompress(small.read_bytes()).decode()  # no texts
     assert report.main([str(small), "--out", str(two)]) == 0
@@ -674,7 +700,6 @@ def test_sensitivity_needs_two_values(study):
 # --- one run ------------------------------------------------------------------------------------
 
 
-# Of a layer whose gradients are not finite, and one that saw no token.
 def test_angles_show_both_moments_and_noise(study):
     """Before a regrouping and after it where there is one; what noise gives, where it is known."""
     records, _ = runs.collect([study], ())
@@ -705,6 +730,7 @@ def test_noise_level():
     assert float(inter.mean()) == pytest.approx(90.4, abs=0.1)
 
 
+# Of a layer whose gradients are not finite, and one that saw no token.
 NO_NUMBERS = dict.fromkeys(("intra_before", "intra_after", "inter_after", "alpha_entropy",
                             "expert_share"))
 
@@ -731,6 +757,20 @@ def test_one_run(folder, tmp_path, capsys, name, pictures):
     assert "<td>learning_rate</td><td>0.01</td>" in text or name == "zero_shot"
     for task in results_of(run)["task_order"]:
         assert task in text and task in out
+
+
+def test_one_run_with_forward(folder, tmp_path, capsys):
+    """From single-task runs of the same method and seed; others are refused."""
+    shutil.copytree(folder, tmp_path / "study")
+    run, single = (tmp_path / "study" / name for name in ("badit-sequential-1", "single"))
+    matrix = results_of(run)["scores"]["best"]
+    alone = {task: results_of(single / task)["scores"]["best"][0][0] for task in TASKS}
+    forward = statistics.fmean(matrix[i][i] - alone[task]
+                               for i, task in enumerate(results_of(run)["task_order"]))
+    assert report.main([str(run), str(single)]) == 0
+    assert f"\nforward: {forward:.2f}\n" in capsys.readouterr().out
+    assert "there is none on which_is, colour_name" in refused(capsys, run, single / "say_both")
+    assert "none on" in refused(capsys, tmp_path / "study" / "lora-mixed-1", single)
 
 
 def test_a_finished_run_with_a_page_can_be_overwritten(folder, llama, suite, tmp_path):
@@ -820,81 +860,57 @@ def test_a_report_reads_files_alone(folder, tmp_path):
     assert not (one | study) & train
 
 
+# --- the committed results ----------------------------------------------------------------------
+
 ROOT = Path(report.__file__).resolve().parent
-RESULTS = ROOT / "results"
+REPORTS = {"compare-mini": (), "compare-superni": (),
+           "compare-mini-2e-4": ("--allow_other", "versions")}
 
 
-def cells_of(line):
-    return [cell.strip() for cell in line[1:-1].split("|")]
-
-
-def test_the_committed_tuning_is_made_from_its_records(tmp_path, monkeypatch):
-    """And the sentence of docs/reproduce.md about it has its numbers."""
-    tuned = RESULTS / "tuning"
-    monkeypatch.chdir(ROOT)
-    assert report.main(["results/tuning/records.jsonl.gz", "--tuning", "--out", str(tmp_path)]) == 0
-    text = (tuned / "tuning.md").read_text()
-    assert (tmp_path / "tuning.md").read_text() == text
-    best = {row[1]: min(float(cell.split()[0]) for cell in row[2:-1] if cell)
-            for row in map(cells_of, text.splitlines()) if row[0] == "smollm2-135m"}
-    document = " ".join((ROOT / "docs" / "reproduce.md").read_text().split())
-    told = re.search(r"BADIT \((\d\.\d+)\) stands behind (.*?)\. The rates", document)
-    assert float(told[1]) == best.pop("badit") and len(best) == 7
-    assert sorted(map(float, re.findall(r"\d\.\d+", told[2]))) == sorted(best.values())
-
-
-@pytest.mark.parametrize("name, more", [("compare-mini", ()), ("compare-superni", ()),
-                                        ("compare-mini-2e-4", ("--allow_other", "versions"))])
-def test_the_committed_report_is_made_from_its_records(name, more, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", REPORTS)
+def test_the_committed_report_is_made_from_its_records(name, tmp_path, monkeypatch):
     """No number in it is typed by hand."""
-    made = RESULTS / name
+    monkeypatch.setattr(figures, "of_study", lambda records: [])  # they take a minute
+    records = ROOT / "results" / name / "records.jsonl.gz"
+    assert report.main([str(records), "--out", str(tmp_path), *REPORTS[name]]) == 0
+    assert (tmp_path / "report.md").read_text() == records.with_name("report.md").read_text()
+
+
+def test_the_committed_tuning_is_made_from_its_records(tmp_path):
+    records = ROOT / "results" / "tuning" / "records.jsonl.gz"
+    assert report.main([str(records), "--tuning", "--out", str(tmp_path)]) == 0
+    assert (tmp_path / "tuning.md").read_text() == records.with_name("tuning.md").read_text()
+
+
+def readme_command():
+    """The words after report.py of the command that the README gives for its table."""
+    text = (ROOT / "README.md").read_text()
+    (line,) = [line for line in text.splitlines() if "--readme README.md" in line]
+    return line.split("`")[1].split()[2:]
+
+
+def test_the_table_of_the_readme_is_made_from_the_records(tmp_path, monkeypatch):
+    """The command that stands above it changes nothing."""
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(figures, "save", lambda figure, *_: figures.plt.close(figure))  # time
-    records = f"results/{name}/records.jsonl.gz"
-    assert report.main([records, "--out", str(tmp_path / "out"), *more]) == 0
-    assert (tmp_path / "out" / "report.md").read_text() == (made / "report.md").read_text()
+    *words, last = readme_command()
+    shutil.copy(last, tmp_path)
+    assert report.main([*words, str(tmp_path / last)]) == 0
+    assert (tmp_path / last).read_text() == Path(last).read_text()
 
 
-def rows_under(text):
-    """The rows of the first table of a text, as dicts."""
-    lines = iter(text.splitlines())
-    table = list(itertools.takewhile(lambda line: line.startswith("|"), itertools.dropwhile(
-        lambda line: not line.startswith("|"), lines)))
-    head, _, *rows = map(cells_of, table)
-    return [dict(zip(head, row, strict=True)) for row in rows]
-
-
-@pytest.mark.parametrize("name, document, heading, count", [
-    ("compare-mini", "README.md", "Results", 12), ("compare-superni", "README.md", "Results", 9),
-    ("compare-mini-2e-4", "docs/reproduce.md", "At the paper's rate for all methods", 10)])
-def test_the_numbers_of_the_documents_are_those_of_the_report(name, document, heading, count):
-    """Of its verdicts and its tables of methods."""
-    text = (RESULTS / name / "report.md").read_text()
-    section = (ROOT / document).read_text().split(f"\n## {heading}\n")[1].split("\n## ")[0]
-    said = section.split(f"results/{name}/report.md", 1)[1]
-    claims = [row for row in rows_under(said) if "claim" in row]
-    found = "(not shown|shown|the reverse|not judged): (\\S+) \\((\\S+) to (\\S+)\\)(?:, (.*))?"
-    for row, setting in itertools.product(claims, ("mixed", "sequential")):
-        if row[setting]:
-            word, mean, low, high, against = re.fullmatch(found, row[setting]).groups()
-            sentence, = (line for line in text.splitlines()
-                         if f", {setting}: {row['claim']}: " in line)
-            assert f"{mean}, 95 % interval {low} to {high};" in sentence
-            assert f"**{word}" in sentence and f"(against {against or ''}" in sentence
-    assert len(claims) == count
-    scores = {row["method"]: row for row in rows_under(text.split("## Table 1")[1])}
-    losses = {(row["method"], row["setting"]): row
-              for row in rows_under(text.split("## Loss of the test answers")[1])}
-    shown = rows_under("| method" + said.split("\n\n| method", 1)[1])
-    for row in shown:
-        method, setting = row["method"], "eval" if row["method"] == "zero-shot" else "mixed"
-        mixed, last = (losses.get((method, each), {}) for each in (setting, "sequential"))
-        assert row == {
-            "method": method, "trained / stored": scores[method]["trained / stored"],
-            "mixed loss": mixed.get("loss", ""), "mixed score": scores[method]["mixed score"],
-            "sequential loss": last.get("loss", ""),
-            "its Backward": last.get("Backward of the loss", ""),
-            "sequential score": scores[method]["sequential score"],
-            "Backward": scores[method]["sequential Backward"]}
-    left_out = set(scores) - {row["method"] for row in shown}
-    assert left_out <= {"badit-energy-no_dog", "badit-energy-squared"}  # in docs/routing.md
+def test_a_table_of_claims(study, tmp_path, capsys):
+    """Between the markers alone: what was run, and what was not."""
+    for (method, seed), (matrix, _) in TAKEN.items():
+        give_losses(study / f"{method}-sequential-{seed}", matrix)
+    file = tmp_path / "a.md"
+    file.write_text("above\n<!-- results -->\nold\n<!-- /results -->\nbelow\n")
+    assert report.main([str(study), "--readme", str(file)]) == 0
+    first, start, head, _, *rows, end, last = file.read_text().splitlines()
+    assert (first, start, end, last) == ("above", "<!-- results -->", "<!-- /results -->", "below")
+    assert head == "| claim | study, mixed | study, sequential |" and len(rows) == 5
+    assert rows[0].startswith("| BADIT is better than the best baseline | not run | shown: -0.")
+    assert rows[0].endswith(" against lora, 2 seeds |")
+    assert all(row.endswith("| not run | not run |") for row in rows[1:])
+    capsys.readouterr()
+    file.write_text("no markers")
+    assert "<!-- results -->" in refused(capsys, study, "--readme", file)

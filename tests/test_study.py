@@ -1,5 +1,6 @@
 """The list of runs, the scripts around it, and a sweep that is stopped and continued."""
 
+import itertools
 import os
 import shlex
 import signal
@@ -262,14 +263,30 @@ def test_experiments_by_name(script, lines, words, calls, capsys):
     assert all(any(word in command for command in commands) for word in words)
 
 
-def test_tuning_tries_every_rate_for_every_method(calls, capsys):
+@pytest.mark.parametrize("form, setting, held_out, methods, rates", [
+    ([], "mixed", 6, 8, (1e-4, 2e-4, 5e-4, 1e-3, 2e-3)),
+    (["instrument"], "sequential", 40, 11, (1e-4, 2e-4, 5e-4))], ids=["mini", "instrument"])
+def test_tuning_tries_every_rate_for_every_method(form, setting, held_out, methods, rates, calls,
+                                                  capsys):
     """It uses held-out training rows, and a seed that no comparison uses."""
-    (argv,) = calls("tune.sh", "--dry-run")
-    commands, _ = dry(capsys, *argv)
-    given = [train_flags(words) for words in commands]
-    assert {(args.seed, args.validation, args.eval_loss) for args in given} == {(101, 6, True)}
-    assert Counter(args.learning_rate for args in given) == dict.fromkeys(
-        (1e-4, 2e-4, 5e-4, 1e-3, 2e-3), 8)
+    (argv,) = calls("tune.sh", *form, "--dry-run")
+    given = [train_flags(words) for words in dry(capsys, *argv)[0]]
+    assert {(args.seed, args.setting, args.validation, args.eval_loss) for args in given} == {
+        (101, setting, held_out, True)}
+    assert Counter(args.learning_rate for args in given) == dict.fromkeys(rates, methods)
+
+
+def test_the_instrument_has_all_methods_in_both_settings(calls, capsys):
+    """Six tasks, regrouped every ten steps, five seeds, nothing but the method differs."""
+    given = [train_flags(words) for argv in calls("compare.sh", "instrument", "--dry-run")
+             for words in dry(capsys, *argv)[0]]
+    trained = [args for args in given if args.method != "zero_shot"]
+    assert Counter((args.seed, args.setting) for args in trained) == dict.fromkeys(
+        itertools.product((1, 2, 3, 4, 5), ("mixed", "sequential")), 14)
+    assert {(args.max_train_per_task, args.max_eval_per_task, args.epochs, args.max_length,
+             len(args.tasks), args.eval_tasks == "new") for args in trained} == {
+        (200, 50, 2, 256, 6, False), (200, 50, 2, 256, 6, True)}
+    assert {args.regroup_every for args in trained if args.method == "badit"} == {10}
 
 
 @pytest.mark.parametrize("nodes", ["1", "2"])

@@ -1,0 +1,42 @@
+"""Write the table of five claims between two markers of a Markdown file."""
+
+from inputs.errors import InputError
+from inputs.files import read_text, write_text
+from reporting import verdicts
+
+START, END = "<!-- results -->", "<!-- /results -->"
+SETTINGS = ("mixed", "sequential")
+
+
+def update(file, studies):
+    """Write the table of `studies` {path: records} between the markers of `file`.
+
+    Raises InputError if the markers are not there.
+    """
+    try:
+        before, rest = read_text(file).split(START)
+        _, after = rest.split(END)
+    except ValueError:
+        raise InputError(f"{file} needs {START} and, below it, {END}, each once") from None
+    write_text(file, f"{before}{START}\n{claims_table(studies)}\n{END}{after}")
+
+
+def claims_table(studies):
+    """Return the table as Markdown: a row a claim, two columns a study.
+
+    Holm's correction is over all cells of the table.
+    """
+    names = {path: path.resolve().parent.name if path.is_file() else path.resolve().name
+             for path in studies}
+    found = {}  # in one dict, so that all are corrected together
+    for path, records in studies.items():
+        for verdict in verdicts.verdicts(records, verdicts.README):
+            found.setdefault((verdict.claim, path, verdict.setting), verdict)
+    found = dict(zip(found, verdicts.corrected(list(found.values())), strict=True))
+    columns = [(path, setting) for path in studies for setting in SETTINGS]
+    lines = [["claim", *(f"{names[path]}, {setting}" for path, setting in columns)],
+             ["---"] * (1 + len(columns))]
+    for claim in verdicts.README:
+        cells = [found.get((claim, *column)) for column in columns]
+        lines.append([claim.text, *(cell.cell() if cell else "not run" for cell in cells)])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
