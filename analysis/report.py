@@ -209,16 +209,6 @@ def accuracy_table(result):
                     for t, task in enumerate(result["tasks"]))])
 
 
-def family_table(result):
-    return table("Largest preference of a family", "Its mean routing weight of an expert minus the "
-                 "mean of all other subjects; p is corrected for all pairs of family and expert.",
-                 ["adapter", "tokens", "family", "expert", "difference", "p"],
-                 [[adapter["name"], place, largest["family"], chr(ord("A") + largest["expert"]),
-                   f"{largest['difference']:+.4f}", f"{largest['p']:.4f}"]
-                  for adapter in result["adapters"] for place, found in adapter["places"].items()
-                  if (largest := found["largest_difference"])])
-
-
 # --- conflict -----------------------------------------------------------------------------------
 
 
@@ -287,6 +277,6 @@ TABLES = {
     "sharing": ("Neurons and weights that tasks activate", (
         sharing_table, structure_table, sign_table, share_table, base_conflict_table, task_table)),
     "experts": ("Experts of each task", ROUTING),
-    "mmlu": ("Experts of each MMLU subject", (*ROUTING, accuracy_table, family_table)),
+    "mmlu": ("Experts of each MMLU subject", (*ROUTING, accuracy_table)),
     "conflict": ("Conflict between tasks", (
         conflict_table, effective_table, lookahead_table, norm_table))}

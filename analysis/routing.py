@@ -17,13 +17,7 @@ from scipy import stats
 import models
 from analysis import adapters, mmlu, session
 from analysis.probes import Probe, batch_of, check_finite, positions, row_means
-from analysis.sharing import (
-    LABEL_PERMUTATIONS,
-    category_effect,
-    chance_jaccard,
-    jaccard,
-    off_diagonal,
-)
+from analysis.sharing import category_effect, chance_jaccard, jaccard, off_diagonal
 from data import Suite
 from evaluation import row_losses, target_logits
 from experts import select_experts
@@ -69,31 +63,6 @@ def null_information(rows, sizes, generator):
         means = sums / sizes.reshape(-1, *[1] * (rows.ndim - 1))  # (T, ..., K)
         found.append(information(np.moveaxis(means, 0, -2)))
     return np.array(found)
-
-
-def largest_difference(w, families, generator):
-    """Find the (family, expert) whose mean weight differs most from the mean of all other tasks.
-
-    w (T, K), families (T,) -> dict, None with fewer than two families. Its p is corrected for the
-    choice of the largest: the null distribution is that of the maximum under permuted labels.
-    """
-    names, labels = np.unique(families, return_inverse=True)
-    if len(names) < 2:
-        return None
-
-    def differences(labels):
-        """labels (T,) -> (families, K)."""
-        member = labels == np.arange(len(names))[:, None]  # (families, T)
-        return (member @ w / member.sum(1, keepdims=True)
-                - ~member @ w / (~member).sum(1, keepdims=True))
-
-    observed = differences(labels)
-    family, expert = np.unravel_index(np.abs(observed).argmax(), observed.shape)
-    reached = sum(np.abs(differences(generator.permutation(labels))).max()
-                  >= abs(observed[family, expert]) - 1e-12 for _ in range(LABEL_PERMUTATIONS))
-    return {"family": str(names[family]), "expert": int(expert),
-            "difference": float(observed[family, expert]),
-            "p": (1 + int(reached)) / (1 + LABEL_PERMUTATIONS)}
 
 
 def without_nan(values):
@@ -201,7 +170,6 @@ def statistics(adapter, categories, kept, layer_names, seed):
             "jaccard": float(off_diagonal(jaccard(active, active)).mean()),
             "tasks_per_expert": active.sum(0).tolist(), "unused": int((u.sum(0) == 0).sum()),
             "category_effect": effect, "category_p": p,
-            "largest_difference": largest_difference(w, categories, generator),
             "information": without_nan(observed[1, place]),
             "null_95": without_nan(np.quantile(null[:, place], 0.95, axis=0)),
             "mean_information": float(observed[1, place].mean()),

@@ -17,7 +17,6 @@ EXACT_UNITS = 10**5  # more units: E[J] is the ratio of expectations, with an er
 SAMPLED_UNITS = 10**6  # patterns of larger matrices are counted on a random sample of this size
 MOST_TASKS = 62  # a pattern is an int64
 SMALLEST_HEADROOM = 0.02  # ceiling minus chance; below this, kappa would be noise
-GROUPS = 15  # number of pattern groups to report
 
 
 # --- from scores to masks -----------------------------------------------------------------------
@@ -178,8 +177,7 @@ def pattern_summary(sizes, patterns, T):
 def base_groups(M, generator):
     """Group units with equal patterns, and compare with random permutations of each task's mask.
 
-    Returns `pattern_summary` as "observed" and, as a mean over permutations, "permuted"; the number
-    of units; and the largest groups with their size and the size expected of independent tasks.
+    Returns the number of units and `pattern_summary`: "observed", and "permuted" as a mean.
     """
     T, P = M.shape
     if P > SAMPLED_UNITS:
@@ -189,16 +187,9 @@ def base_groups(M, generator):
     for _ in range(MASK_PERMUTATIONS):
         shuffled = generator.permuted(M, axis=1)
         permuted.append(pattern_summary(*reversed(pattern_sizes(shuffled)), T))
-    q = M.mean(1)
-    groups = []
-    for pattern, size in zip(patterns[:GROUPS].tolist(), sizes[:GROUPS].tolist(), strict=True):
-        member = [bool(pattern >> t & 1) for t in range(T)]
-        expected = M.shape[1] * float(np.prod(np.where(member, q, 1 - q)))
-        groups.append({"tasks": member, "size": size, "expected": expected})
     return {"units": M.shape[1], "observed": pattern_summary(sizes, patterns, T),
             "permuted": {key: float(np.mean([each[key] for each in permuted]))
-                         for key in permuted[0]},
-            "groups": groups}
+                         for key in permuted[0]}}
 
 
 def category_effect(J, categories, generator):

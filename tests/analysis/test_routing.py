@@ -79,21 +79,6 @@ def test_active_experts():
     assert active.tolist() == [[False, True, True, False], [True, True, False, False]]
 
 
-def test_largest_difference():
-    """A planted preference is found, and of noise the largest of all pairs is nothing."""
-    generator = np.random.default_rng(2)
-    families = list("aaabbbccc")
-    w = generator.random((9, K)) * 0.01
-    ps = [routing.largest_difference(generator.random((9, K)), families, generator)["p"]
-          for _ in range(5)]
-    assert 0.1 < np.mean(ps) < 0.9
-    w[6:, 3] += 1
-    found = routing.largest_difference(w, families, generator)
-    assert (found["family"], found["expert"]) == ("c", 3) and found["difference"] > 0.9
-    assert found["p"] < 0.1  # 1 / 28 of the labels keep three together
-    assert routing.largest_difference(w, ["a"] * 9, generator) is None
-
-
 # --- planted routers ----------------------------------------------------------------------------
 
 
