@@ -13,7 +13,7 @@ figures.
 import sys
 from pathlib import Path
 
-from deploy.programs import MODEL_FLAGS, base_name, carry_out, parse
+from deploy.programs import MODEL, base_name, carry_out, parse
 from harness.adapter_config import read_adapter_config
 from inputs.errors import InputError
 from inputs.numbers import NonNegative, PositiveInt
@@ -35,7 +35,7 @@ FLAGS = (
          "N"),
     Flag("max_kl", NonNegative, 0.05, "write nothing where KL(adapter || export) per token is "
          "above this (default: 0.05)", "NATS"),
-    *MODEL_FLAGS)
+    MODEL)
 
 
 def read_flags(argv):

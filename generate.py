@@ -12,7 +12,7 @@ and, optionally, `definition`. Decoding is greedy, as in an evaluation, unless -
 import sys
 from pathlib import Path
 
-from deploy.programs import MODEL_FLAGS, base_name, carry_out, newest_adapter, parse
+from deploy.programs import MODEL, base_name, carry_out, newest_adapter, parse
 from inputs.errors import InputError, one_line
 from inputs.numbers import Fraction, Positive, PositiveInt, Seed
 from inputs.settings import Flag
@@ -32,7 +32,8 @@ FLAGS = (
     Flag("top_p", Fraction | None, None, "sample from the most likely tokens, which together have "
          "this probability", "P"),
     Flag("seed", Seed | None, None, "seed of the samples (default: 1)"),
-    *MODEL_FLAGS)
+    Flag("max_new_tokens", PositiveInt, 50, "tokens per answer at most (default: 50)", "N"),
+    MODEL)
 
 
 def read_flags(argv):

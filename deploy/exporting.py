@@ -5,14 +5,12 @@ import os
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from accelerate import PartialState
 
 import adapter
 import data
-import evaluation
 import models
 from deploy import low_rank
 from harness.adapter_config import ADAPTER_CONFIG, read_adapter_config
@@ -22,11 +20,10 @@ from inputs.errors import InputError, one_line
 from inputs.files import fsync, write_json, write_text
 from inputs.model_folders import read_config
 from inputs.tensors import write_tensors
-from metrics import mean, named_metrics
+from metrics import named_metrics
 from registry import EMBEDDED, MODELS, method_class
 
 BATCH = 8  # rows of a calibration pass
-ANSWERS = 16  # prompts that are answered at a time
 
 
 def export(args):
@@ -45,17 +42,14 @@ def export(args):
     dtype = stored_dtype(args.model) if args.merged else None
     exported, _ = models.load(args.model)
     low_rank.merge(exported.to(device), updates, dtype)
-    near = compare(trained, exported, tokenizer, first_of_each(encoded.test, args.rows),
-                   {name: task.metric for name, task in suite.tasks.items()}, args.max_new_tokens)
-    said = [form, *near.lines(suite.name)]
-    for line in said:
-        print(one_line(line), flush=True)
-    if near.kl > args.max_kl:
-        raise InputError(f"KL(adapter || export) is {near.kl:.3g}, above --max_kl "
-                         f"{args.max_kl:g}: nothing was written")
+    kl, measured = compare(trained, exported, first_of_each(encoded.test, args.rows), suite.name)
+    print(one_line(form), one_line(measured), sep="\n", flush=True)
+    if kl > args.max_kl:
+        raise InputError(f"KL(adapter || export) is {kl:.3g}, above --max_kl {args.max_kl:g}: "
+                         "nothing was written")
     rank = max(len(update.A) for update in updates.values())
     with whole_folder(args.out) as folder:
-        write_text(folder / "README.md", card(args, config, settings, run, said))
+        write_text(folder / "README.md", card(args, config, settings, run, [form, measured]))
         if args.merged:
             exported.to("cpu", dtype).save_pretrained(folder)
             tokenizer.save_pretrained(folder)
@@ -151,26 +145,6 @@ def first_of_each(by_task, count):
 # --- the measurement ----------------------------------------------------------------------------
 
 
-class Fidelity(NamedTuple):
-    """Differences of an exported model from the trained one; means over tokens and over tasks."""
-
-    prompts: int
-    tokens: int
-    kl: float  # KL(trained || exported) of the next token, in nats
-    agreement: float  # share of tokens with the same most likely next token
-    difference: float  # largest difference of two logits, relative to the largest logit
-    score: float  # of the trained model, 0 to 100
-    exported_score: float
-
-    def lines(self, suite):
-        """Return the lines that are printed and go into the card."""
-        return (f"on {self.prompts} held-out prompts of {suite} ({self.tokens:,} tokens): "
-                f"KL(adapter || export) {self.kl:.2g}, same most likely token at "
-                f"{self.agreement:.1%}, largest difference of a logit {self.difference:.1e} of "
-                "the largest logit",
-                f"mean score on them: adapter {self.score:.2f}, export {self.exported_score:.2f}")
-
-
 def divergence(p, q):
     """Return KL(p || q) of every token (...), from logits p and q (..., vocabulary)."""
     p, q = p.double().log_softmax(-1), q.double().log_softmax(-1)
@@ -178,37 +152,27 @@ def divergence(p, q):
 
 
 @torch.no_grad()
-def compare(trained, exported, tokenizer, rows, metric_of, max_new_tokens):
-    """Return the Fidelity of `exported` on encoded test rows; both models are on one device."""
+def compare(trained, exported, rows, suite):
+    """Return KL(trained || exported) per token in nats, and a line with all that was measured.
+
+    `rows` are encoded test rows of the suite with that name; both models are on one device.
+    """
     device = next(exported.parameters()).device
-    kl = agreed = tokens = 0
+    kl = same = tokens = 0
     difference = largest = torch.zeros((), device=device)
     for row in Bar(rows, desc="compare", unit="prompt", delay=2, leave=False):  # one: no padding
         ids = torch.tensor([row["input_ids"]], device=device)  # (1, seq)
         p, q = (model(input_ids=ids, use_cache=False).logits[0].float()
                 for model in (trained, exported))  # (seq, vocabulary)
         kl += float(divergence(p, q).sum())
-        agreed += int((p.argmax(-1) == q.argmax(-1)).sum())
+        same += int((p.argmax(-1) == q.argmax(-1)).sum())
         tokens += len(p)
         difference = torch.maximum(difference, (p - q).abs().max())
         largest = torch.maximum(largest, p.abs().max())
-    scores = [score(model, tokenizer, rows, metric_of, max_new_tokens, device)
-              for model in (trained, exported)]
-    return Fidelity(len(rows), tokens, max(0.0, kl / tokens), agreed / tokens,
-                    float(difference / largest), *scores)
-
-
-def score(model, tokenizer, rows, metric_of, max_new_tokens, device):
-    """Return the mean score over tasks of greedy answers to test rows."""
-    scored, batches = [], evaluation.make_batches(rows, ANSWERS)
-    for batch in Bar(batches, desc="answer", unit="batch", delay=2, leave=False):
-        prompts = data.pad_left([rows[index]["input_ids"] for index in batch],
-                                tokenizer.pad_token_id)
-        prompts = {key: tensor.to(device) for key, tensor in prompts.items()}
-        texts = evaluation.generate(model, tokenizer, prompts, max_new_tokens)
-        scored += [evaluation.scored(rows[index], text)
-                   for index, text in zip(batch, texts, strict=True)]
-    return mean(evaluation.task_scores(scored, metric_of, "best").values())
+    kl = max(0.0, kl / tokens)
+    return kl, (f"on {len(rows)} held-out prompts of {suite} ({tokens:,} tokens): KL(adapter || "
+                f"export) {kl:.2g}, same most likely token at {same / tokens:.1%}, largest "
+                f"difference of a logit {float(difference / largest):.1e} of the largest logit")
 
 
 # --- files --------------------------------------------------------------------------------------

@@ -13,14 +13,11 @@ from harness.arguments import refuse_odd_words
 from harness.early import print_anything
 from harness.signals import StopSignals
 from inputs.errors import InputError, Interrupted, error_lines, one_line
-from inputs.numbers import PositiveInt
 from inputs.settings import Flag, Parser, add_flags
 from registry import MODELS
 
-MODEL_FLAGS = (
-    Flag("model", str | None, None, "the base model, where the adapter names none or it has moved: "
-         f"one of {', '.join(MODELS)}, or a checkpoint's folder"),
-    Flag("max_new_tokens", PositiveInt, 50, "tokens per answer at most (default: 50)", "N"))
+MODEL = Flag("model", str | None, None, "the base model, where the adapter names none or it has "
+             f"moved: one of {', '.join(MODELS)}, or a checkpoint's folder")
 
 
 def parse(program, description, flags, argv):

@@ -231,7 +231,7 @@ def test_an_exact_export_is_the_wrapped_model(case, architecture, adapters, chec
                                               tmp_path, capsys):
     """Through PEFT, through transformers, and merged."""
     folder, model = adapters(case, architecture)
-    words = (folder, "--suite", suite, "--rows", 3, "--max_new_tokens", 2, "--out")
+    words = (folder, "--suite", suite, "--rows", 3, "--out")
     status, out, _ = call(capsys, *words, tmp_path / "out")
     assert status == 0 and out[0] == f"exact; rank {CASES[case][2]}"
     wanted = logits_of(model)
@@ -258,10 +258,10 @@ def test_an_exact_export_is_the_wrapped_model(case, architecture, adapters, chec
 def test_an_approximate_export_says_how_near_it_is(case, adapters, checkpoints, suite, tmp_path,
                                                    capsys):
     folder, model = adapters(case)
-    words = (folder, "--out", tmp_path / "out", "--suite", suite, "--max_new_tokens", 2,
+    words = (folder, "--out", tmp_path / "out", "--suite", suite,
              "--approximate", "--rows", 12)
     status, out, err = call(capsys, *words, "--max_kl", 1e-9)
-    assert status == 2 and len(out) == 3 and err[-1].endswith(": nothing was written")
+    assert status == 2 and len(out) == 2 and err[-1].endswith(": nothing was written")
     said = float(err[-1].partition("export) is ")[2].partition(",")[0])
     assert f"KL(adapter || export) {said:.2g}" in out[1] and said > 1e-9
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
@@ -270,7 +270,7 @@ def test_an_approximate_export_says_how_near_it_is(case, adapters, checkpoints, 
         "approximated: 2 layers with experts that depend on the token, each replaced by a constant "
         f"that was fitted to 12 training rows; rank {CASES[case][2]}")
     text = (tmp_path / "out" / "README.md").read_text()
-    assert all(line in text for line in out[:3])
+    assert all(line in text for line in out[:2])
     base, bare = (models.load(str(checkpoints["llama"]))[0] for _ in range(2))
     loaded = PeftModel.from_pretrained(base, tmp_path / "out").eval()
     kl, kl_bare = (float(exporting.divergence(logits_of(model), logits_of(other)).mean())
@@ -280,7 +280,7 @@ def test_an_approximate_export_says_how_near_it_is(case, adapters, checkpoints, 
 
 def test_a_lower_rank_says_what_it_costs(adapters, suite, tmp_path, capsys):
     folder, _ = adapters("pissa")
-    words = (folder, "--suite", suite, "--rows", 3, "--max_new_tokens", 2, "--max_kl", 100)
+    words = (folder, "--suite", suite, "--rows", 3, "--max_kl", 100)
     status, out, _ = call(capsys, *words, "--out", tmp_path / "out", "--rank", 3)
     assert status == 0 and out[0].startswith("exact; rank 3; --rank cut off at most ")
     status, _, err = call(capsys, *words, "--out", tmp_path / "more", "--rank", 4)
@@ -294,7 +294,7 @@ def test_a_merged_export_has_the_dtype_of_its_base(suite, tmp_path, capsys):
     trained("lora", model).adapted_by.base_name = str(base)
     adapter.save(model, tmp_path / "adapter")
     status, out, _ = call(capsys, tmp_path / "adapter", "--out", tmp_path / "out", "--suite", suite,
-                          "--rows", 3, "--max_new_tokens", 2, "--merged")
+                          "--rows", 3, "--merged")
     assert status == 0
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
     assert loaded.dtype == torch.bfloat16
@@ -308,7 +308,7 @@ def test_the_card(llama, suite, tmp_path, capsys, monkeypatch):
     succeed("--model", llama, "--suite", suite, "--method", "lora", *SMALL, "--epochs", 1,
             "--output_dir", "run")
     monkeypatch.setattr(exporting, "hub_name", lambda model: "someone/tiny")
-    status, out, _ = call(capsys, "run/adapter", "--out", "out", "--rows", 5, "--max_new_tokens", 3)
+    status, out, _ = call(capsys, "run/adapter", "--out", "out", "--rows", 5)
     assert status == 0 and "5 held-out prompts of tiny" in out[1]
     _, front, body = Path("out/README.md").read_text().split("---\n", 2)
     assert front.splitlines() == ["base_model: someone/tiny", "library_name: peft",
@@ -333,8 +333,7 @@ def test_names_on_the_hub(tmp_path, monkeypatch):
 
 def test_a_failed_export_leaves_no_trace(adapters, suite, tmp_path, capsys):
     folder, _ = adapters("lora")
-    words = (folder, "--out", tmp_path / "out", "--suite", suite, "--rows", 3, "--max_new_tokens",
-             2)
+    words = (folder, "--out", tmp_path / "out", "--suite", suite, "--rows", 3)
     for error, status in ((OSError(28, "no space"), 2), (KeyboardInterrupt, 130)):
         with failing(exporting, "write_lora", 1, error):
             assert call(capsys, *words)[0] == status
@@ -347,7 +346,7 @@ def test_an_adapter_of_a_quantised_base(wide, suite, tmp_path, capsys):
     """Exported for the dense base, which the card says; never merged."""
     succeed("--model", wide, "--suite", suite, "--method", "lora", "--base", "int8", *SMALL,
             "--epochs", 1, "--output_dir", tmp_path / "run", *NO_EVAL)
-    words = (tmp_path / "run" / "adapter", "--max_kl", 1, "--max_new_tokens", 2)
+    words = (tmp_path / "run" / "adapter", "--max_kl", 1)
     assert call(capsys, *words, "--out", tmp_path / "out")[0] == 0
     assert "stored as int8, exported for the dense one" in (
         tmp_path / "out" / "README.md").read_text()
@@ -361,21 +360,20 @@ def test_an_adapter_of_a_quantised_base(wide, suite, tmp_path, capsys):
 class ToyLinear(nn.Module):
     """y = W0 x + b a x."""
 
-    base_tensors = ("residual", "bias")
-    depends_on_token = False
+    base_tensors, depends_on_token = ("residual",), False
 
     def __init__(self, base):
         super().__init__()
-        self.residual, self.bias = frozen(base.weight), None
+        self.residual = frozen(base.weight)
         self.a = nn.Parameter(0.1 * torch.ones(1, base.in_features))
         self.b = nn.Parameter(0.1 * torch.ones(base.out_features, 1))
 
     def forward(self, x):
         h, c = self.components(x)
-        return frozen_linear(x, self.residual, self.bias) + (c * h) @ self.b.T
+        return frozen_linear(x, self.residual, None) + (c * h) @ self.b.T
 
     def components(self, x):
-        return x @ self.a.T, torch.ones(())
+        return x @ self.a.T, 1
 
     def restore(self, tensors):
         self.load_state_dict(tensors, strict=False)
@@ -403,8 +401,7 @@ class UnknownLinear(ToyLinear):
 
 
 class Toy(Method):
-    name = "toy"
-    layer = ToyLinear
+    name, layer = "toy", ToyLinear
 
     def build_layer(self, linear, fresh):
         return self.layer(linear)
@@ -415,19 +412,17 @@ def test_a_new_method_is_exported(layer, checkpoints, suite, tmp_path, capsys, m
     """By what its layers define; one that defines nothing is refused."""
     monkeypatch.setitem(METHODS, "toy", Entry(f"{__name__}:Toy", Targets))
     monkeypatch.setattr(Toy, "layer", layer)
-    model, _ = models.load(str(checkpoints["llama"]))
+    model, base = (models.load(str(checkpoints["llama"]))[0] for _ in range(2))
     method_class("toy")(Targets()).wrap(model)
-    model.adapted_by.base_name = str(checkpoints["llama"])
     adapter.save(model, tmp_path / "adapter")
     more = ("--approximate",) if layer is GatedLinear else ()
-    status, out, err = call(capsys, tmp_path / "adapter", "--out", tmp_path / "out", "--suite",
-                            suite, "--rows", 3, "--max_new_tokens", 2, *more)
+    status, out, err = call(capsys, tmp_path / "adapter", "--model", checkpoints["llama"], "--out",
+                            tmp_path / "out", "--suite", suite, "--rows", 3, *more)
     if layer is UnknownLinear:
         assert status == 2 and err[-1] == ("error: toy cannot be exported as a LoRA adapter: "
                                            "UnknownLinear defines no constant_update")
         return
     assert status == 0 and out[0].endswith("rank 1")
-    base, _ = models.load(str(checkpoints["llama"]))
     bare = logits_of(base)
     exported = logits_of(PeftModel.from_pretrained(base, tmp_path / "out").eval())
     away, error = ((logits_of(model) - other).abs().max() for other in (bare, exported))
