@@ -578,11 +578,6 @@ def test_bootstrap_against_loops(measure):
     assert verdicts.paired_bootstrap(pairs, measure, 20_000) == found
 
 
-def test_bootstrap_of_a_constant_is_that_constant():
-    found = verdicts.paired_bootstrap({"a": (np.full((2, 5), 3.0), np.zeros((2, 5)))}, resamples=99)
-    assert found == pytest.approx((3.0, 3.0, 3.0, 0.02))
-
-
 @pytest.mark.parametrize("seeds", range(2, 8))
 def test_smallest_wilcoxon_p(seeds):
     """What SciPy gives where every pair favours the same side."""
@@ -773,15 +768,6 @@ def test_one_run_with_forward(folder, tmp_path, capsys):
     assert "none on" in refused(capsys, tmp_path / "study" / "lora-mixed-1", single)
 
 
-def test_a_finished_run_with_a_page_can_be_overwritten(folder, llama, suite, tmp_path):
-    """report.html and figure.png are files of a run, which --overwrite deletes."""
-    shutil.copytree(folder / "zero_shot", tmp_path / "run")
-    assert report.main([str(tmp_path / "run")]) == 0
-    succeed("--method", "zero_shot", "--model", llama, "--suite", suite, *SMALL[4:], "--overwrite",
-            "--output_dir", tmp_path / "run")
-    assert not (tmp_path / "run" / "report.html").exists()
-
-
 @pytest.mark.parametrize("damage", [
     lambda run: put(run, "scores", GONE),
     lambda run: (run / "regroup.jsonl").write_text('{"stage": "mixed", "step": 1}\n'),
@@ -828,14 +814,6 @@ def test_strange_folder_names_in_a_report(folder, tmp_path, capsys):
     assert any(line.endswith(f"the same run as {tmp_path}/runs/{SHOWN}")
                for line in text.splitlines())
     assert SHOWN in refused(capsys, tmp_path / "runs" / "c" / STRANGE)
-
-
-def test_one_run_in_a_strange_folder(folder, tmp_path, capsys):
-    """It is found also from the folder above."""
-    shutil.copytree(folder / "lora-mixed-1", tmp_path / STRANGE)
-    assert report.main([str(tmp_path)]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split(": ")[0] for line in lines if SHOWN in line] == ["page", "figure"]
 
 
 # --- start-up -----------------------------------------------------------------------------------
