@@ -258,7 +258,7 @@ def experts(result):
 
 
 def mmlu_title(result):
-    """Return whether a model is above chance: if not, its routing shows no abilities."""
+    """Return a title that says whether the models answer above chance."""
     able = [adapter["name"] for adapter in result["adapters"]
             if adapter["accuracy_p"] < 0.05]
     return "MMLU: " + (f"above chance: {', '.join(able)}" if able else
@@ -365,7 +365,7 @@ def lookahead(result):
         place.set_title(f"{adapter['name']} (loss {adapter['loss']:.2f}): a step improves its own "
                         f"task\nin {found['improved']} of {found['tasks']} cases", fontsize=9)
     figure.colorbar(drawn, ax=axes, shrink=0.7,
-                    label="gain over the gain of the step's own task (red: loss)")
+                    label="gain relative to the gain of the step's task (red: loss rises)")
     return figure
 
 

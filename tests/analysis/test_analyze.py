@@ -9,6 +9,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,8 @@ from conftest import NO_EVAL, SMALL, failing, files_of, reset_accelerate, write_
 from conftest import succeed as train_well
 
 import analyze
-from analysis import figures, mmlu, report, units
+import data
+from analysis import adapters, figures, mmlu, report, units
 from inputs.errors import InputError
 from inputs.files import sha256_file
 from inputs.formats import load
@@ -122,7 +124,7 @@ def test_bad_flags(tiny, tmp_path, named, flags):
 
 
 def test_bad_folders(tiny, sharing, tmp_path):
-    """A folder with files, also those of a finished analysis, and a file; nothing changes."""
+    """Folders with files, also of a finished analysis, and a file are refused and not changed."""
     (tmp_path / "notes.txt").write_text("mine")
     before = files_of(sharing)
     for out in (tmp_path, tmp_path / "notes.txt", sharing):
@@ -205,14 +207,16 @@ def lora(tiny, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def badit(tiny, tmp_path_factory):
-    return adapter_of(tiny, tmp_path_factory.mktemp("runs") / "badit", "badit")
+def energy(tiny, tmp_path_factory):
+    """An adapter without a router: shares of energy take the place of routing weights."""
+    return adapter_of(tiny, tmp_path_factory.mktemp("runs") / "energy", "badit", "--routing",
+                      "energy")
 
 
 @pytest.fixture(scope="module")
-def experts(tiny, loramoe, single, badit, tmp_path_factory):
+def experts(tiny, loramoe, single, energy, tmp_path_factory):
     folder = tmp_path_factory.mktemp("analyses") / "experts"
-    succeed("experts", *tiny, *BRIEF, "--adapter", loramoe, single, badit, "--out", folder)
+    succeed("experts", *tiny, *BRIEF, "--adapter", loramoe, single, energy, "--out", folder)
     return folder
 
 
@@ -228,48 +232,30 @@ def test_experts(experts):
             assert np.sum(found["u"], axis=1) == pytest.approx(4)
             assert sum(found["tasks_per_expert"]) == 12
     drawn_figures = dict(figures.of_experts(result, {}))
-    for place, where in zip(drawn_figures["information"].axes, ("all", "target"),
-                            strict=True):
+    for place, where in zip(drawn_figures["information"].axes, ("all", "target"), strict=True):
         drawn = {line.get_label().split(" (")[0]: line.get_ydata() for line in place.lines}
         assert set(drawn) == {adapter["name"] for adapter in result["adapters"]}
         for adapter in result["adapters"]:
             assert list(drawn[adapter["name"]]) == adapter["places"][where]["information"]
-    alone = dict(figures.of_experts(result | {"adapters": result["adapters"][:1]}, {}))
-    assert set(alone) == {"experts"}  # its own panel says it
-    for figure in (*drawn_figures.values(), *alone.values()):
-        figures.plt.close(figure)
+    figures.plt.close("all")
     shown = (experts / "analysis.md").read_text()
     for found in result["adapters"][0]["places"].values():
         assert f"| {found['mean_information']:.4f} | 0.69 |" in shown
 
 
-def test_rows_that_a_run_has_seen_are_left_alone(tiny, loramoe, tmp_path):
-    """Test rows are added where training rows are too few; alone where a run's rows are unknown."""
-    succeed("experts", *tiny, "--max_length", 64, "--rows", 10, "--adapter", loramoe, "--out",
-            tmp_path / "a")
-    result = load(tmp_path / "a" / "analysis.json")
-    assert result["about"] == "test rows, and training rows after the first 4"
-    assert [task["available"] for task in result["tasks"]] == [13] * 3  # 8 and 5
-    lone = tmp_path / "alone"
-    shutil.copytree(loramoe, lone)
-    succeed("experts", *tiny, *BRIEF, "--adapter", lone, "--out", tmp_path / "b")
-    assert load(tmp_path / "b" / "analysis.json")["about"] == "test rows"
-    continued = tmp_path / "continued"
-    shutil.copytree(loramoe, continued / "adapter")
-    results = load(loramoe.parent / "results.json")
-    write_json(continued / "results.json", results | {"went_on_from": {"adapter": "x"}})
-    succeed("experts", *tiny, *BRIEF, "--adapter", continued / "adapter", "--out", tmp_path / "c")
-    assert load(tmp_path / "c" / "analysis.json")["about"] == "test rows"
-
-
-def test_experts_by_energy(tiny, tmp_path):
-    """Routing by energy has no router: shares of energy take the place of routing weights."""
-    adapter = adapter_of(tiny, tmp_path / "energy", "badit", "--routing", "energy")
-    succeed("experts", *tiny, *BRIEF, "--adapter", adapter, "--out", tmp_path / "out")
-    (found,) = load(tmp_path / "out" / "analysis.json")["adapters"]
-    for place in found["places"].values():
-        assert np.sum(place["w"], axis=1) == pytest.approx(1)
-        assert np.sum(place["u"], axis=1) == pytest.approx(4)
+def test_rows_that_no_run_has_seen(suite):
+    """Test rows are added where training rows are too few; alone if a run's rows are unknown."""
+    tiny = data.load_suite(suite)  # 12 training and 5 test rows
+    args = {"max_train_per_task": 4}
+    for needed, results, count, words in (
+            (8, {"args": args}, 8, "training rows after the first 4, which no run was trained on"),
+            (9, {"args": args}, 13, "test rows, and training rows after the first 4"),
+            (1, {}, 5, "test rows"), (1, {"args": args | {"sample": True}}, 5, "test rows"),
+            (1, {"args": args, "went_on_from": {"adapter": "x"}}, 5, "test rows")):
+        runs = [types.SimpleNamespace(results=each) for each in ({"args": args}, results)]
+        found, about = adapters.unseen(tiny, runs, needed)
+        assert [len(task.train) for task in found.tasks.values()] == [count] * 3
+        assert about == words
 
 
 def test_bad_adapters(tiny, loramoe, lora, single, checkpoints, suite, tmp_path):

@@ -1,4 +1,4 @@
-"""Conflict between tasks' gradients: planted vectors, whole adapters by autograd, look-ahead."""
+"""Test conflict statistics on planted vectors, and adapters against autograd."""
 
 import argparse
 import types
@@ -17,12 +17,12 @@ T, H = 5, 8
 
 
 def gram_of(vectors):
-    """G (T, H, T, H) of fold vectors (T, H, P)."""
+    """Return G (T, H, T, H) of fold vectors (T, H, P)."""
     return np.einsum("tfp,ugp->tfug", vectors, vectors)
 
 
 def planted(signal, noise, seed, P=400, T=T, H=H):
-    """Fold vectors: task means of length `signal`, orthogonal, and noise of length `noise`."""
+    """Return vectors (T, H, P): orthogonal task means of norm `signal`, noise of norm `noise`."""
     generator = np.random.default_rng(seed)
     vectors = generator.normal(size=(T, H, P)) * noise / np.sqrt(P)
     vectors[np.arange(T), :, np.arange(T)] += signal
@@ -58,7 +58,7 @@ def test_own_products_are_unbiased():
 
 @pytest.mark.parametrize("signal", [0, 1, 5])
 def test_orthogonal_tasks_are_not_decided(signal):
-    """Whatever the strength of the signal; without any, nothing is reliable."""
+    """Few pairs are decided at any signal strength; without signal no task is reliable."""
     found = [conflict.conflict(gram_of(planted(signal, 3, seed))) for seed in range(40)]
     below, _, above = np.mean([each["decided"] for each in found], axis=0)
     assert below <= 0.08 and above <= 0.08
@@ -107,7 +107,7 @@ def test_interference():
 
 
 def one_adapter(method, **changed):
-    """A OneAdapter on three tasks, with a model whose bank is not zero."""
+    """Return a OneAdapter for three tasks, with trained weights that are not zero."""
     model = wrapped(base_model(), method, **changed)
     for index, weight in enumerate(trainable(model).values()):
         torch.manual_seed(index)
@@ -126,7 +126,7 @@ def kept_of(one):
 
 
 def autograd(one, task, fold):
-    """{weight: mean gradient} over one fold, row by row."""
+    """Compute {weight: mean gradient} of one fold, row by row."""
     mine, total = one.rows[task][fold::H], {}
     for row in mine:
         batch = batch_of([row], 2, "cpu")
@@ -140,7 +140,7 @@ def autograd(one, task, fold):
 
 @pytest.mark.parametrize("method", ["badit", "loramoe", "lora"])
 def test_gram_is_that_of_autograd(method):
-    """Groups sum up to the whole; every group is symmetric and positive semidefinite."""
+    """The groups add up to the whole; each is symmetric and positive semidefinite."""
     one = one_adapter(method)
     kept = kept_of(one)
     whole = 0
@@ -182,7 +182,7 @@ def test_a_regrouping_changes_no_task_gradient():
 
 
 def test_lookahead():
-    """Weights are as before to the bit, also after an interruption; first order predicts it."""
+    """Weights are restored to the bit, also after an error; the first order predicts the change."""
     one = one_adapter("lora")
     one.held_out = one.rows  # the very rows of the gradients
     one.model.double()

@@ -1,4 +1,4 @@
-"""Activations and gradients of rows against naive versions in float64, and the sweep over tasks."""
+"""Test activations and gradients of rows against naive versions in float64."""
 
 import argparse
 
@@ -23,7 +23,7 @@ def model_of(architecture):
 
 
 def loss_of(model, row):
-    """l_d of one row, token by token."""
+    """Compute the loss of one row, token by token."""
     logits = model(input_ids=torch.tensor([row["input_ids"]])).logits[0].log_softmax(-1)
     n = len(row["input_ids"])
     steps = range(n - row["num_targets"], n)
@@ -31,7 +31,7 @@ def loss_of(model, row):
 
 
 def naive_gradients(model, name, rows):
-    """dl_d / dW (rows, out, in), one autograd pass for each row."""
+    """Compute the gradients (rows, out, in) by one autograd pass for each row."""
     weight = model.get_submodule(name).weight.requires_grad_()
     found = [torch.autograd.grad(loss_of(model, row), weight)[0] for row in rows]
     weight.requires_grad_(False)
@@ -39,7 +39,7 @@ def naive_gradients(model, name, rows):
 
 
 def probed(model, names, rows, size):
-    """The same by hooks, in micro-batches."""
+    """Compute the same gradients by hooks, in micro-batches."""
     found = {name: [] for name in names}
     for first in range(0, len(rows), size):
         with GradientProbe(model, names) as probe:
@@ -53,7 +53,7 @@ def probed(model, names, rows, size):
 @pytest.mark.parametrize("architecture", ["llama", "qwen3", "gemma2"])
 @pytest.mark.parametrize("size", [1, 3])
 def test_gradients(architecture, size):
-    """Equal to one autograd pass a row, alone and padded; squares are of rows, not of means."""
+    """Equal to autograd, with and without padding; the mean of squares is no square of a mean."""
     model, close = model_of(architecture), dict(rtol=1e-10, atol=1e-12)
     if architecture == "gemma2" and size > 1:  # its attention mask overflows in float64
         model, close = model.float(), dict(rtol=1e-3, atol=1e-4)
@@ -68,7 +68,7 @@ def test_gradients(architecture, size):
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen3", "gemma2"])
 def test_neurons(architecture):
-    """Equal to the MLP called by hand, token by token, also under padding."""
+    """Equal to calling the MLP by hand, token by token, also with padding."""
     model = model_of(architecture)
     close = 1e-12
     if architecture == "gemma2":  # its attention mask overflows in float64
@@ -97,7 +97,7 @@ def test_neurons(architecture):
 
 
 def test_padding_is_not_counted():
-    """A pad token in a text is; so masks come from lengths."""
+    """Padding is found by the length of a row: a pad token inside the text counts."""
     planted = [ROWS[0] | {"input_ids": [2, *ROWS[0]["input_ids"]]}, ROWS[-1]]
     where = positions(batch_of(planted, 2, "cpu"))
     assert where[0].sum(1).tolist() == [len(row["input_ids"]) for row in planted]
@@ -113,7 +113,7 @@ def test_row_losses():
 
 
 def test_adapted_layer():
-    """The gradient is that of the effective weight at its place."""
+    """The gradient belongs to the effective weight."""
     model = wrapped(base_model("llama", torch.float64), "lora")
     name = next(iter(model.adapted_by.layers))
     (found,) = probed(model, [name], ROWS[:1], 1).values()
@@ -132,8 +132,7 @@ def sweep_of(model, **changed):
 
 
 def test_sweep():
-    """Masks, signs and numbers of a task are those of naive gradients, by fold; doubled rows too.
-    """
+    """Masks, signs and numbers agree with naive gradients; repeating all rows changes nothing."""
     model = base_model("llama").requires_grad_(False)
     sweep, exact = sweep_of(model), base_model("llama").double().requires_grad_(False)
     kept = sweep.task(ROWS, lambda rows: None)
@@ -162,7 +161,7 @@ def test_sweep():
 
 
 def test_planted_input_channel():
-    """A channel that is large for every text holds the mask."""
+    """An input channel that is always large contains the active weights."""
     model = base_model("llama").requires_grad_(False)
     sweep = sweep_of(model, share=1 / 32)
     name = sweep.names[0]

@@ -1,4 +1,4 @@
-"""Routing of tasks: planted routers, what batches leave alone, information and its null."""
+"""Test routing statistics, and measurements on planted routers."""
 
 import argparse
 import itertools
@@ -28,7 +28,7 @@ def measured(model, rows=ROWS, size=1, letters=None):
 
 
 def test_information():
-    """0 where routing ignores the task, ln 2 for two disjoint halves; by loops."""
+    """0 if routing ignores the task, ln 2 for two disjoint halves; equal to a loop."""
     halves = np.zeros((T, K))
     halves[:3, :4] = halves[3:, 4:] = 0.5
     assert routing.information(halves) == pytest.approx(math.log(2))
@@ -62,7 +62,7 @@ def test_disjoint_selections_reach_the_bound(top_k):
 
 
 def test_null_information():
-    """Rows dealt to tasks at random: of the size of what equal tasks show, far below planted."""
+    """Random assignments of rows give the information of equal tasks."""
     generator = np.random.default_rng(1)
     rows, sizes = generator.random((30, 2, K)), np.array([4, 6, 5, 5, 5, 5])
     null = routing.null_information(rows, sizes, generator)
@@ -84,7 +84,7 @@ def test_active_experts():
 
 @pytest.mark.parametrize("method", ["badit", "loramoe"])
 def test_by_loops(method):
-    """w, u and energy of every row, token by token; batches and padding change nothing."""
+    """w, u and energy are equal to a loop over tokens; batches and padding change nothing."""
     model = wrapped(base_model("llama", torch.float64), method)
     layers = model.adapted_by.layers
     for index, layer in enumerate(layers.values()):
@@ -132,7 +132,7 @@ def test_by_loops(method):
 
 
 def test_planted_tasks():
-    """A router that reads the mark of a task gives it the planted experts: ln 2 for two halves."""
+    """A router that recognises the task selects the planted experts: ln 2 for two halves."""
     model = wrapped(base_model("llama", torch.float64), "badit")
     marks = torch.randn(2, 32, dtype=torch.float64,
                         generator=torch.Generator().manual_seed(0))
@@ -153,8 +153,21 @@ def test_planted_tasks():
     assert active.tolist() == [[True] * 4 + [False] * 4, [False] * 4 + [True] * 4]
 
 
+@pytest.mark.parametrize("method", ["badit", "loramoe"])
+def test_selection_comes_from_the_layer(method):
+    """A layer with another `route` shows in u."""
+    model = wrapped(base_model("llama"), method)
+    for layer in model.adapted_by.layers.values():
+        def route(x, expert_of=None, real=layer.route):
+            routing = real(x, expert_of)
+            return routing._replace(active=torch.arange(K).expand_as(routing.active) % 2 == 0)
+        layer.route = route
+    u = measured(model)["routed"][:, 1]  # (n, 2, L, K)
+    assert torch.equal(u.flatten(0, 2).unique(dim=0), torch.tensor([[1., 0] * 4]).double())
+
+
 def test_zero_router():
-    """Routing knows nothing: information 0, and the lowest experts win the ties."""
+    """No information; ties go to the experts with the lowest index."""
     model = wrapped(base_model("llama"), "badit")
     routed = measured(model)["routed"].numpy().mean(0)  # (2, 2, L, K)
     assert routed[1, 0, -1].tolist() == [1] * 4 + [0] * 4
@@ -164,7 +177,7 @@ def test_zero_router():
 
 
 def test_letters():
-    """The likeliest of four letters, at the token that predicts the answer."""
+    """The most probable of four letters, at the token that predicts the answer."""
     model = wrapped(base_model("llama"), "loramoe")
     letters = torch.tensor([40, 50, 60, 70])
     rows = [{"task": "t", "id": str(i), "input_ids": [1, *range(90, 95 + i), 40 + 10 * i, 2],

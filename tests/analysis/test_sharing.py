@@ -1,4 +1,4 @@
-"""The statistics on masks: naive versions, planted structure, and what chance gives."""
+"""Test the statistics on masks against naive versions, planted structure and chance."""
 
 import itertools
 
@@ -14,7 +14,7 @@ def rng(seed=0):
 
 
 def exact_masks(generator, T, P, k):
-    """T independent random sets of k of P units."""
+    """Return T independent random sets of k of P units."""
     masks = np.zeros((T, P), dtype=bool)
     for row in masks:
         row[generator.choice(P, k, replace=False)] = True
@@ -31,7 +31,7 @@ def measured(M, halves=None, categories=None, controls=None, seed=0):
 
 
 def test_top_masks():
-    """Exact counts, ties by index, nested, and the same under an increasing map of the scores."""
+    """Exact counts, ties by index, nested masks, invariant under increasing maps of the scores."""
     scores = torch.tensor([3., 1., 3., 2., 3., 0.])
     masks = [mask.tolist() for mask in sharing.top_masks(scores, (1, 2, 4))]
     assert masks == [[True] + 5 * [False], [True, False, True] + 3 * [False],
@@ -50,7 +50,7 @@ def test_concentration():
 
 
 def test_additive_structure():
-    """A product of row and column effects is additive in logarithms; a zero entry is counted."""
+    """The log of a product of row and column effects is additive; zeros are counted."""
     rows, columns = torch.rand(6, dtype=torch.float64) + 1, torch.rand(9, dtype=torch.float64) + 1
     R2, row_effects, column_effects, clamped = sharing.additive_structure(rows[:, None] * columns)
     assert R2 == pytest.approx(1) and clamped == 0
@@ -111,7 +111,7 @@ def test_chance_histogram_by_enumeration():
 
 
 def test_independent_masks_have_no_structure():
-    """kappa is 0, and the p of category labels is uniform."""
+    """kappa is 0, and p of the category test is uniform."""
     generator, kappas, ps = rng(3), [], []
     for _ in range(200):
         M = exact_masks(generator, 6, 300, 30)
@@ -135,7 +135,7 @@ def test_equal_tasks():
 
 
 def test_base_groups_of_units():
-    """Three groups of units, each task the union of two: exactly these patterns come out."""
+    """Three groups of units, each task active in two of them, give these three patterns."""
     units = np.repeat(np.arange(4), [60, 10, 20, 30])  # 0: never active
     M = np.array([(units > 0) & (units != absent) for absent in (1, 2, 3)])
     patterns, sizes = sharing.pattern_sizes(M)
@@ -143,7 +143,7 @@ def test_base_groups_of_units():
 
 
 def test_core_and_control():
-    """Units that are always on are in a control too."""
+    """Units that are always active are active in a control too."""
     M = exact_masks(rng(5), 6, 400, 20)
     M[:, :15] = True
     control = np.arange(400) < 30
@@ -173,7 +173,7 @@ def test_mean_correlation():
 
 
 def test_signs():
-    """Fair coins give the chance values, one sign gives none; a zero counts in neither."""
+    """Fair coins give the chance values, equal signs give 0; a zero has neither sign."""
     M = np.ones((5, 20_000), dtype=bool)
     up = rng(9).random(M.shape) < 0.5
     other = rng(10).random(M.shape) < 0.5
