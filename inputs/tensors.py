@@ -26,12 +26,3 @@ def read_tensors(path):
         return safetensors.torch.load_file(path)
     except (OSError, safetensors.SafetensorError) as error:
         raise InputError(f"cannot read {path}: {error}") from None
-
-
-def read_tensor(path, name):
-    """One tensor of a safetensors file, without reading the rest. Raises InputError."""
-    try:
-        with safetensors.safe_open(path, "pt") as file:
-            return file.get_tensor(name)
-    except (OSError, safetensors.SafetensorError) as error:
-        raise InputError(f"cannot read {name} of {path}: {error}") from None

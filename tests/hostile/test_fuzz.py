@@ -263,7 +263,8 @@ SENSIBLE = [
     --chunk=16 --threshold=0.5 --orth_weight=0.1 --gradient_accumulation_steps=3
     --gradient_accumulation_steps=8 --adapter=file --adapter=. --suite=superni --suite=.
     --data_dir=. --output_dir=. --output_dir=out --output_dir=file/x --max_length=1 --max_length=8
-    --max_length=255 --max_length=256 --target_modules=q_proj --target_modules=lm_head --target_modules=*
+    --max_length=255 --max_length=256 --target_modules=q_proj --target_modules=lm_head
+    --target_modules=*
     --balance_types=say_both=1 --balance_types=x --balance_types== --balance_types=colour_name=99999
     --max_length=-- --epochs=-- --model=-- --seed=""".split()]
 
