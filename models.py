@@ -1,4 +1,4 @@
-"""Language models by name: the six of the paper from the hub, and a small one that needs no hub."""
+"""Load language models: the paper's six from the hub, any checkpoint, and a small embedded one."""
 
 import hashlib
 import json
@@ -12,49 +12,52 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from inputs.embedded import embedded_folder
 from inputs.errors import InputError
 from inputs.model_folders import (
-    check_causal,
+    TEXT_MODEL,
     check_folder,
+    check_forward,
     check_loaded,
-    check_token_ids,
+    check_signature,
     one_line_errors,
     read_config,
-    stop_tokens,
 )
 from registry import EMBEDDED, MODELS
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
-def load(name_or_path, dtype=None):
+def load(name_or_path, dtype=torch.float32, padded=True):
     """Load (model, tokenizer) by a name in MODELS, from a local folder, or by a hub id.
 
-    `dtype` is that of the weights, float32 by default. The tokenizer has a pad token (its own, or
-    EOS), the model's generation config nothing but special tokens: generation is greedy unless the
-    caller says otherwise. Raises InputError if it cannot be loaded or holds a non-finite weight.
+    Of a multimodal checkpoint, the text model. The tokenizer has a pad token (its own, or EOS). The
+    model's generation config holds special tokens only, so generation is greedy by default.
+    `padded`: whether the caller pads rows. Raises InputError for a model that cannot be loaded or
+    trained.
     """
     tokenizer = load_tokenizer(name_or_path)
     source = locate(name_or_path)
     with reading(name_or_path, source):
-        read_config(source)
+        config, multimodal = read_config(source)
         model, report = AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype or torch.float32, output_loading_info=True,
-            trust_remote_code=False)
-    check_loaded(name_or_path, model, report)
-    stops = stop_tokens(name_or_path, model) | {tokenizer.eos_token_id}
-    model.generation_config = GenerationConfig(
-        bos_token_id=tokenizer.bos_token_id, pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=sorted(stops - {None}) or None)
+            source, config=config, key_mapping=TEXT_MODEL if multimodal else None, dtype=dtype,
+            output_loading_info=True, trust_remote_code=False)
+        check_loaded(name_or_path, model, report, multimodal)
+        check_signature(model)
+        check_forward(name_or_path, model, tokenizer, padded)
+        stops = model.generation_config.eos_token_id
+        stops = {*(stops if isinstance(stops, list) else [stops]), tokenizer.eos_token_id}
+        model.generation_config = GenerationConfig(
+            bos_token_id=tokenizer.bos_token_id, pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=sorted(stops - {None}) or None)
     return model, tokenizer
 
 
 def load_tokenizer(name_or_path):
-    """The tokenizer alone; its pad token is its own, or EOS where it has none."""
+    """Load the tokenizer alone. Its pad token is its own, or EOS where it has none."""
     source = locate(name_or_path)
     with reading(name_or_path, source):
-        check_token_ids(Path(source) / "tokenizer.json")
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         if not getattr(tokenizer, "is_fast", False):
-            raise ValueError(f"{type(tokenizer).__name__} is no fast tokenizer, with a "
+            raise ValueError(f"{type(tokenizer).__name__} is not a fast tokenizer: there is no "
                              "tokenizer.json")
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
@@ -62,25 +65,32 @@ def load_tokenizer(name_or_path):
 
 
 def skeleton(name_or_path, device="meta", dtype=None, layers=None):
-    """The model without weights (on the meta device), for checks before they are loaded.
+    """Build the model without loading weights, by default on the meta device.
 
-    Under a FakeTensorMode the device may be another; `layers` cuts the model to its first ones.
+    Under a FakeTensorMode the device may be another. `layers` keeps only the first ones.
     """
     source = locate(name_or_path)
     with reading(name_or_path, source):
-        config = read_config(source)
+        config, _ = read_config(source)
         if layers is not None:
             config.num_hidden_layers = layers
             if getattr(config, "layer_types", None):
                 config.layer_types = config.layer_types[:layers]
         with torch.device(device):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
-        check_causal(model)
+        check_signature(model)
     return model
 
 
+def is_multimodal(name_or_path):
+    """Return whether a checkpoint holds more than a text model."""
+    source = locate(name_or_path)
+    with reading(name_or_path, source):
+        return read_config(source)[1]
+
+
 def config_sha256(model, tokenizer):
-    """SHA-256 of what, beside its weights, decides what a loaded model answers."""
+    """Return a SHA-256 of everything but weights that decides a loaded model's answers."""
     config = model.config.to_diff_dict()
     for key in ("_name_or_path", "transformers_version"):  # may differ for the same model
         config.pop(key, None)
@@ -90,7 +100,7 @@ def config_sha256(model, tokenizer):
 
 
 def locate(name_or_path):
-    """A local folder, or the hub's id of a model."""
+    """Return the local folder or the hub id of a model. Raises InputError for an unknown one."""
     if name_or_path == EMBEDDED:
         return embedded_folder(EMBEDDED)
     if name_or_path in MODELS:
@@ -108,7 +118,7 @@ def locate(name_or_path):
 
 
 def check_hub(name, repository):
-    """Fail at once where the hub cannot be reached or says no, instead of after many retries."""
+    """Raise InputError at once, without retries, where the hub is unreachable or denies access."""
     if isinstance(huggingface_hub.try_to_load_from_cache(repository, "config.json"), str):
         return
     with reading(name, repository):
@@ -116,7 +126,7 @@ def check_hub(name, repository):
 
 
 def reading(name, source):
-    """A context in which whatever goes wrong with a checkpoint is one line with advice."""
+    """Return a context that turns any error about a checkpoint into one line with advice."""
     advice = "the folder must hold config.json, tokenizer and safetensors"
     if name == EMBEDDED:
         advice = f"delete {source} and run again: it is made anew"

@@ -1,8 +1,8 @@
-"""Beyond the paper: a frozen base in 8 or 4.5 bits a weight, in plain Parameters.
+"""Beyond the paper: store the frozen base in 8 or 4.5 bits a weight, in plain Parameters.
 
-What is quantised of an adapted layer is what it keeps frozen: in BADIT and PiSSA the residual, so
-that the bank, the leading singular directions of W0, stays exact. nf4 is QLoRA's (Dettmers et al.
-2023), with the codes of bitsandbytes to the bit, and without its second quantisation of the scales.
+Of an adapted layer, the frozen part is quantised. In BADIT and PiSSA that is the residual: the
+bank, the leading singular directions of W0, stays exact. nf4 is the format of QLoRA (Dettmers et
+al. 2023): the codes equal those of bitsandbytes, the scales are not quantised a second time.
 
 Axis names as in decomposition.py.
 """
@@ -23,7 +23,8 @@ NF4 = torch.tensor([
 
 
 def to_nf4(weight):
-    """weight (out, in) -> codes uint8 (out, in / 2), two in a byte, and scale (out, in / 64)."""
+    """Quantise a weight (out, in) to codes uint8 (out, in / 2), two per byte, and scale (out, in / 64).
+    """
     blocks = weight.float().unflatten(1, (-1, BLOCK))  # (out, in / 64, 64)
     scale = blocks.abs().amax(-1)  # (out, in / 64)
     unit = (blocks / scale.where(scale > 0, 1)[..., None]).flatten(1)  # (out, in), -1 to 1
@@ -33,14 +34,15 @@ def to_nf4(weight):
 
 
 def to_int8(weight):
-    """weight (out, in) -> codes int8 (out, in), scale (out, 1), in 127ths of a row's largest."""
+    """Quantise a weight (out, in) to codes int8 (out, in) in 127ths of the row maximum, scale (out, 1).
+    """
     weight = weight.float()
     scale = weight.abs().amax(-1, keepdim=True)  # (out, 1)
     return (127 * weight / scale.where(scale > 0, 1)).round().to(torch.int8), scale
 
 
 def dequantise(codes, scale, dtype):
-    """The weight (out, in) that codes and scale stand for, computed in float32, in a type."""
+    """Return the weight (out, in) of `codes` and `scale`, computed in float32, as `dtype`."""
     if codes.dtype == torch.int8:
         return (codes * (scale / 127)).to(dtype)
     pair = torch.stack([NF4.repeat_interleave(16), NF4.repeat(16)], dim=1)  # (256, 2), by byte
@@ -49,7 +51,7 @@ def dequantise(codes, scale, dtype):
 
 
 class Quantised(nn.Module):
-    """A frozen weight (out, in), as `codes` and `scale`, which FSDP2 shards by their rows."""
+    """Hold a frozen weight (out, in) as `codes` and `scale`, which FSDP2 shards by rows."""
 
     def __init__(self, weight, kind):
         super().__init__()
@@ -58,7 +60,7 @@ class Quantised(nn.Module):
 
 
 class QuantisedProduct(torch.autograd.Function):
-    """x W' + bias, with W anew from its codes in the backward pass, so that no graph keeps it."""
+    """Compute x W' + bias; the backward pass dequantises W again, so the graph does not hold it."""
 
     @staticmethod
     def forward(ctx, x, codes, scale, bias):
@@ -72,9 +74,9 @@ class QuantisedProduct(torch.autograd.Function):
 
 
 def frozen_linear(x, weight, bias):
-    """F.linear of x (..., in) with a frozen weight (out, in), a tensor or Quantised -> (..., out).
+    """Return F.linear(x, weight, bias), (..., out), for a frozen weight: a tensor or Quantised.
 
-    The gradient is that for x alone, to the bit that of the dense dequantised weight.
+    Only x (..., in) gets a gradient, bitwise equal to the one under the dense dequantised weight.
     """
     if not isinstance(weight, Quantised):
         return F.linear(x, weight, bias)
@@ -85,7 +87,7 @@ def frozen_linear(x, weight, bias):
 
 
 class QuantisedLinear(nn.Module):
-    """A linear layer that is not adapted, with a Quantised weight."""
+    """Compute a linear layer that is not adapted, with a Quantised weight."""
 
     def __init__(self, weight, bias):
         super().__init__()
@@ -95,14 +97,32 @@ class QuantisedLinear(nn.Module):
         return frozen_linear(x, self.weight, self.bias)
 
 
+def find_experts(model):
+    """Return {name: weight (experts, ..., ...)} of the weights that hold all experts of a layer."""
+    return {f"{name}.{key}": weight for name, module in model.named_modules()
+            if "Expert" in type(module).__name__
+            for key, weight in module.named_parameters(recurse=False) if weight.ndim == 3}
+
+
+def check_experts(model, kind):
+    """Raise InputError where a quantised base would leave most of a bare model dense."""
+    experts = find_experts(model)
+    share = sum(weight.numel() for weight in experts.values()) / sum(
+        weight.numel() for weight in model.parameters())
+    if kind != "dense" and share > 0.5:
+        raise InputError(f"--base {kind} quantises linear layers only: the experts of model type "
+                         f"{model.config.model_type}, such as {next(iter(experts))}, hold "
+                         f"{share:.0%} of its weights and would stay dense; give --base dense")
+
+
 @torch.no_grad()
 def quantise(model, kind, device=None):
-    """Quantise the linear layers in the blocks of a wrapped model, in place, where it is not dense.
+    """Quantise the linear layers in the blocks of a wrapped model, in place.
 
-    Those that are adapted keep their residual so, after `load_state_dict`: it needs the dense one.
-    They end up on `device`, by default where they are. A second call changes nothing. Returns the
-    names of the layers that stay dense, as their rows are not of whole blocks. Raises InputError
-    for a model without blocks.
+    An adapted layer keeps a quantised residual; call this after `load_state_dict`, which needs the
+    dense one. Quantised weights end up on `device`, by default where they are. A second call
+    changes nothing. Returns the names of the weights that stay dense: layers whose input width is
+    not a multiple of BLOCK, and experts. Raises InputError for a model without blocks.
     """
     method = method_of(model)
     method.base = kind
@@ -127,4 +147,4 @@ def quantise(model, kind, device=None):
             module.residual = weight
         else:
             model.set_submodule(name, QuantisedLinear(weight, module.bias))
-    return left
+    return left + list(find_experts(model))

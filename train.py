@@ -310,7 +310,8 @@ def load_alone(run, resumed, mesh):
     args, accelerator, seconds = run.args, run.accelerator, run.progress.seconds
     dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
     with seconds.timed("load"):
-        model, tokenizer = models.load(args.model, dtype)
+        rows = max(args.eval_batch_size, args.batch_size if run.setup.stages else 1)
+        model, tokenizer = models.load(args.model, dtype, padded=rows > 1)
         config_sha256 = models.config_sha256(model, tokenizer)
         if args.base == "dense" and mesh is None:  # else it may not fit the device yet
             model.to(accelerator.device)
@@ -333,7 +334,7 @@ def load_alone(run, resumed, mesh):
             adapter.restore(run.method, checkpoint.part(resumed, "adapter"))
         left = quantise(model, args.base, accelerator.device)
         if left:
-            run.print(f"stored dense, as their inputs are no multiple of {BLOCK}: "
+            run.print(f"stored dense (experts, or inputs not a multiple of {BLOCK}): "
                       f"{checks.patterns(left)}")
         if mesh is None:
             model.to(accelerator.device)

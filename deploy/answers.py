@@ -37,8 +37,9 @@ class Answerer:
     def __init__(self, args):
         self.args = args
         config, _ = read_adapter_config(args.adapter)
-        self.model, self.tokenizer = models.load(args.model,
-                                                 torch.bfloat16 if args.bf16 else torch.float32)
+        dtype = torch.bfloat16 if args.bf16 else torch.float32
+        padded = args.prompts is not None and args.batch_size > 1
+        self.model, self.tokenizer = models.load(args.model, dtype, padded)
         self.device = PartialState().device
         if self.device.type == "cpu":
             products.use_onednn()  # as in the evaluation of a run

@@ -254,4 +254,4 @@ def hub_name(model):
 
 def stored_dtype(model):
     """Return the dtype that a checkpoint's configuration names; float32 where it names none."""
-    return read_config(models.locate(model)).dtype or torch.float32
+    return read_config(models.locate(model))[0].dtype or torch.float32

@@ -1,4 +1,4 @@
-"""What the model's shape rules out, refused before its weights are loaded."""
+"""Check a run against its model before the weights are loaded."""
 
 import math
 import re
@@ -11,17 +11,18 @@ from data import SPLITS
 from harness.identity import refuse_another_model
 from harness.run import say
 from inputs.errors import InputError
+from quantized import check_experts, find_experts
 from registry import ALL_LINEAR
 
-# The linear layers that are slices of one tensor of all experts, by its name.
+# Linear layers that one tensor holds for all experts, by the name of that tensor.
 FUSED = {"gate_up_proj": {"gate_proj", "up_proj"}, "down_proj": {"down_proj"}}
 
 
 def check_model(setup, method):
-    """Raise InputError where the run's data or its `method` (None: a saved one) do not fit."""
+    """Raise InputError where the data or the new `method`, if any, do not fit the model."""
     args = setup.args
     skeleton = models.skeleton(args.model)
-    limit = getattr(skeleton.config, "max_position_embeddings", math.inf)
+    limit = getattr(skeleton.config, "max_position_embeddings", None) or math.inf
     if args.max_length + args.max_new_tokens > limit:
         raise InputError(f"--max_length {args.max_length} + --max_new_tokens {args.max_new_tokens} "
                          f"is more than the model's {limit} positions")
@@ -30,6 +31,10 @@ def check_model(setup, method):
         raise InputError(f"model {args.model}: its tokenizer pads with the token "
                          f"{setup.tokenizer.pad_token_id}, its embedding has only {rows} rows")
     check_encoded(setup.encoded, limit - args.max_new_tokens, rows)
+    check_experts(skeleton, args.base)
+    if models.is_multimodal(args.model):
+        say(setup.accelerator, f"model {args.model} is multimodal: only its text model, "
+            f"{type(skeleton).__name__}, is loaded")
     if method is not None:
         asked = method.settings
         method.check_tasks(setup.order)
@@ -42,47 +47,46 @@ def check_model(setup, method):
 
 
 def check_architecture(model, target_modules):
-    """Raise InputError where layers that are meant, by their names, are no nn.Linear modules.
+    """Raise InputError where `target_modules` name layers that are not nn.Linear modules.
 
-    Those are GPT-2's, which are transposed, and a mixture's experts in one tensor.
+    These are the transposed layers of GPT-2, and experts that share one tensor.
     """
     kinds = {name.rpartition(".")[2]: type(module).__name__ for name, module in
              model.named_modules() if not isinstance(module, nn.Linear)}
     transposed = sorted(name for name, kind in kinds.items() if kind == "Conv1D")
     if transposed:
         raise InputError(f"model type {model.config.model_type}: its layers "
-                         f"{', '.join(transposed)} are Conv1D modules, which keep their weights "
-                         "transposed; only nn.Linear is adapted")
+                         f"{', '.join(transposed)} are Conv1D modules, which store their "
+                         "weights transposed; only nn.Linear is adapted")
     wanted = set(target_modules)
-    for name, weight in model.named_parameters():
-        last = name.rpartition(".")[2]
-        if weight.ndim == 3 and (wanted == {ALL_LINEAR} or wanted & FUSED.get(last, set())):
-            raise InputError(f"model type {model.config.model_type} is a mixture of experts, with "
-                             f"all of them in one tensor, {name} {list(weight.shape)}, which would "
-                             "stay frozen; --target_modules can name its attention's layers, such "
-                             "as q_proj")
+    for name, weight in find_experts(model).items():
+        if wanted == {ALL_LINEAR} or wanted & FUSED.get(name.rpartition(".")[2], set()):
+            raise InputError(f"model type {model.config.model_type} holds all experts of a layer "
+                             f"in one tensor, {name} {list(weight.shape)}, which cannot be "
+                             "adapted; give --target_modules layers of its attention, such as "
+                             "q_proj")
 
 
 def adapted_layers(method):
-    """A line with the names of the adapted layers by pattern, and the number of each."""
+    """Return a line with the adapted layers, by pattern and number."""
     return f"adapted layers: {patterns(method.layers)}"
 
 
 def patterns(names):
-    """Names of modules in words, those of all blocks as one, with the number of each."""
+    """Return module names as text; the blocks' indices become *, with the number of names."""
     counts = Counter(re.sub(r"\d+", "*", name) for name in names)
     return ", ".join(f"{name} ({count})" for name, count in counts.items())
 
 
 def check_frame(args, method):
-    """Raise InputError where a saved adapter was trained on prompts in another frame."""
+    """Raise InputError where an adapter was trained with another value of --chat_template."""
     if method.chat_template != args.chat_template:
         raise InputError(f"--adapter {args.adapter} was trained with --chat_template "
                          f"{'on' if method.chat_template else 'off'}: go on with it so")
 
 
 def check_hashes(run, hashes):
-    """Raise InputError where the loaded model is not that of the run to go on with or to repeat."""
+    """Raise InputError where the loaded model differs from that of the resumed or repeated run."""
     args, setup = run.args, run.setup
     why = (f"model {args.model} is not that of the run to be "
            f"{'resumed' if args.resume else 'repeated'},")
@@ -93,10 +97,10 @@ def check_hashes(run, hashes):
 
 
 def check_encoded(encoded, positions, vocabulary):
-    """Raise InputError for a test prompt of more than `positions` tokens, or a token that is none.
+    """Raise InputError for a test prompt of more than `positions` tokens, or for an unknown token.
 
-    A Definition that alone exceeds max_length is left whole in evaluation; and a tokenizer may know
-    ids from `vocabulary` on, for which the model has no embedding.
+    Evaluation keeps a Definition whole, even one that exceeds max_length. A tokenizer may have ids
+    of `vocabulary` or more, for which the model has no embedding.
     """
     for split in SPLITS:
         for task, rows in getattr(encoded, split).items():

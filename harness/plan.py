@@ -6,6 +6,7 @@ Bytes are those of tensors; what a library or an allocator keeps besides is not 
 
 import weakref
 from typing import NamedTuple
+from unittest import mock
 
 import torch
 from accelerate import PartialState
@@ -18,8 +19,9 @@ import models
 from harness.arguments import PAPER_BATCH, settings_of
 from harness.run import say
 from harness.sharding import shared_tensors
+from inputs.errors import InputError
 from method import find_blocks
-from quantized import quantise
+from quantized import check_experts, quantise
 from registry import method_class
 
 BASES, PROCESSES = ("dense", "int8", "nf4"), (1, 2, 4, 8)
@@ -119,7 +121,9 @@ def peak_of_step(args, model, rows):
     batch = batch_of(args, rows)
     with Peak(there) as peak:
         model.adapted_by.before_forward(batch)
-        model(**data.model_inputs(batch), use_cache=False).loss.backward()
+        # Under fake tensors torch's own grouped product of experts accepts bfloat16 only.
+        with mock.patch("transformers.integrations.moe._can_use_grouped_mm", return_value=False):
+            model(**data.model_inputs(batch), use_cache=False).loss.backward()
     return peak.peak
 
 
@@ -183,7 +187,12 @@ def lines(args, dtype):
            "process; one holds all of the base, more share it (--shard_base)")
     yield ("base   processes  rows  weights  adapter   Adam  gradients  Eq. 8  activations  total  "
            "fits | with --gradient_checkpointing: activations  total  fits")
-    for row in plan(args, dtype):
+    bases, note = BASES, None
+    try:
+        check_experts(models.skeleton(args.model), "nf4")
+    except InputError as error:
+        bases, note = ("dense",), str(error)
+    for row in plan(args, dtype, bases):
         parts = [each / 1e9 for each in (row.weights, row.adapter, row.adam, row.gradients,
                                          row.sums)]
         totals = [row.total(checkpointing) for checkpointing in (False, True)]
@@ -193,6 +202,8 @@ def lines(args, dtype):
                f"{totals[1] / 1e9:6.2f} {fits(totals[1]):>5}")
     yield (f"fits: the smallest of {', '.join(map(str, DEVICES))} GB with a tenth to spare, - for "
            "none; without loading, evaluation, and what libraries keep")
+    if note:
+        yield note
 
 
 def show(args, dtype):

@@ -23,7 +23,7 @@ def isolated(tmp_path, monkeypatch):
 @pytest.fixture
 def no_weights(monkeypatch):
     """Loading weights fails the test."""
-    monkeypatch.setattr(models, "load", lambda *args: pytest.fail("weights were loaded"))
+    monkeypatch.setattr(models, "load", lambda *_, **__: pytest.fail("weights were loaded"))
 
 
 @pytest.fixture(scope="session")
