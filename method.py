@@ -4,6 +4,7 @@ Knows no method. A method on disk is in adapter.py, the names of all methods are
 """
 
 import hashlib
+import inspect
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
@@ -199,28 +200,42 @@ def find_blocks(model):
     return blocks
 
 
-def find_targets(model, target_modules):
-    """All nn.Linear modules whose last name component is in `target_modules`, by full name.
+def find_linears(model):
+    """Return {full name: nn.Linear} of the layers that another module may replace.
 
-    ("all-linear",) means all of them. Raises InputError for a name that none of them has.
+    Left out: the output layer, which sees only the positions whose logits are kept, and layers
+    whose parent reads their weight instead of calling them, as Mamba's mixers do for their kernels.
     """
-    # Not the output layer: its input is only the positions whose logits are kept.
-    output = model.get_output_embeddings()
-    linears = {name: module for name, module in model.named_modules()
-               if isinstance(module, nn.Linear) and module is not output}
+    linears = {}
+    for name, module in model.named_modules():
+        parent, _, last = name.rpartition(".")
+        if isinstance(module, nn.Linear) and module is not model.get_output_embeddings():
+            if f"self.{last}.weight" not in inspect.getsource(type(model.get_submodule(parent))):
+                linears[name] = module
+    return linears
+
+
+def find_targets(model, target_modules):
+    """Return {full name: nn.Linear} of the layers whose last name component is a target.
+
+    ("all-linear",) means all of `find_linears`. Raises InputError for a name that none of them has.
+    """
+    linears = find_linears(model)
     if tuple(target_modules) == (ALL_LINEAR,):
         return linears
     existing = {name.rpartition(".")[2] for name in linears}
     if ALL_LINEAR in target_modules:
         raise InputError(f"--target_modules {' '.join(target_modules)}: {ALL_LINEAR} stands alone")
     for target in target_modules:
-        if target not in existing and any(module is output and name.rpartition(".")[2] == target
-                                          for name, module in model.named_modules()):
-            raise InputError(f"--target_modules {target}: the output layer is never adapted; the "
-                             f"others are {', '.join(sorted(existing)) or 'none'}")
         if target not in existing:
-            raise InputError(f"--target_modules {target}: the model has no such linear layer; "
-                             f"it has {', '.join(sorted(existing)) or 'none'}")
+            why = "the model has no such linear layer"
+            for name, module in model.named_modules():
+                if isinstance(module, nn.Linear) and name.rpartition(".")[2] == target:
+                    why = ("the output layer is never adapted"
+                           if module is model.get_output_embeddings() else
+                           "the model reads the weight of this layer instead of calling it")
+            raise InputError(f"--target_modules {target}: {why}; the others are "
+                             f"{', '.join(sorted(existing)) or 'none'}")
     return {name: linear for name, linear in linears.items()
             if name.rpartition(".")[2] in target_modules}
 

@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from method import find_blocks, frozen, method_of
+from inputs.errors import InputError
+from method import find_blocks, find_linears, frozen, method_of
 
 BLOCK = 64  # weights of a row that share one scale, in nf4
 # Quantiles of a normal distribution, scaled to -1 .. 1, with an exact zero.
@@ -23,8 +24,7 @@ NF4 = torch.tensor([
 
 
 def to_nf4(weight):
-    """Quantise a weight (out, in) to codes uint8 (out, in / 2), two per byte, and scale (out, in / 64).
-    """
+    """Return uint8 codes (out, in / 2), two in a byte, and scales (out, in / 64) of a weight."""
     blocks = weight.float().unflatten(1, (-1, BLOCK))  # (out, in / 64, 64)
     scale = blocks.abs().amax(-1)  # (out, in / 64)
     unit = (blocks / scale.where(scale > 0, 1)[..., None]).flatten(1)  # (out, in), -1 to 1
@@ -34,8 +34,7 @@ def to_nf4(weight):
 
 
 def to_int8(weight):
-    """Quantise a weight (out, in) to codes int8 (out, in) in 127ths of the row maximum, scale (out, 1).
-    """
+    """Return int8 codes (out, in), 127ths of a row's maximum, and scales (out, 1) of a weight."""
     weight = weight.float()
     scale = weight.abs().amax(-1, keepdim=True)  # (out, 1)
     return (127 * weight / scale.where(scale > 0, 1)).round().to(torch.int8), scale
@@ -121,8 +120,9 @@ def quantise(model, kind, device=None):
 
     An adapted layer keeps a quantised residual; call this after `load_state_dict`, which needs the
     dense one. Quantised weights end up on `device`, by default where they are. A second call
-    changes nothing. Returns the names of the weights that stay dense: layers whose input width is
-    not a multiple of BLOCK, and experts. Raises InputError for a model without blocks.
+    changes nothing. Returns the names of the weights that stay dense: experts, layers whose input
+    width is not a multiple of BLOCK, and layers whose weight the model reads directly. Raises
+    InputError for a model without blocks.
     """
     method = method_of(model)
     method.base = kind
@@ -130,7 +130,7 @@ def quantise(model, kind, device=None):
         return []
     inside, adapted = (tuple(f"{name}." for name in names)
                        for names in (find_blocks(model), method.layers))
-    left = []
+    linears, left = find_linears(model), []
     for name, module in list(model.named_modules()):
         if not name.startswith(inside) or name.startswith(adapted):
             continue
@@ -138,7 +138,7 @@ def quantise(model, kind, device=None):
             module.weight if isinstance(module, nn.Linear) else None)
         if weight is None or isinstance(weight, Quantised):
             continue
-        if weight.shape[1] % BLOCK:
+        if weight.shape[1] % BLOCK or name not in (*linears, *method.layers):
             left.append(name)
             continue
         weight = Quantised(weight.to(device), kind)

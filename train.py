@@ -334,7 +334,7 @@ def load_alone(run, resumed, mesh):
             adapter.restore(run.method, checkpoint.part(resumed, "adapter"))
         left = quantise(model, args.base, accelerator.device)
         if left:
-            run.print(f"stored dense (experts, or inputs not a multiple of {BLOCK}): "
+            run.print(f"stored dense (not called as layers, or inputs not a multiple of {BLOCK}): "
                       f"{checks.patterns(left)}")
         if mesh is None:
             model.to(accelerator.device)

@@ -31,6 +31,9 @@ def export(args):
     config, settings = read_adapter_config(args.adapter)
     if obstacle := method_class(config.method)(settings).export_obstacle():
         raise InputError(f"{config.method} cannot be exported as a LoRA adapter: {obstacle}")
+    if not args.merged and models.is_multimodal(args.model):
+        raise InputError(f"model {args.model} is multimodal: PEFT knows the layers of its text "
+                         "model by other names; give --merged")
     device = PartialState().device
     device = torch.device("cpu") if device.type == "mps" else device  # mps has no float64
     run = run_of(args.adapter, config)

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import refused, run
+from transformers import Qwen3MoeConfig
 
 from harness import plan
 from harness.arguments import parse_flags
@@ -60,6 +61,17 @@ def test_every_method_has_a_plan(method, bare, monkeypatch):
     assert outcome.status == 0, outcome.err
     assert len([line for line in outcome.out if line.startswith(plan.BASES)]) == 8
     assert not Path(f"runs/{method}-mixed-bare-seed1").exists()
+
+
+def test_a_plan_of_experts(tmp_path):
+    """In float32 as well; a base that would leave most of the model dense is named and left out."""
+    Qwen3MoeConfig(vocab_size=300, hidden_size=32, num_hidden_layers=3, num_attention_heads=4,
+                   num_key_value_heads=2, head_dim=8, moe_intermediate_size=32,
+                   num_experts=32).save_pretrained(tmp_path)
+    lines = list(plan.lines(flags_of(tmp_path, "--batch_size", "1", "--target_modules", "q_proj"),
+                            torch.float32))
+    assert {line.split()[0] for line in lines[2:-2]} == {"dense"}
+    assert "its weights and would stay dense" in lines[-1]
 
 
 def test_what_trains_nothing_has_none(bare):

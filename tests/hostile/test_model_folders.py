@@ -1,4 +1,4 @@
-"""Refuse checkpoint folders that cannot be loaded, in one line and before weights where possible."""
+"""Checkpoint folders that cannot be loaded are refused in one line, early where possible."""
 
 import json
 import os
