@@ -234,7 +234,7 @@ def find_targets(model, target_modules):
                     why = ("the output layer is never adapted"
                            if module is model.get_output_embeddings() else
                            "the model reads the weight of this layer instead of calling it")
-            raise InputError(f"--target_modules {target}: {why}; the others are "
+            raise InputError(f"--target_modules {target}: {why}; allowed: "
                              f"{', '.join(sorted(existing)) or 'none'}")
     return {name: linear for name, linear in linears.items()
             if name.rpartition(".")[2] in target_modules}

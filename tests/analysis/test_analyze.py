@@ -106,7 +106,7 @@ def test_documented_commands_parse(flags):
     ("--layers 2: the model has layers 0 to 1", ("--layers", 0, 2)),
     ("--layers: 1 1 has a repeated value", ("--layers", "1,1")),
     ("'-1' is not a whole number from 0", ("--layers", "-1")),
-    ("it has down_proj, gate_proj, k_proj", ("--target_modules", "c_fc")),
+    ("allowed: down_proj, gate_proj, k_proj", ("--target_modules", "c_fc")),
     ("'x' is not a whole number", ("--rows", "x")),
     ("needs 4 rows, two in each of 2 fold(s)", ("--rows", 3)),
     ("'0' is not a number between 0 and 1", ("--share", 0)),
