@@ -1,6 +1,6 @@
 """Instruction-tuning suites: task orders, prompts, tokens and batches.
 
-`python data.py download superni` fetches the paper's 15 tasks once and checks every file;
+`python data.py download superni` downloads the paper's 15 tasks and checks every file;
 `python data.py convert SOURCE --to FOLDER` makes a suite of files in another layout.
 """
 
@@ -51,7 +51,7 @@ SUITE_FLAGS = (
 class Suite(NamedTuple):
     name: str
     tasks: dict[str, Task]
-    unread: tuple[str, ...] = ()  # data files that are there and not read, such as TASK/dev.json
+    unread: tuple[str, ...] = ()  # data files that no run reads, such as TASK/dev.json
 
 
 # --- suites and orders --------------------------------------------------------------------------
@@ -79,7 +79,7 @@ def load_suite(name_or_path, data_dir=None):
 
 
 def select_tasks(suite, names):
-    """The suite cut to some tasks, by folder name or T-number. Raises InputError."""
+    """Return the suite with some of its tasks, by folder name or T-number. Raises InputError."""
     resolved = resolve_names(names, list(suite.tasks))
     return suite._replace(
         tasks={name: suite.tasks[name] for name in resolved},
@@ -103,10 +103,10 @@ def cut(suite, max_train, max_test, sample_seed=None):
 
 
 def hold_out(suite, count):
-    """The suite with the last `count` training rows of each task in place of its test rows.
+    """Return the suite with the last `count` training rows of each task as its test rows.
 
-    For choosing settings: neither the test rows nor these are trained on. Raises InputError for a
-    task without other training rows.
+    They are for choosing settings, and are not trained on. Raises InputError for a task that has no
+    other training rows.
     """
     for name, task in suite.tasks.items():
         if len(task.train) <= count:
@@ -118,10 +118,10 @@ def hold_out(suite, count):
 
 
 def task_order(names, seed, explicit=None):
-    """The order in which sequential training sees the tasks `names`.
+    """Return the order in which sequential training takes the tasks `names`.
 
-    SuperNI and its subsets: Table 5's list shuffled by the seed. Any other suite: sorted names,
-    shuffled. `explicit` (folder names or T-numbers) must name each task once, or is one of ORDERS.
+    SuperNI and its subsets: the list of Table 5 shuffled by the seed. Other suites: the sorted
+    names shuffled. `explicit` names each task once (folder names or T-numbers), or one of ORDERS.
     """
     names = list(names)
     if explicit is not None and len(explicit) == 1 and explicit[0] in set(ORDERS) - set(names):
@@ -147,7 +147,7 @@ def task_order(names, seed, explicit=None):
 
 
 class Encoded(NamedTuple):
-    """A tokenised suite: rows by task, and what did not fit into max_length."""
+    """A tokenised suite: rows by task, and counts of what a score could hide."""
 
     train: dict[str, list]  # rows of task, id, input_ids (prompt + target), num_targets
     test: dict[str, list]  # rows of task, id, prompt, input_ids, references
@@ -163,16 +163,16 @@ COUNTED = ("shortened", "unwritable", "unknown")
 
 
 def build_prompt(definition, input_text):
-    """The prompt of one instance; the answer follows it directly."""
+    """Return the prompt of one instance; the answer follows it directly."""
     frame = PROMPT if definition else FRAME
     return frame.format(definition=definition, input=input_text)
 
 
 class Framer:
-    """Texts as tokens: special ones come from frame and chat template alone, never from a text.
+    """Tokenise texts; only the frame and the chat template give special tokens, never a text.
 
-    A "<|im_end|>" in an input is the characters that it is written with. Raises InputError for a
-    tokenizer without EOS, or without the chat template that is asked for.
+    A "<|im_end|>" in an input is tokenised as ordinary characters. Raises InputError for a
+    tokenizer without EOS, and for one without a chat template where `chat_template` asks for it.
     """
 
     def __init__(self, tokenizer, chat_template=False):
@@ -197,7 +197,7 @@ class Framer:
         self.frames = {}  # of the template, by number of turns: what stands around them
 
     def text(self, text):
-        """The ids of a text, such as an answer; nothing is added."""
+        """Return the ids of a text, such as an answer, without added tokens."""
         return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
 
     def written(self, text):
@@ -208,18 +208,18 @@ class Framer:
         return "".join(self.tokenizer.decode(self.text(text), skip_special_tokens=True).split())
 
     def prompt(self, definition, text):
-        """(prompt, ids) of an instance."""
+        """Return (prompt, ids) of an instance."""
         return self.turns([build_prompt(definition, text)])
 
     def turns(self, turns):
-        """A dialogue of prompts and answers in turn, up to a last prompt -> (its text, ids)."""
+        """Return (text, ids) of a dialogue: prompts and answers in turn, a prompt last."""
         if not self.chat_template:
             pairs = zip_longest(turns[::2], turns[1::2], fillvalue="")
             text = "\n\n".join(prompt + answer for prompt, answer in pairs)
             encoding = self.tokenizer(text, return_special_tokens_mask=True,
                                       split_special_tokens=True)
             ids, added = encoding.input_ids, encoding.special_tokens_mask
-            while added and added.pop():  # at its end, such as an EOS: the answer comes there
+            while added and added.pop():  # a final EOS would stand before the answer
                 ids.pop()
             return text, ids
         text = self._in_template(turns)
@@ -233,7 +233,7 @@ class Framer:
         return text, ids
 
     def _around(self, frame, turns, text):
-        """The ids of a dialogue in which a text spells a special token."""
+        """Return the ids of a dialogue in which a text spells a special token."""
         for texts in (turns, [turn.strip() for turn in turns]):  # templates may strip them
             pieces = [piece for pair in zip_longest(frame, texts, fillvalue="") for piece in pair]
             if "".join(pieces) == text:
@@ -253,22 +253,23 @@ class Framer:
         return ids + self.text(between)
 
     def _in_template(self, turns):
-        """The turns of user and model as a dialogue, with the beginning of the model's next one."""
+        """Return the text of a dialogue up to the beginning of the model's next turn."""
         with library_errors(TEMPLATE_FAILS):
             return self.tokenizer.apply_chat_template(
                 [{"role": "assistant" if number % 2 else "user", "content": content}
                  for number, content in enumerate(turns)], tokenize=False,
                 add_generation_prompt=True, chat_template=self.chat_template,
-                enable_thinking=False)  # Qwen3 would think aloud before a label; others ignore it
+                enable_thinking=False)  # Qwen3 would reason before a label; others ignore it
 
 
 def encode_suite(suite, tokenizer, max_length, chat_template=False, splits=SPLITS):
-    """Tokenise all tasks of a suite -> Encoded; of other `splits` there are no rows.
+    """Tokenise some `splits` of all tasks of a suite and return an Encoded.
 
-    `max_length` bounds prompt + target in training and the prompt alone in evaluation. Too long an
-    instance loses the end of its input field, never of definition, frame or target; a training
-    instance that still does not fit is left out, an evaluation instance never. Raises InputError
-    for a task left without training instances, and as Framer does.
+    `max_length` limits prompt + target in training and the prompt in evaluation. An instance that
+    is too long loses the end of its input, never of definition, frame or target. A training
+    instance that still does not fit is left out; an evaluation instance is kept. Raises InputError
+    for a task left without training instances, or of whose answers nothing can be tokenised, and
+    as Framer does.
     """
     framer = Framer(tokenizer, chat_template)
     encoded = Encoded({}, {}, [], *({split: {} for split in SPLITS} for _ in COUNTED), {})
@@ -298,7 +299,7 @@ def encode_suite(suite, tokenizer, max_length, chat_template=False, splits=SPLIT
 
 
 def describe(suite, encoded, max_length, max_new_tokens):
-    """Lines about what of a suite is used and how, and what of it no score can show."""
+    """Yield lines about what of a suite is used, and about what its scores could hide."""
     counts = [sum(map(len, split.values())) for split in (encoded.train, encoded.test)]
     shortened = [sum(encoded.shortened[split].values()) for split in SPLITS]
     yield (f"suite {suite.name}: {len(suite.tasks)} tasks, {counts[0]} training and {counts[1]} "
@@ -317,7 +318,7 @@ def describe(suite, encoded, max_length, max_new_tokens):
 
 
 def _describe_task(task, encoded, unread, max_length, max_new_tokens):
-    """A line for each thing that a reader of the task's score should know."""
+    """Yield a line for each thing that a reader of the task's score should know."""
     train, test = encoded.train[task.name], encoded.test[task.name]
     shortened = [encoded.shortened[split][task.name] for split in SPLITS]
     if any(shortened):
@@ -339,7 +340,7 @@ def _describe_task(task, encoded, unread, max_length, max_new_tokens):
     seen = {row["input"] for row in task.train} if train else ()
     known = sum(row["input"] in seen for row in task.test)
     if known:
-        yield f"{task.name}: {known} of {len(test)} test inputs stand in its training data too"
+        yield f"{task.name}: {known} of {len(test)} test inputs are in its training data too"
     empty = sum(not any(counts_anything(text, task.metric) for text in row["references"])
                 for row in test)
     if empty:
@@ -374,9 +375,10 @@ def _encode_split(task, split, framer, max_length, bar):
 
 
 def _fit_prompt(framer, definition, text, budget):
-    """The longest prompt of at most `budget` tokens -> (prompt, ids, whether it was shortened).
+    """Return (prompt, ids, whether it was shortened) of the longest prompt within `budget` tokens.
 
-    Cuts characters off the end of `text` by bisection; an empty input may exceed the budget.
+    Characters are cut off the end of `text`, by bisection. With an empty input a prompt may still
+    exceed the budget.
     """
     prompt, ids = framer.prompt(definition, text)
     if len(ids) <= budget:
@@ -395,10 +397,10 @@ def _fit_prompt(framer, definition, text, budget):
 
 
 def plan_epoch(lengths, global_batch_size, seed, stage, epoch):
-    """The row numbers of every global batch of one epoch, rows of similar length together.
+    """Return the row numbers of every global batch of one epoch, grouped by similar length.
 
-    Every row once; a short last batch is filled with -1. Depends on nothing but the arguments, so
-    neither on the number of processes nor on accumulation.
+    Each row is there once; a short last batch is filled with -1. The plan depends on the arguments
+    alone, not on the number of processes or on accumulation.
     """
     shuffle = random.Random(stable_seed("order", seed, stage, epoch))
     order = list(range(len(lengths)))
@@ -415,15 +417,15 @@ def plan_epoch(lengths, global_batch_size, seed, stage, epoch):
 
 
 class MicroBatch(NamedTuple):
-    """What one process sees of one global batch at a time."""
+    """The part of a global batch that one process takes in one step."""
 
     rows: list  # training rows, None where the last global batch of an epoch is short
-    num_target_tokens: int  # of the whole global batch: its loss is a mean over these
-    num_tokens: int  # of the whole global batch, padding left out
+    num_target_tokens: int  # of the whole global batch, over which its loss is a mean
+    num_tokens: int  # of the whole global batch, without padding
 
 
 class EpochPlan(torch.utils.data.Dataset):
-    """The micro-batches of one epoch in the order in which processes take them in turn.
+    """The micro-batches of one epoch, in the order in which the processes take them.
 
     Accelerate calls `set_epoch` at the start of every pass.
     """
@@ -452,12 +454,12 @@ class EpochPlan(torch.utils.data.Dataset):
 
 
 def collate(rows, pad_token_id, num_target_tokens):
-    """Left-padded tensors of training rows, with logits only where there are targets.
+    """Pad training rows on the left, and ask for logits at targets only.
 
     Returns input_ids, attention_mask, position_ids (batch, seq), labels (batch, k) of the last
-    k = longest target + 1 columns, logits_to_keep (k,), which are these columns, and the int
-    num_items_in_batch = num_target_tokens. A row that is None is a filler: no attention, no target.
-    Masks come from lengths, never from token ids.
+    k = longest target + 1 columns, logits_to_keep (k,), the indices of these columns, and
+    num_items_in_batch = num_target_tokens. A row that is None fills a short batch: no attention, no
+    target. Masks follow from lengths, never from token ids.
     """
     rows = [row or {"input_ids": [], "num_targets": 0} for row in rows]
     batch = pad_left([row["input_ids"] for row in rows], pad_token_id)
@@ -466,17 +468,16 @@ def collate(rows, pad_token_id, num_target_tokens):
     labels = batch["input_ids"][:, -k:].clone()  # (batch, k)
     for label, row in zip(labels, rows, strict=True):
         label[:k - row["num_targets"]] = -100
-    # Named one by one: the k last as a slice give the output layer a strided input, whose product
-    # takes several times as long.
+    # Indices, not a slice: a strided input makes the LM head several times slower.
     width = batch["input_ids"].shape[1]
     return batch | {"labels": labels, "logits_to_keep": torch.arange(width - k, width),
                     "num_items_in_batch": num_target_tokens}
 
 
 def collate_micro_batch(batches, pad_token_id):
-    """A DataLoader's collate function for an EpochPlan: `collate`, plus what is not for the model.
+    """Collate the one MicroBatch that a DataLoader of an EpochPlan gives.
 
-    That is the int num_tokens, and tasks: the task of every row, None for a filler.
+    Returns what `collate` does, num_tokens, and tasks: the task of every row, None for a filler.
     """
     (batch,) = batches
     return collate(batch.rows, pad_token_id, batch.num_target_tokens) | {
@@ -484,12 +485,12 @@ def collate_micro_batch(batches, pad_token_id):
 
 
 def model_inputs(batch):
-    """What of a batch is for the model's forward pass."""
+    """Return the entries of a batch that the model's forward pass takes."""
     return {key: batch[key] for key in MODEL_INPUTS}
 
 
 def pad_left(sequences, pad_token_id):
-    """Lists of token ids -> input_ids, attention_mask and position_ids, each (batch, seq)."""
+    """Return input_ids, attention_mask and position_ids, each (batch, seq), of lists of ids."""
     longest = max(1, *map(len, sequences)) if sequences else 1
     ids = [[pad_token_id] * (longest - len(ids)) + ids for ids in sequences]
     mask = [[0] * (longest - len(ids)) + [1] * len(ids) for ids in sequences]
@@ -505,10 +506,10 @@ def main(argv=None):
     from inputs import convert  # here, because a run needs none of it
 
     parser = Parser(prog="data.py", allow_abbrev=False,
-                    description="Fetch, check or make suites of tasks.")
+                    description="Download, check or make suites of tasks.")
     commands = parser.add_subparsers(dest="command", required=True)
     for name, text, flags in (
-            ("download", "fetch a suite and check it", SUITE_FLAGS),
+            ("download", "download a suite and check it", SUITE_FLAGS),
             ("verify", "check the files of a suite that is there", SUITE_FLAGS),
             ("convert", "make a suite of files in another layout", convert.FLAGS)):
         add_flags(commands.add_parser(name, help=text, description=text, allow_abbrev=False), flags)
@@ -524,7 +525,7 @@ def main(argv=None):
 
 
 def fetch(args):
-    """Download a suite, unless it is only to be verified; return a line about it."""
+    """Download a suite, or only verify it; return a line about it."""
     named = NAMED[args.suite]
     folder = named.folder(args.data_dir)
     if args.command == "download":

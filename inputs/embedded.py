@@ -1,4 +1,4 @@
-"""The embedded model: a GGUF file in a Python package, converted once to a checkpoint folder."""
+"""Convert the embedded model, a GGUF file in a Python package, to a checkpoint folder, once."""
 
 import importlib.util
 import os
@@ -18,7 +18,7 @@ SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 
 def embedded_folder(name):
-    """The folder of the converted model `name`, made on first use. Raises InputError."""
+    """Return the folder of the converted model `name`, made on first use. Raises InputError."""
     source = _find_gguf(name)
     folder = cache_dir() / f"{name}-{SHA256[:12]}"
     if folder.is_dir():
@@ -58,7 +58,7 @@ def _convert_gguf(source, folder):
     try:
         loaded = AutoModelForCausalLM.from_pretrained(
             **where, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True))
-        # A model that remembers being loaded from GGUF refuses to be saved, a fresh one does not.
+        # save_pretrained refuses a model loaded from GGUF; a new model with its weights is saved.
         model = AutoModelForCausalLM.from_config(loaded.config, dtype=torch.bfloat16)
         model.load_state_dict(loaded.state_dict())
         model.save_pretrained(folder)

@@ -1,4 +1,4 @@
-"""What ends a run with one clear line instead of a traceback."""
+"""Errors that end a program with one clear line instead of a traceback."""
 
 import contextlib
 
@@ -15,29 +15,29 @@ class InputError(ValueError):
 
 
 class Interrupted(Exception):
-    """The run was asked to stop, and has saved all that it needs to go on."""
+    """Raised when a run was asked to stop and has saved a checkpoint."""
 
 
 def one_line(text):
-    """`text` as a terminal can show it in one line, whatever names and values it quotes."""
+    """Return `text` with unprintable characters escaped, so that it is one line."""
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode()
                    for char in text)
 
 
 def error_lines(error):
-    """What is printed of an InputError or OSError: one line, and perhaps an example below it."""
+    """Return what to print for an InputError or OSError: one line, and its example if any."""
     return "\n".join(map(one_line, (f"error: {error}", *getattr(error, "example", ()))))
 
 
 @contextlib.contextmanager
 def library_errors(what, advice=""):
-    """Turn all that a library raises on bad files into an InputError: what, the reason, advice."""
+    """Turn whatever a library raises into an InputError: what, the reason, advice."""
     try:
         yield
     except InputError:
         raise
     except BaseException as error:  # noqa: BLE001 (the libraries raise anything on a damaged file)
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-            raise  # only a panic of Rust code is as good as an Exception
+            raise  # a panic of Rust code is a BaseException
         reason = one_line(" ".join(str(error).split())) or type(error).__name__
         raise InputError(f"{what} ({reason:.300}){advice}") from error

@@ -1,4 +1,4 @@
-"""Files that are whole or absent, files read with suspicion, checksums, and the cache folder."""
+"""Write files atomically, read them safely, compute checksums, and find the cache folder."""
 
 import contextlib
 import errno
@@ -16,9 +16,9 @@ LARGEST_TEXT = 2**30  # bytes
 
 @contextlib.contextmanager
 def atomic_path(path):
-    """Yield a temporary path beside `path`; on success rename it over `path`, both on the disk.
+    """Yield a temporary path beside `path`; on success, fsync it and rename it to `path`.
 
-    An exception, a full disk, a kill or a power failure leaves whatever was at `path` before.
+    After an exception, a full disk, a kill or a power failure, `path` is as it was before.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -26,7 +26,7 @@ def atomic_path(path):
     os.close(handle)
     try:
         yield Path(temporary)
-        # mkstemp makes files private to the user; give them the mode an ordinary open() would.
+        # mkstemp makes files private to the user; give them the mode of an ordinary open().
         umask = os.umask(0)
         os.umask(umask)
         os.chmod(temporary, 0o666 & ~umask)
@@ -40,7 +40,7 @@ def atomic_path(path):
 
 
 def fsync(path):
-    """Return when the file `path`, or the names in the folder `path`, are on the disk."""
+    """Flush the file `path`, or the names in the folder `path`, to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -61,10 +61,10 @@ def write_text(path, text):
 
 
 def open_file(path):
-    """`path` opened for reading bytes. Raises OSError for a pipe or a device: it might not end."""
+    """Open a file for reading bytes. Raises OSError for a pipe or a device, which may not end."""
     try:
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe would be waited for
-    except ValueError as error:  # no name of a file, as it holds a NUL
+    except ValueError as error:  # the name has a NUL
         raise OSError(errno.EINVAL, str(error), str(path)) from None
     if not stat.S_ISREG(os.fstat(handle).st_mode):
         os.close(handle)
@@ -73,9 +73,9 @@ def open_file(path):
 
 
 def read_text(path):
-    """The UTF-8 text of a file, without a byte order mark.
+    """Return the UTF-8 text of a file, without a byte order mark.
 
-    Raises OSError, also for what is no file or far too large.
+    Raises OSError, also for what is not a file or is larger than 1 GiB.
     """
     with open_file(path) as file:
         if os.fstat(file.fileno()).st_size > LARGEST_TEXT:
@@ -84,20 +84,20 @@ def read_text(path):
 
 
 def sha256_file(path):
-    """SHA-256 of a file's bytes, as lower-case hexadecimal digits."""
+    """Return the SHA-256 of a file in lower-case hexadecimal digits."""
     with open_file(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def git_blob_file(path):
-    """The id under which git keeps a file's content: SHA-1 of its length and bytes."""
+    """Return git's id of a file's content: SHA-1 of its length and bytes."""
     with open_file(path) as file:
         start = b"blob %d\0" % os.fstat(file.fileno()).st_size
         return hashlib.file_digest(file, lambda: hashlib.sha1(start)).hexdigest()
 
 
 def cache_dir():
-    """The folder for converted models and downloads. Raises InputError for a user without one."""
+    """Return the folder for converted models and downloads. Raises InputError without a home."""
     try:
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "badit"
     except RuntimeError:  # no such user is known here

@@ -1,7 +1,4 @@
-"""The files that a run reads and that others may have written: their shapes, and a strict reader.
-
-Each shape is declared once. What no type can say (that scores are from 0 to 100, that parts belong
-together) is checked where the file is used.
+"""Read the files that others may have written, each checked against a declared shape.
 """
 
 import json
@@ -39,7 +36,7 @@ class TaskHead(Struct):
 
 
 class TaskLine(Instance):
-    """A line of a task file of JSON lines: an instance, with the definition that all share."""
+    """A line of a task file of JSON lines; all lines share the instruction."""
 
     instruction: str = ""
 
@@ -229,16 +226,16 @@ class RegroupLine(Struct):
 
 
 def read(path, kind):
-    """(the content of a JSON file as plain values, the same as a `kind`).
+    """Return (the content of a JSON file as plain values, the same as a `kind`).
 
-    Raises InputError, in one line, for what is no file, no JSON, or of another shape.
+    Raises InputError for a file that cannot be read, is not JSON, or has another shape.
     """
     value = load(path)
     return value, convert(value, kind, path)
 
 
 def read_lines(path, kind):
-    """The lines of a JSON-lines file, as plain values. Raises InputError as `read` does."""
+    """Return the lines of a JSON-lines file as plain values. Raises InputError as `read` does."""
     values = [_parse(line, where) for _, where, line in _lines(path)]
     convert(values, list[kind], path)
     return values
@@ -263,25 +260,25 @@ def _lines(path):
 
 
 def load(path):
-    """The content of a JSON file, of any shape. Raises InputError for what is no file or no JSON.
+    """Return the content of a JSON file of any shape. Raises InputError as `read` does.
 
-    So for a key that stands twice, and for NaN, which Python would let pass.
+    So it does for a repeated key and for NaN, which Python's reader accepts.
     """
     return _parse(text(path), path)
 
 
 def convert(value, kind, source, verdict=" is damaged, or of another version of this program"):
-    """Plain values as a `kind`. Raises InputError where they are of another shape.
+    """Return plain values as a `kind`. Raises InputError where they have another shape.
 
-    So for half of a surrogate pair, which Python would let pass. A message begins with the source,
-    such as a file, and the verdict on it.
+    So it does for half of a surrogate pair, which Python accepts. The message begins with `source`,
+    such as a file, and `verdict`.
     """
     try:
         converted = msgspec.convert(value, kind)
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
         before = error.object[max(0, error.start - 40):error.start]
-        raise InputError(f"{source}: half of a surrogate pair, which is no character, after "
+        raise InputError(f"{source}: half of a surrogate pair after "
                          f"{before!r}") from None
     except RecursionError as error:
         raise InputError(f"{source} is not readable JSON: {error}") from None
@@ -312,9 +309,9 @@ def _refuse_repeats(pairs):
     keys = [key for key, _ in pairs]
     if len(set(keys)) < len(keys):
         twice = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"the key {twice!r} stands twice in an object")
+        raise ValueError(f"an object has the key {twice!r} twice")
     return dict(pairs)
 
 
 def _refuse_constant(name):
-    raise ValueError(f"{name} is no number")
+    raise ValueError(f"{name} is not a number in JSON")

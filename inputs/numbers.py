@@ -1,6 +1,6 @@
-"""Numbers: the kinds that flags and files may hold, checked where they are read; seeds from names.
+"""Types of numbers in flags and files, and seeds made of names.
 
-A kind is a type for msgspec, so one declaration checks a file and, by `from_text`, a flag.
+Each is a type for msgspec: one declaration checks a file and, through `from_text`, a flag.
 """
 
 import argparse
@@ -23,7 +23,7 @@ Fraction = Annotated[float, Meta(ge=0, lt=1, description="a number from 0 to bel
 
 
 def from_text(kind):
-    """What argparse calls to read one of the kinds above."""
+    """Return the function with which argparse reads one of the types above."""
     (meta,) = kind.__metadata__
 
     def read(text):
@@ -36,6 +36,6 @@ def from_text(kind):
 
 
 def stable_seed(*parts):
-    """A 63-bit seed from strings and numbers, equal on every machine and in every process."""
+    """Return a 63-bit seed for strings and numbers, the same on every machine."""
     digest = hashlib.sha256(json.dumps(parts).encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1

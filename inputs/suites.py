@@ -1,4 +1,4 @@
-"""Suites that are known by name: their tasks, where they come from, and where they are."""
+"""Find and download the suites that are known by name."""
 
 import os
 from collections.abc import Callable
@@ -15,7 +15,7 @@ TASKS_DIR = Path(__file__).resolve().parents[1] / "tasks"
 URL = ("https://raw.githubusercontent.com/circle-hit/SAPT/"
        "52a52b920324c656bdb6dac08e43dc600ba22f21/CL_Benchmark/")
 
-# Table 4 of the paper, in the order that the seeds shuffle (Table 5): category and metric.
+# Table 4 of the paper: category and metric, in the order that a seed shuffles (Table 5).
 SUPERNI = {
     "task1687_sentiment140_classification": ("sentiment analysis", "accuracy"),
     "task1729_personachat_generate_next": ("dialogue generation", "rouge_l"),
@@ -53,7 +53,7 @@ LONG_SEQUENCE = {
     "yahoo": ("topic classification", "accuracy"),
 }
 
-# What --task_order takes in place of task names: the published orders of LONG_SEQUENCE.
+# The published orders of LONG_SEQUENCE, which --task_order takes by name.
 ORDERS = {
     "order4": tuple(LONG_SEQUENCE),
     "order5": ("multirc", "boolq", "wic", "mnli", "cb", "copa", "qqp", "rte", "imdb", "sst2",
@@ -64,22 +64,22 @@ ORDERS = {
 
 
 class NamedSuite(NamedTuple):
-    """A published suite, whose files are known by their checksums."""
+    """A published suite and the checksums of its files."""
 
     name: str
     url: str
     tasks: dict[str, tuple[str, str]]  # category and metric by task
-    checksum: Callable  # of a file, as the manifest has it
+    checksum: Callable  # (path) -> the checksum that the manifest has of a file
     manifest_file: str
 
     def manifest(self):
-        """Checksum by relative path of every file."""
+        """Return {relative path: checksum} of every file."""
         lines = (TASKS_DIR / self.manifest_file).read_text(encoding="utf-8").splitlines()
         return {path: checksum for checksum, path in (line.split() for line in lines)}
 
     def folder(self, data_dir=None):
-        """Where it is kept: data_dir; $BADIT_DATA if that has its tasks, else a folder in it; or
-        the download folder.
+        """Return the folder of the suite: data_dir, else $BADIT_DATA or a folder in it, else the
+        download folder in the user's cache.
         """
         shared = os.environ.get("BADIT_DATA")
         if data_dir or not shared:
@@ -87,7 +87,7 @@ class NamedSuite(NamedTuple):
         return Path(shared) if self.is_in(Path(shared)) else Path(shared) / self.name
 
     def is_in(self, folder):
-        """Whether any of its tasks is there."""
+        """Return whether the folder has any task of the suite."""
         return any((folder / name).is_dir() for name in self.tasks)
 
     def download(self, folder):
@@ -113,7 +113,7 @@ class NamedSuite(NamedTuple):
                                  "again to go on from here") from None
 
     def find(self, data_dir=None):
-        """The folder with its tasks, checked. Raises InputError where there is none."""
+        """Return the folder of the suite, with its files checked. Raises InputError for none."""
         folder = self.folder(data_dir)
         if not self.is_in(folder):
             shared = os.environ.get("BADIT_DATA")
@@ -139,7 +139,7 @@ NAMED = {suite.name: suite for suite in (
 
 
 def suite_folder(name_or_path):
-    """Where a suite is that is shipped, or named by its path. Raises InputError for no folder."""
+    """Return the folder of "mini", or of a suite named by its path. Raises InputError."""
     folder = TASKS_DIR / "mini" if name_or_path == "mini" else Path(name_or_path)
     if not name_or_path or not folder.is_dir():
         raise InputError(f"suite {str(name_or_path)!r} is unknown: allowed are mini, "

@@ -1,4 +1,4 @@
-"""Task folders in the natural-instructions layout: read once, refused in one line."""
+"""Read task folders in the natural-instructions layout, or refuse them in one line."""
 
 import contextlib
 import re
@@ -12,7 +12,7 @@ from inputs.suites import SUPERNI
 
 SPLITS = ("train", "test")
 METRICS = ("rouge_l", "accuracy")
-# How a task looks, for whoever has it otherwise.
+# Shown below an error about a file of another layout.
 LAYOUT = (
     "a suite is a folder of tasks: SUITE/TASK/train.json and SUITE/TASK/test.json, each with",
     '{"Definition": "what to do", "Metric": "rouge_l or accuracy", "Instances": [{"input": "text", '
@@ -35,13 +35,13 @@ class Task(NamedTuple):
 
 
 def task_folders(folder):
-    """Names of the task folders in a suite's folder, sorted. Raises InputError for odd ones."""
+    """Return the sorted names of a suite's task folders. Raises InputError for unusable ones."""
     names = sorted(path.name for path in folder.iterdir()
                    if path.is_dir() and not path.name.startswith((".", "_")))
     with showing_layout():
         if not names:
             raise InputError(f"{folder} holds no task folders")
-    for name in names:  # files of a run bear these names
+    for name in names:  # a run names files after them
         if not re.fullmatch(r"[\w.-]{1,200}", name, flags=re.ASCII):
             raise InputError(f"{folder}: a task folder's name may hold up to 200 letters, digits, "
                              f"'_', '-' and '.', not {name!r}")
@@ -49,7 +49,7 @@ def task_folders(folder):
 
 
 def resolve_names(names, allowed):
-    """Folder names from folder names or T-numbers (T363, 363), each at most once."""
+    """Return folder names for folder names or T-numbers (T363, 363). Raises InputError."""
     resolved = []
     for name in names:
         number = re.fullmatch(r"[Tt]?0*(\d+)", name)
@@ -66,15 +66,15 @@ def resolve_names(names, allowed):
 
 
 def listed(names):
-    """Some names in a line."""
+    """Return up to 20 names as one line, and how many more there are."""
     more = f" and {len(names) - 20:,} more" if len(names) > 20 else ""
     return ", ".join(names[:20]) + more
 
 
 def read_task(folder, about=None):
-    """The Task in one folder, of the (category, metric) that its suite may know.
+    """Return the Task in one folder; `about` is the (category, metric) that its suite knows.
 
-    What its files say as Metric and Category wins; for the rest SUPERNI knows its own tasks.
+    Metric and Category in its files win; without them and `about`, SUPERNI's own tasks are known.
     Raises InputError naming file and instance.
     """
     files = {split: _find(folder, split) for split in SPLITS}
@@ -84,7 +84,7 @@ def read_task(folder, about=None):
     head, file = heads["train"], files["train"]
     for key in ("Definition", "Category", "Categories", "Metric"):
         if getattr(heads["test"], key) != getattr(head, key):
-            raise InputError(f"{files['test']}: {key} differs from that of {file}")
+            raise InputError(f"{files['test']}: {key} is not the same as in {file}")
     definition = head.Definition
     definition = definition if isinstance(definition, str) else "\n".join(definition)
     _check_length(definition, "Definition", f"{file}: Definition")
@@ -99,37 +99,37 @@ def read_task(folder, about=None):
 
 
 def unread_files(folder):
-    """Names of the data files in a task's folder that no run reads, such as dev.json."""
+    """Return the names of a task folder's data files that no run reads, such as dev.json."""
     read = {_find(folder, split) for split in SPLITS}
     return sorted(path.name for path in folder.iterdir()
                   if path.suffix in (".json", ".jsonl") and path not in read)
 
 
 def _find(folder, split):
-    """The file of a split: JSON, or JSON lines where there is no JSON."""
+    """Return the file of a split: JSON, or JSON lines where there is no JSON."""
     file, lines = folder / f"{split}.json", folder / f"{split}.jsonl"
     return lines if lines.exists() and not file.exists() else file
 
 
 def _read_split(file):
-    """(the TaskHead of a task file, its instances)."""
+    """Return (the TaskHead of a task file, its instances)."""
     if file.suffix == ".jsonl":
         return _read_lines(file)
     with showing_layout():
         content = formats.load(file)
         rows = content.pop("Instances", None) if isinstance(content, dict) else None
         if not isinstance(rows, list) or not rows:
-            raise InputError(f"{file} is no object with Definition and a list of Instances")
+            raise InputError(f"{file} is not an object with Definition and a list of Instances")
         head = formats.convert(content, formats.TaskHead, file, verdict="")
         return head, _instances(rows, file)
 
 
 def _read_lines(file):
-    """The same of a file of JSON lines, whose definition is the instruction of all of them."""
+    """Return the same for JSON lines; the definition is the instruction that they share."""
     with showing_layout():
         rows = formats.read_lines(file, formats.TaskLine)
         if not rows:
-            raise InputError(f"{file} holds no line")
+            raise InputError(f"{file} is empty")
         instructions = {row.get("instruction", "") for row in rows}
         if len(instructions) > 1:
             raise InputError(f"{file}: its lines have {len(instructions)} different instructions, "
@@ -140,7 +140,7 @@ def _read_lines(file):
 
 @contextlib.contextmanager
 def showing_layout():
-    """A context in which bad input is shown beside how a task looks."""
+    """Add the right layout to every InputError raised in this context."""
     try:
         yield
     except InputError as error:
@@ -148,7 +148,7 @@ def showing_layout():
 
 
 def _instances(rows, file):
-    """{"id", "input", "outputs"} of every row; an id that lacks is made of the row's index."""
+    """Return {"id", "input", "outputs"} of every row; a missing id is made of the row's index."""
     found, seen = [], set()
     for index, row in enumerate(rows):
         named = f" (id {row['id']!r:.60})" if isinstance(row, dict) and "id" in row else ""
@@ -159,7 +159,7 @@ def _instances(rows, file):
             name = f"{file.parent.name}-{file.stem}-{index}"
         outputs = [instance.output] if isinstance(instance.output, str) else instance.output
         if name in seen:
-            raise InputError(f"{where}: the id stands twice in this file")
+            raise InputError(f"{where}: another instance of this file has the same id")
         seen.add(name)
         for key, text in (("input", name), ("input", instance.input),
                           *(("output", output) for output in outputs)):
@@ -170,5 +170,5 @@ def _instances(rows, file):
 
 def _check_length(text, key, where):
     if len(text) > LONGEST[key]:
-        raise InputError(f"{where}: a text of {len(text):,} characters; at most {LONGEST[key]:,} "
-                         "are taken")
+        raise InputError(f"{where}: a text of {len(text):,} characters; the limit is "
+                         f"{LONGEST[key]:,}")

@@ -1,4 +1,4 @@
-"""Tensors on the disk: safetensors files, read and written whole."""
+"""Read and write safetensors files."""
 
 import errno
 
@@ -20,7 +20,7 @@ def write_tensors(path, tensors):
 
 
 def read_tensors(path):
-    """{name: tensor} of a safetensors file. Raises InputError where it cannot be read as one."""
+    """Return {name: tensor} of a safetensors file. Raises InputError where it cannot be read."""
     try:
         open_file(path).close()  # no pipe, which safetensors would wait for
         return safetensors.torch.load_file(path)

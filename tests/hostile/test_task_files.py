@@ -1,4 +1,4 @@
-"""Task files that are none: one line that names the file and what is wrong in it."""
+"""Malformed task files: one line that names the file and what is wrong in it."""
 
 import pytest
 from conftest import SMALL, write_json
@@ -14,7 +14,7 @@ MISSING = "a key that is not there"
 
 
 def changed(content, key, value):
-    """A copy of an object with another value of a key, or without it."""
+    """Return a copy of an object with another value of a key, or without it."""
     content = content | {key: value}
     return {key: value for key, value in content.items() if value != MISSING}
 
@@ -27,7 +27,7 @@ def file(request, tmp_path):
 
 
 def complaint_about(file):
-    """What is said about the suite of a file, below its folder."""
+    """Return the error about a file's suite, without the suite's folder."""
     message = complaint(data.load_suite, str(file.parents[1]))
     assert f"alpha/{file.name}" in message
     return message.replace(str(file.parents[1]), "")
@@ -62,8 +62,8 @@ def test_no_list_of_instances(file, content):
 
 
 @pytest.mark.parametrize("value", [MISSING, 5, None, [5], ["a \ud800"]], ids=ascii)
-def test_a_definition_that_is_none(file, value):
-    """Missing, or not text; an empty one is a definition."""
+def test_a_malformed_definition(file, value):
+    """Missing, or not text."""
     for each in file.parent.iterdir():
         write_json(each, changed(GOOD, "Definition", value))
     assert "Definition" in complaint(data.load_suite, str(file.parents[1]))
@@ -73,7 +73,7 @@ def test_a_definition_that_is_none(file, value):
     *(("Metric", value) for value in ("bleu", "ROUGE_L", "", 5, None, ["accuracy"])),
     *(("Category", value) for value in (5, None, [], "x" * (10**5 + 1)))
 ], ids=lambda part: ascii(part)[:12])
-def test_a_metric_or_category_that_is_none(tmp_path, key, value):
+def test_a_malformed_metric_or_category(tmp_path, key, value):
     message = complaint(data.load_suite, write_task(tmp_path / "s", "alpha", **{key: value}))
     assert "alpha/train.json" in message and key in message
     if key == "Metric" and isinstance(value, str):
@@ -82,7 +82,7 @@ def test_a_metric_or_category_that_is_none(tmp_path, key, value):
 
 @pytest.mark.parametrize("key", ["Definition", "Metric", "Category"])
 def test_files_that_differ(file, key):
-    """A task has one head: both of its files say the same."""
+    """Both files of a task say the same of it."""
     write_json(file, GOOD | {key: "accuracy"})
     message = complaint(data.load_suite, str(file.parents[1]))
     assert "test.json" in message and key in message
@@ -105,24 +105,24 @@ def test_a_bad_instance_among_good_ones(file, key, value):
 @pytest.mark.parametrize("row", ["text", None, 5, ["a", "b"], item("a", id=5.5), item("a", id=None),
                                  item("a", id="good-b")], ids=str)
 def test_a_bad_instance_without_an_id(file, row):
-    """One that is no object, whose id is none, or another's; named by its index."""
+    """Not an object, with a malformed id, or with the id of another; named by its index."""
     write_json(file, GOOD | {"Instances": [*GOOD["Instances"][:3], row]})
     message = complaint_about(file)
     assert "instance 3" in message
-    assert row != item("a", id="good-b") or "'good-b'" in message and "twice" in message
+    assert row != item("a", id="good-b") or "'good-b'" in message and "same id" in message
 
 
 @pytest.mark.parametrize("end, more, key", [("}]}", ', "input": "other"}]}', "input"),
                                             ("}", ', "Instances": []}', "Instances")])
 def test_repeated_keys(file, end, more, key):
-    """Of two values for one key, none is dropped without a word."""
+    """A key with two values is refused, where Python's reader would drop one."""
     file.write_text(file.read_text().removesuffix(end) + more)
-    assert f"{key!r} stands twice" in complaint_about(file)
+    assert f"the key {key!r} twice" in complaint_about(file)
 
 
 @pytest.mark.parametrize("key, longest", LONGEST.items())
 def test_endless_texts(tmp_path, key, longest):
-    """What takes minutes to encode; the limit is named, and a text of that length is taken."""
+    """A text that would take minutes to encode; the limit is named, and itself allowed."""
     for more in (0, 1):
         text = "x" * (longest + more)
         if key == "Definition":
@@ -131,12 +131,12 @@ def test_endless_texts(tmp_path, key, longest):
             write_task(tmp_path / "s", "alpha", [item(id="odd") | {key: text}])
         if not more:
             data.load_suite(str(tmp_path / "s"))
-    assert f"at most {longest:,}" in complaint(data.load_suite, str(tmp_path / "s"))
+    assert f"the limit is {longest:,}" in complaint(data.load_suite, str(tmp_path / "s"))
 
 
 @pytest.mark.parametrize("name", ["t" * 201, "a b", "é", "a\n"])
-def test_a_task_that_no_file_of_a_run_can_be_named_for(tmp_path, name):
-    """Too long with a number and an ending, or of other characters."""
+def test_a_task_name_that_files_of_a_run_cannot_have(tmp_path, name):
+    """Too long, or with other characters."""
     data.load_suite(str(write_task(tmp_path / "s", "t" * 200)))
     assert repr(name) in complaint(data.load_suite, str(write_task(tmp_path / "s", name)))
 
