@@ -1,4 +1,6 @@
-"""The program as a library: loaded adapters generate by themselves, and nothing is mistaken."""
+"""Adapters as a library: load, generate, and formats that are told apart."""
+
+import json
 
 import pytest
 import torch
@@ -11,17 +13,11 @@ from harness.adapter_config import ADAPTER_CONFIG, NOT_OF_PEFT, read_adapter_con
 from inputs.errors import InputError
 
 
-def learned(name, tasks=(0, 1)):
-    """A wrapped model that has learned some tasks."""
-    model = wrapped(base_model(), name)
-    learn(model.adapted_by, *tasks)
-    return model
-
-
 @pytest.mark.parametrize("name", TRAINED)
 def test_three_lines_generate(name, tmp_path):
-    """A bare model, adapter.load, model.generate: what the model that was trained says."""
-    model = learned(name)
+    """A loaded adapter generates as the trained model, without hooks of the method."""
+    model = wrapped(base_model(), name)
+    learn(model.adapted_by, 0, 1)
     model.adapted_by.base_name = "a/model"
     adapter.save(model, tmp_path)
     loaded = adapter.load(base_model(), tmp_path)
@@ -43,14 +39,11 @@ def test_a_bare_model_is_saved(tmp_path):
     assert (tmp_path / "model.safetensors").exists()
 
 
-# --- neither takes the other's files ------------------------------------------------------------
-
-
 @pytest.mark.parametrize("load", [
     lambda path: PeftModel.from_pretrained(base_model(), path),
     lambda path: base_model().load_adapter(str(path))], ids=["peft", "transformers"])
 def test_peft_says_what_our_adapter_is(load, tmp_path):
-    """It quotes the kind that the configuration names, which says what to do."""
+    """It quotes our `peft_type`, which names export.py."""
     adapter.save(wrapped(base_model()), tmp_path)
     with pytest.raises(KeyError, match=r"BADIT: .*export\.py FOLDER"):
         load(tmp_path)
@@ -64,15 +57,15 @@ def test_an_adapter_of_pefts_is_named(tmp_path):
 
 
 def test_an_adapter_of_format_1_loads(tmp_path):
-    """Without the name of its model and the word to PEFT, as all were written once."""
+    """It names no base model, has no `peft_type`, and a dense base."""
     model = wrapped(base_model())
     adapter.save(model, tmp_path)
     file = tmp_path / ADAPTER_CONFIG
-    text = file.read_text()
-    assert NOT_OF_PEFT in text
-    lines = [line for line in text.replace('"format": 2', '"format": 1').splitlines()
-             if '"peft_type"' not in line and '"model":' not in line]
-    file.write_text("\n".join(lines))
+    config = json.loads(file.read_text()) | {"format": 1}
+    assert config["peft_type"] == NOT_OF_PEFT
+    for key in ("peft_type", "model", "base", "trained_on"):
+        del config[key]
+    file.write_text(json.dumps(config))
     loaded = adapter.load(base_model(), tmp_path)
     assert torch.equal(logits_of(loaded), logits_of(model))
     assert loaded.adapted_by.settings == settings_of()
@@ -86,7 +79,6 @@ def test_a_path_one_level_off_names_the_adapter(asked, there, tmp_path):
 
 
 def test_a_second_adapter_is_refused(tmp_path):
-    """The base is right; it is the first adapter that is in the way."""
     model = wrapped(base_model())
     adapter.save(model, tmp_path)
     with pytest.raises(InputError, match="has an adapter already"):
