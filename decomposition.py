@@ -119,10 +119,13 @@ class InitialBank:
     residual from it and decomposes nothing again.
     """
 
-    def add_initial_bank(self):
-        """Reserve the initial bank, all zero until `start_from` or `restore`."""
+    def add_initial_bank(self, base, svd):
+        """Start from the leading triplets of `base`; `svd=None` leaves zeros for `restore`."""
         self.lora_A0 = frozen(torch.zeros_like(self.lora_A))
         self.lora_B0 = frozen(torch.zeros_like(self.lora_B))
+        if svd is not None:
+            bank = decompose(base.weight.detach(), len(self.lora_A), 1, self.scaling, svd)
+            self.start_from(bank.lora_A, bank.lora_B, bank.residual)
 
     @torch.no_grad()
     def start_from(self, lora_A0, lora_B0, residual):

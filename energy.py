@@ -1,13 +1,17 @@
 """Beyond the paper: experts selected by what a token activates, without a router.
 
-Axis names as in experts.py. The energy of a component is that of what its initial, pre-trained form
-adds to the layer's output for a token.
+Axis names as in experts.py. The energy of a component is the squared norm of what its initial,
+pre-trained form adds to the layer's output for a token.
 """
 
 import torch
 import torch.nn.functional as F
 from accelerate import PartialState
 from accelerate.utils import reduce
+
+from decomposition import InitialBank
+from experts import BankLinear, Routing, select_experts
+from method import observe
 
 ROWS = 64  # on which mean energies are measured
 INPUTS = ("input_ids", "attention_mask", "position_ids")
@@ -19,42 +23,63 @@ def activation_energy(x, A0, B0):
 
 
 def relative_energy(energy, mean_energy, expert_of, K):
-    """That of each expert over its mean: energy (..., N), mean_energy (N,) -> (..., K)."""
+    """Each expert's energy over its mean: energy (..., N), mean_energy (N,) -> (..., K)."""
     of_expert = F.one_hot(expert_of, K).to(energy.dtype)  # (N, K)
     return (energy @ of_expert) / (mean_energy @ of_expert)
 
 
+class EnergyLinear(InitialBank, BankLinear):
+    """y = residual x + s sum_{k in S} B_k A_k u + s sum_{k not in S} B0_k A0_k x, u = dropout(x).
+
+    S = the top_k experts by `relative_energy`; `mean_energy` (N,), per component so that it
+    follows a regrouping, is 1 until `measure_energies`. Other arguments as of badit.BaditLinear.
+    """
+
+    inactive = "initial"
+
+    def __init__(self, base, num_experts=8, rank=4, alpha=32, dropout=0.05, top_k=4, svd="exact"):
+        super().__init__(base, num_experts, rank, alpha, dropout, top_k)
+        self.register_buffer("mean_energy", self.lora_A.new_ones(len(self.lora_A)))
+        self.add_initial_bank(base, svd)
+
+    @torch.no_grad()
+    def route(self, x, expert_of=None):
+        """x (..., in) -> Routing over (..., K), under a grouping (N,), by default its own."""
+        expert_of = self.expert_of if expert_of is None else expert_of
+        with torch.autocast(x.device.type, enabled=False):  # float32 always
+            energy = activation_energy(x.to(self.lora_A0.dtype), self.lora_A0, self.lora_B0)
+            scores = relative_energy(energy, self.mean_energy, expert_of, self.num_experts)
+        alpha = torch.ones_like(scores)  # (..., K)
+        if self.top_k == self.num_experts:
+            return Routing(alpha, alpha, None, scores)
+        active = select_experts(scores, self.top_k)
+        return Routing(alpha, active.to(alpha.dtype), active, scores)
+
+
 @torch.no_grad()
 def measure_energies(model, layers, loader):
-    """Set `mean_energy` of all layers by the first rows of the first stage, of all processes.
+    """Set `mean_energy` of all layers to the mean over the real tokens of the first ROWS rows.
 
-    Once: what is relative to it must not change its meaning later. Padding is left out.
+    Over all processes. Measured once, so that relative energies stay comparable during training.
     """
     if not all((layer.mean_energy == 1).all() for layer in layers.values()):
         return
     sums = {name: torch.zeros_like(layer.mean_energy) for name, layer in layers.items()}
     count, tokens = torch.zeros((), device=model.device), None  # of the batch, (batch, seq)
 
-    def hook_of(name):
-        def hook(layer, inputs):
-            x = inputs[0][tokens].to(layer.lora_A0.dtype)  # (tokens, in)
-            with torch.autocast(x.device.type, enabled=False):
-                sums[name] += activation_energy(x, layer.lora_A0, layer.lora_B0).sum(0)
-        return hook
+    def add(name, layer, x, _):
+        x = x[tokens].to(layer.lora_A0.dtype)  # (tokens, in)
+        with torch.autocast(x.device.type, enabled=False):
+            sums[name] += activation_energy(x, layer.lora_A0, layer.lora_B0).sum(0)
 
-    handles = [layer.register_forward_pre_hook(hook_of(name)) for name, layer in layers.items()]
-    training = model.training
-    model.eval()
     left = ROWS // PartialState().num_processes
-    for batch in loader:  # to its end: Accelerate's loaders must not be left half-way
-        if left > 0:
-            tokens = batch["attention_mask"].bool()
-            left -= len(tokens)  # with fillers: as many passes in every process
-            count += tokens.sum()
-            model(**{key: batch[key] for key in INPUTS}, logits_to_keep=1, use_cache=False)
-    model.train(training)
-    for handle in handles:
-        handle.remove()
+    with observe(model, layers, add):
+        for batch in loader:  # to its end: Accelerate's loaders must not be left half-way
+            if left > 0:
+                tokens = batch["attention_mask"].bool()
+                left -= len(tokens)  # with fillers, so that all processes stop at the same batch
+                count += tokens.sum()
+                model(**{key: batch[key] for key in INPUTS}, logits_to_keep=1, use_cache=False)
     count = reduce(count, "sum")
     for name, layer in layers.items():
         layer.mean_energy.copy_(reduce(sums[name], "sum") / count)

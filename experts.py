@@ -26,7 +26,7 @@ def select_experts(logits, top_k):
 
 
 def add_components(y, u, A, B, w):
-    """y + B (w * (A u)), and A u: the whole bank in two products, each component weighted.
+    """Add B (w * (A u)) to y in place and return A u: the whole bank in two products.
 
     y (tokens, out), u (tokens, in), A (N, in), B (out, N), w (tokens, N). The narrow products with
     A and w are in the bank's precision, the wide one in that of y: under bf16 the leading singular
@@ -34,7 +34,8 @@ def add_components(y, u, A, B, w):
     """
     with torch.autocast(u.device.type, enabled=False):
         h = u.to(A.dtype) @ A.T  # (tokens, N)
-        return torch.addmm(y, (h * w).to(y.dtype), B.to(y.dtype).T), h  # (tokens, out)
+        y.addmm_((h * w).to(y.dtype), B.to(y.dtype).T)  # (tokens, out)
+        return h
 
 
 class RoutedBank(torch.autograd.Function):
@@ -45,7 +46,8 @@ class RoutedBank(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, y, u, A, B, w, active):
-        y, h = add_components(y, u, A, B, w)
+        h = add_components(y, u, A, B, w)
+        ctx.mark_dirty(y)
         ctx.save_for_backward(u, A, B, w, active, h)
         return y
 
@@ -66,6 +68,14 @@ class RoutedBank(torch.autograd.Function):
                 grad_A = (grad_c * trained_w).T @ u.to(A.dtype)  # (N, in)
                 grad_B = (grad_y.T @ (h * trained_w).to(grad_y.dtype)).to(B.dtype)  # (out, N)
         return grad_y, grad_u, grad_A, grad_B, grad_w, None
+
+
+def add_to(y, u, A, B, w, active):
+    """Add a weighted bank's output to y in place and return y; arguments as of RoutedBank."""
+    if torch.is_grad_enabled():
+        return RoutedBank.apply(y, u, A, B, w, active)
+    add_components(y, u, A, B, w)
+    return y
 
 
 class Routing(NamedTuple):
@@ -94,6 +104,7 @@ class BankLinear(nn.Module):
 
     base_tensors = ("residual", "bias")
     depends_on_token = True
+    inactive = "keep"  # what unselected experts do: "keep" acting, "drop", or act as "initial"ly
 
     def __init__(self, base, num_experts, rank, alpha, dropout, top_k):
         super().__init__()
@@ -115,23 +126,30 @@ class BankLinear(nn.Module):
 
     def forward(self, x):
         """(..., in) -> (..., out)."""
-        y = frozen_linear(x, self.residual, self.bias)  # (..., out)
-        return self.add_bank(y.reshape(-1, y.shape[-1]), x).view_as(y)
+        # Flat, since a view could not be changed in place.
+        y = frozen_linear(x.reshape(-1, x.shape[-1]), self.residual, self.bias)  # (tokens, out)
+        return self.add_bank(y, x).view(*x.shape[:-1], y.shape[-1])
 
     def add_bank(self, y, x, bank=None):
-        """y (tokens, out) plus what the experts make of x (..., in), by another Bank if given."""
+        """Add the experts' output for x (..., in) to y (tokens, out), in place, and return y.
+
+        `bank` is another Bank than the layer's own.
+        """
         A, B, expert_of = bank or self.bank
         routing = self.route(x, expert_of)
         y = self.add_inactive(y, x, routing, expert_of)
         weight, active = self.per_component(routing, expert_of)  # (tokens, N)
         u = self.dropout(x).reshape(-1, x.shape[-1])  # (tokens, in): one mask for all experts
-        if not torch.is_grad_enabled():
-            return add_components(y, u, A, B, weight)[0]
-        return RoutedBank.apply(y, u, A, B, weight, active)
+        return add_to(y, u, A, B, weight, active)
 
     def add_inactive(self, y, x, routing, expert_of):
-        """y (tokens, out) plus what acts in the place of experts that a token does not select."""
-        return y
+        """Add the initial components of unselected experts to y (tokens, out), if `inactive` says.
+        """
+        if self.inactive != "initial" or routing.active is None:
+            return y
+        left_out = ~routing.active.reshape(-1, self.num_experts).index_select(1, expert_of)
+        weight = self.scaling * left_out.to(self.lora_A0.dtype)  # (tokens, N)
+        return add_to(y, x.reshape(-1, x.shape[-1]), self.lora_A0, self.lora_B0, weight, None)
 
     def per_component(self, routing, expert_of):
         """Expand a Routing from experts to components: s * weight and active, (tokens, N)."""
@@ -155,11 +173,12 @@ class BankLinear(nn.Module):
         """Return A (N, in) and B M (out, N) in float64, where M h = `mixing` h replaces c * h."""
         return self.lora_A.double(), self.lora_B.double() @ mixing
 
-    def active_parameters(self, drops):
-        """Weights that act on one token; `drops`: experts outside the top_k do not act at all."""
+    def active_parameters(self):
+        """Count the trained weights that act on one token."""
         bank = self.lora_A.numel() + self.lora_B.numel()
         routed = sum(weight.numel() for weight in self.parameters() if weight.requires_grad) - bank
-        return routed + (bank * self.top_k // self.num_experts if drops else bank)
+        return routed + (bank * self.top_k // self.num_experts if self.inactive != "keep"
+                         else bank)
 
     def restore(self, tensors):
         """Take over saved adapter tensors, named as in this layer's state_dict."""

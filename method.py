@@ -7,6 +7,8 @@ import hashlib
 import inspect
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -181,6 +183,27 @@ class Method:
             prefix = f"{name}."
             layer.restore({key.removeprefix(prefix): tensor for key, tensor in state.items()
                            if key.startswith(prefix)})
+
+
+@contextmanager
+def observe(model, layers, hook):
+    """Call hook(name, layer, x, y) on each input and output of `layers` {name: module}.
+
+    Meanwhile the model is in evaluation mode.
+    """
+    def call(layer, inputs, y, name):
+        hook(name, layer, inputs[0], y)
+
+    training = model.training
+    handles = [layer.register_forward_hook(partial(call, name=name))
+               for name, layer in layers.items()]
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+        for handle in handles:
+            handle.remove()
 
 
 def of_base(layer, key):

@@ -19,7 +19,7 @@ from grouping import (
 )
 from inputs.errors import InputError
 from inputs.numbers import stable_seed
-from method import Method
+from method import Method, observe
 
 PROBE_TOKENS = 256  # at least, of those that a regrouping's drift and health are measured on
 NON_FINITE = "non-finite gradient"
@@ -67,10 +67,10 @@ class Regrouper:
     def accumulate(self):
         """Eq. (8): add this step's gradients of the banks to their sum."""
         self.count += 1
-        for name, layer in self.layers.items():
-            sum_A, sum_B = self.sums[name]
-            sum_A += layer.lora_A.grad
-            sum_B += layer.lora_B.grad
+        sums = [bank for pair in self.sums.values() for bank in pair]
+        grads = [bank.grad for layer in self.layers.values()
+                 for bank in (layer.lora_A, layer.lora_B)]
+        torch._foreach_add_(sums, grads)  # one kernel for all layers
 
     def after_step(self, model, batch):
         """Count a step; at the end of an interval regroup. Returns a line per layer, or none."""
@@ -141,6 +141,9 @@ class ExpertMethod(Method):
         self.regrouper.start(stage)
         self.regrouper.restore(state)
 
+    def active_parameters(self):
+        return sum(layer.active_parameters() for layer in self.layers.values())
+
     def after_backward(self):
         self.regrouper.accumulate()
 
@@ -193,35 +196,27 @@ def probe_rows(batch):
 
 
 def measure(model, batch, layers, new):
-    """What the groupings `new` (L, N) would change, and the router's health: a dict per layer.
+    """Return what the groupings `new` (L, N) would change, and the router's health: a dict a layer.
 
-    One evaluation pass of the model as it is over rows of the last micro-batch, so that
-    `regroup_drift` is the relative change of each layer's output for the input that it has now.
-    Padding is left out. Nothing is adopted here.
+    One evaluation pass over rows of the last micro-batch, with padding left out. `regroup_drift` is
+    the relative change of each layer's output for its present input. Nothing is adopted here.
     """
     batch = probe_rows(batch)
     measured, tokens = [], batch["attention_mask"].bool()
+    groupings = dict(zip(layers, new, strict=True))
 
-    def hook_of(name, grouping):
-        def hook(layer, inputs, output):
-            if inputs[0].shape[:-1] != tokens.shape:
-                raise InputError(f"--target_modules: {name} gets an input of shape "
-                                 f"{list(inputs[0].shape)}, not {list(tokens.shape)} tokens: "
-                                 "it can be neither regrouped nor measured")
-            x, y = inputs[0][tokens], output[tokens].float()  # (tokens, in), (tokens, out)
-            now, then = (layer.add_bank(torch.zeros_like(y), x, bank)
-                         for bank in (layer.bank, layer.regrouped(grouping)))  # (tokens, out)
-            drift = float((then - now).norm() / y.norm())  # NaN where all outputs are zero
-            measured.append(dict(regroup_drift=drift if math.isfinite(drift) else None,
-                                 **router_health(layer.route(x))))
-        return hook
+    def look(name, layer, x, y):
+        if x.shape[:-1] != tokens.shape:
+            raise InputError(f"--target_modules: {name} gets an input of shape {list(x.shape)}, "
+                             f"not {list(tokens.shape)} tokens: it can be neither regrouped nor "
+                             "measured")
+        x, y = x[tokens], y[tokens].float()  # (tokens, in), (tokens, out)
+        now, then = (layer.add_bank(torch.zeros_like(y), x, bank)
+                     for bank in (layer.bank, layer.regrouped(groupings[name])))  # (tokens, out)
+        drift = float((then - now).norm() / y.norm())  # NaN where all outputs are zero
+        measured.append(dict(regroup_drift=drift if math.isfinite(drift) else None,
+                             **router_health(layer.route(x))))
 
-    handles = [layer.register_forward_hook(hook_of(name, grouping))
-               for (name, layer), grouping in zip(layers.items(), new, strict=True)]
-    training = model.training
-    model.eval()
-    model(**batch, logits_to_keep=1, use_cache=False)
-    model.train(training)
-    for handle in handles:
-        handle.remove()
+    with observe(model, layers, look):
+        model(**batch, logits_to_keep=1, use_cache=False)
     return measured

@@ -25,6 +25,8 @@ class LoraMoeLinear(BankLinear):
     While `gates` is a list, every forward pass appends its g (batch, seq, K) to it.
     """
 
+    inactive = "drop"
+
     def __init__(self, base, num_experts=8, rank=4, alpha=32, dropout=0.05, top_k=4):
         super().__init__(base, num_experts, rank, alpha, dropout, top_k)
         self.router = nn.Parameter(self.lora_A.new_empty(num_experts, base.in_features))
@@ -110,9 +112,6 @@ class LoraMoe(ExpertMethod):
     def build_layer(self, linear, fresh):
         return LoraMoeLinear(linear, **{key: getattr(self.settings, key) for key in (
             "num_experts", "rank", "alpha", "dropout", "top_k")})
-
-    def active_parameters(self):
-        return sum(layer.active_parameters(drops=True) for layer in self.layers.values())
 
     def wrap(self, model, fresh=True):
         super().wrap(model, fresh)

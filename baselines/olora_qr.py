@@ -25,7 +25,7 @@ class OloraQrLinear(InitialBank, LoraLinear):
 
     def __init__(self, base, rank=4, alpha=32, dropout=0.05, fresh=True):
         super().__init__(base, rank, alpha, dropout)
-        self.add_initial_bank()
+        self.add_initial_bank(base, svd=None)
         if fresh:
             W0 = base.weight.detach()
             B0, A0 = leading_qr(W0.to(self.lora_A.dtype), rank)

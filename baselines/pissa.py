@@ -4,7 +4,7 @@ Axis names as in decomposition.py; r is the rank.
 """
 
 from baselines.lora import Lora, LoraLinear
-from decomposition import InitialBank, decompose
+from decomposition import InitialBank
 
 
 class PissaLinear(InitialBank, LoraLinear):
@@ -17,11 +17,8 @@ class PissaLinear(InitialBank, LoraLinear):
 
     def __init__(self, base, rank=4, alpha=32, dropout=0.05, svd="exact"):
         super().__init__(base, rank, alpha, dropout)
-        self.add_initial_bank()
-        if svd is not None:
-            # Deviation: each triplet's sign is fixed, as BADIT's are; the product is the same.
-            bank = decompose(base.weight.detach(), 1, rank, self.scaling, svd)
-            self.start_from(bank.lora_A, bank.lora_B, bank.residual)
+        # Deviation: each triplet's sign is fixed, as BADIT's are; the product is the same.
+        self.add_initial_bank(base, svd)
 
 
 class Pissa(Lora):

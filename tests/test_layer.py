@@ -10,8 +10,9 @@ from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
 import data
-from badit import Badit, BaditLinear
+from badit import Badit, BaditLinear, StaticLinear
 from decomposition import decompose
+from energy import EnergyLinear
 from grouping import component_gradients, group_components
 from method import Stage
 from registry import BaditSettings
@@ -28,9 +29,15 @@ def linear(seed=0, n=IN, m=OUT, bias=True, dtype=torch.float64):
     return nn.Linear(n, m, bias=bias).to(dtype)
 
 
-def fresh(base, num_experts=K, rank=R, alpha=6, dropout=0.0, top_k=2, **options):
+def fresh(base, num_experts=K, rank=R, alpha=6, dropout=0.0, top_k=2, routing="token",
+          inactive="keep", router_noise=None, svd="exact"):
     """A layer at init; s = alpha / rank = 2 by default."""
-    return BaditLinear(base, num_experts, rank, alpha, dropout, top_k, **options)
+    bank = (base, num_experts, rank, alpha, dropout)
+    if routing == "static":
+        return StaticLinear(*bank, svd)
+    if routing == "energy":
+        return EnergyLinear(*bank, top_k, svd)
+    return BaditLinear(*bank, top_k, inactive, router_noise, svd)
 
 
 @torch.no_grad()
@@ -168,7 +175,7 @@ def health(layer, x):
 
 def regroup(layer, gradients):
     """DOG on one layer, from gradients (N, in + out) -> its line of regroup.jsonl."""
-    regrouper = Regrouper({"layer": layer}, 1, "dog", False, 1)
+    regrouper = Regrouper({"layer": layer}, 1, "dog", 1)
     regrouper.start(Stage("task", ("task",), 1, 2))
     columns = layer.lora_A.shape[1]
     regrouper.sums = {"layer": (gradients[:, :columns], gradients[:, columns:].T)}
@@ -659,7 +666,7 @@ def test_static_routing_reads_no_top_k():
     for settings in (BaditSettings(routing="static", num_experts=2),
                      BaditSettings(routing="static", num_experts=2, top_k=2)):
         layer = Badit(settings).build_layer(linear(92), fresh=True)
-        assert layer.routing == "static" and layer.top_k == 2
+        assert isinstance(layer, StaticLinear) and layer.top_k == 2
 
 
 @pytest.mark.parametrize("routing", ["token", "static"])
@@ -724,3 +731,30 @@ def test_static_regrouping_is_skipped_at_extreme_ratios(alpha, skipped):
     assert (changed(layer, before) == set()) == skipped == bool(line["skipped"])
     assert line["moved"] == (0 if skipped else 12)
     assert (layer(x) - y).abs().max() <= 1e-5 * y.abs().max()
+
+
+# What a grouping can change
+
+
+def mean_gradient(layer, grouping, x, weights, draws=4000):
+    """The bank's gradient under a grouping, mean over draws of the selection noise."""
+    layer.take_grouping(grouping)
+    layer.zero_grad()
+    (layer(x.expand(draws, *x.shape)) * weights).sum().backward()
+    return torch.cat([layer.lora_A.grad.flatten(), layer.lora_B.grad.flatten()]) / draws
+
+
+@pytest.mark.parametrize("routing", ["token", "energy"])
+def test_a_grouping_changes_the_mean_gradient_under_energy_alone(routing):
+    """While alpha is 1 and noise selects, each component learns from k / K of the tokens.
+
+    So two groupings have one expected gradient by token, whatever they group.
+    """
+    base, x, weights = linear(93, 16, 12), randn(94, 40, 16), randn(95, 40, 12)
+    layer = fresh(base, 4, 2, routing=routing).train()
+    first, other = layer.expert_of.clone(), torch.tensor([0, 1, 2, 3, 1, 0, 3, 2])
+    one, again, two = (mean_gradient(layer, grouping, x, weights)
+                       for grouping in (first, first, other))
+    error, difference = (one - again).norm() / one.norm(), (one - two).norm() / one.norm()
+    assert error < 0.05  # Monte Carlo
+    assert difference < 2 * error if routing == "token" else difference > 0.2

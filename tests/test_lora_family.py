@@ -232,7 +232,7 @@ def test_a_restored_pissa_layer_is_not_decomposed_again(monkeypatch):
     saved = {name: tensor.clone() for name, tensor in layer.state_dict().items()
              if name not in layer.base_tensors}
     assert saved.keys() == {"lora_A", "lora_B", "lora_A0", "lora_B0"}
-    monkeypatch.setattr("baselines.pissa.decompose", None)
+    monkeypatch.setattr("decomposition.decompose", None)
     other = PissaLinear(base, R, 6, 0.0, svd=None)
     other.restore(saved)
     assert torch.equal(other.residual, layer.residual) and torch.equal(other(x), layer(x))
