@@ -8,14 +8,14 @@ import unicodedata
 
 import regex  # `re` knows neither categories nor scripts
 
-# What differs from the text on the left in typography alone, and counts as that text.
+# Characters that count as the text on the left: they differ in typography alone.
 _FORMS = {
     "'": "\u2018\u2019\u201a\u201b\u02bc",  # curly, low and reversed quotes, letter apostrophe
     '"': "\u201c\u201d\u201e\u201f",
     "-": "\u2010\u2011\u2012\u2013\u2014\u2015\u2212\ufe58\ufe63",  # hyphens, dashes, minus sign
     "..": "\u2025",
     "...": "\u2026",
-    # Not to be seen: soft hyphen, zero width space and no-break space, word joiner, marks of
+    # Invisible: soft hyphen, zero width space and no-break space, word joiner, marks of
     # direction, selectors of plain or coloured emoji. Tatweel only makes a word longer.
     "": "\u00ad\u200b\ufeff\u2060\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e"
         "\u2066\u2067\u2068\u2069\ufe0e\ufe0f\u0640",
@@ -49,7 +49,7 @@ _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def rouge_l(prediction, reference):
-    """Rouge-L F1 over words of any script, with Porter stemming of English ones, 0 to 100.
+    """Return Rouge-L F1 over words of any script, English ones Porter-stemmed, 0 to 100.
 
     Two texts without any word, such as "+" and "-", are compared whole, as `exact_match` does.
     """
@@ -73,19 +73,19 @@ def _rouge():
 
 
 def _words(text):
-    """Runs of letters and digits with their marks; in scripts without spaces each letter."""
+    """Return runs of letters and digits; in scripts without spaces, single letters."""
     return _WORD.findall(_in_one_form(text))
 
 
 def _in_one_form(text):
-    """Text with one form of all that is the same but for Unicode form, case or typography."""
+    """Return text without differences of Unicode form, case and typography."""
     # Case is folded between both normal forms, since folding composed letters misses some pairs.
     text = unicodedata.normalize("NFD", text).casefold().translate(_TO_ONE_FORM)
     return " ".join(unicodedata.normalize("NFC", text).split())
 
 
 def exact_match(prediction, reference):
-    """100.0 if both texts are the same but for case, typography and punctuation at the ends.
+    """Return 100.0 if the texts differ only in case, typography and punctuation at the ends.
 
     Punctuation that is all of a text, and any within it, counts; so do symbols everywhere: "-1" is
     not "1", "1.5" not "15", "C#" not "C++", "." not "".
@@ -99,10 +99,10 @@ def _bare(text):
 
 
 def exact_match_paper(prediction, reference):
-    """The released scripts' rule: 100.0 if both are equal in lower case, without punctuation.
+    """Return 100.0 if both are equal in lower case without ASCII punctuation, else 0.0.
 
-    Without any ASCII punctuation, that is, and with white space folded. It takes "+" for "-",
-    "1.5" for "15" and "C#" for "C++".
+    This is the rule of the released scripts. It takes "+" for "-", "1.5" for "15" and "C#" for
+    "C++".
     """
     return 100.0 if _without_punctuation(prediction) == _without_punctuation(reference) else 0.0
 
@@ -117,29 +117,29 @@ _COUNTED = {"rouge_l": _words, "accuracy": _bare}
 
 
 def counts_anything(reference, metric):
-    """Whether a reference holds what a metric counts: words for rouge_l, anything for accuracy.
+    """Return whether a reference holds what a metric counts: words for rouge_l, else anything.
 
-    Where it does not, its score is 100 or 0 by equality. Raises ValueError for an unknown metric.
+    If not, its score is 100 or 0 by equality. Raises ValueError for an unknown metric.
     """
     scorer(metric)
     return bool(_COUNTED[metric](reference))
 
 
 def scorer(metric, scorers=SCORERS):
-    """The function behind a metric's name. Raises ValueError for an unknown name."""
+    """Return the function of a metric's name. Raises ValueError for an unknown name."""
     if metric not in scorers:
         raise ValueError(f"metric {metric!r} is unknown; allowed: {', '.join(scorers)}")
     return scorers[metric]
 
 
 def score(prediction, references, metric, scorers=SCORERS):
-    """Score against the best and against the first of several references, 0 to 100."""
+    """Return the scores against the best and the first of several references, 0 to 100."""
     scores = [scorer(metric, scorers)(prediction, reference) for reference in references]
     return {"best": max(scores), "first": scores[0]}
 
 
 def as_evaluate_metric(metric):
-    """The same scores as an `evaluate.Metric` (whose `load` would need a hub).
+    """Return the same scores as an `evaluate.Metric`; `evaluate.load` would need a hub.
 
     compute(predictions=[...], references=[[...], ...]) -> {"best": mean, "first": mean}.
     """
@@ -175,7 +175,7 @@ BACKWARD = "Backward: change after later tasks; below zero means forgetting, for
 
 
 def mean(values):
-    """Arithmetic mean, or None where there is no value or one is missing (None)."""
+    """Return the arithmetic mean, or None if there is no value or one is None."""
     values = list(values)
     if not values or any(value is None for value in values):
         return None
@@ -244,7 +244,7 @@ def loss_metrics(loss_matrix, order, single_task_losses, without=()):
 
 
 def paper_metrics(score_matrix, order):
-    """Backward and Forget Rate as the released scripts compute them, for sequential training.
+    """Compute Backward and Forget Rate as the released scripts do, for sequential training.
 
     Backward is divided by T, the maximum of Forget Rate is over all rows before the last, also
     those before the task was trained. None where a score is missing, and under mixed training.
@@ -271,14 +271,14 @@ def headline(types):
 
 
 def named_metrics(results):
-    """(name, value or None) of the metrics over tasks of a results.json, named by what they are."""
+    """Yield (name, value or None) of the metrics over tasks of a results.json."""
     types = [task["metric"] for task in results["tasks"].values()]
     for name, value in results["metrics"].items():
         yield headline(types) if name == "rouge" else name, value
 
 
 def score_table(results):
-    """Lines: scores per task, before (if evaluated) and after training, then the metrics.
+    """Yield lines: scores of each task before (if evaluated) and after training, and the metrics.
 
     `results` is the content of a results.json.
     """

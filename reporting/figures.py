@@ -24,7 +24,7 @@ COLOURS = [*plt.get_cmap("tab10").colors, *plt.get_cmap("Dark2").colors]
 
 
 def grid(panels, width=5.5, height=3.8, columns=3):
-    """A figure with so many axes, as a list; what is left of the last row is empty."""
+    """Return (figure, its axes as a list); unused places of the last row stay empty."""
     columns = min(columns, panels)
     rows = math.ceil(panels / columns)
     figure, axes = plt.subplots(rows, columns, figsize=(width * columns, height * rows),
@@ -45,7 +45,7 @@ def save(figure, path, types):
 
 
 def running_mean(values, window):
-    """(steps from 1, means) over windows that end there."""
+    """Return (steps, means): the mean of the `window` values that end at each step, from 1."""
     window = min(window, len(values))
     means = np.convolve(values, np.ones(window) / window, mode="valid")
     return np.arange(window, len(values) + 1), means
@@ -55,7 +55,7 @@ def running_mean(values, window):
 
 
 def draw_loss(axes, log):
-    """Loss per optimizer step, with its running mean; stages follow one another."""
+    """Draw the loss of each optimizer step and its running mean, over all stages."""
     loss = np.array([record["loss"] for record in log])
     axes.plot(np.arange(1, len(loss) + 1), loss, color="tab:blue", alpha=0.3, label="each step")
     axes.plot(*running_mean(loss, SMOOTHING), color="tab:blue",
@@ -66,7 +66,7 @@ def draw_loss(axes, log):
 
 
 def draw_angles(axes, regroupings):
-    """Mean angles between and inside experts, before and after every regrouping."""
+    """Draw the mean angles between and inside experts, before and after every regrouping."""
     for angle, color in (("inter", "tab:green"), ("intra", "tab:red")):
         points = [(index + shift, event[f"{angle}_{moment}"])
                   for index, event in enumerate(regroupings, start=1)
@@ -83,7 +83,7 @@ def draw_angles(axes, regroupings):
 
 
 def run_figure(results, log):
-    """Loss and angles of one run."""
+    """Draw the loss of one run and, if it has experts, its angles."""
     panels = 2 if results["regroupings"] else 1
     figure, axes = grid(panels, width=6, height=4)
     draw_loss(axes[0], log)
@@ -97,7 +97,7 @@ def run_figure(results, log):
 
 
 def matrix_figure(matrix, order, rows, title):
-    """A score matrix as a heatmap: rows are stages, columns tasks; None stays white."""
+    """Draw a score matrix as a heatmap: rows are stages, columns tasks; None stays white."""
     values = np.array([[np.nan if value is None else value for value in row] for row in matrix])
     size = len(order)
     figure, axes = plt.subplots(figsize=(2.2 + 0.52 * size, 1.6 + 0.42 * len(rows)),
@@ -116,7 +116,7 @@ def matrix_figure(matrix, order, rows, title):
 
 
 def layer_heatmap(axes, events, layers, value, title, **limits):
-    """One number per layer (row) and regrouping (column). `value(record)` may be None."""
+    """Draw one number per layer (row) and regrouping (column). `value(record)` may be None."""
     table = np.full((len(layers), len(events)), np.nan)
     for column, records in enumerate(events):
         for record in records:
@@ -136,7 +136,7 @@ def largest_share(record):
 
 
 def layers_figure(regroupings):
-    """Angles, drift and router health of every layer over time, from regroup.jsonl."""
+    """Draw angles, moves and routing weights of every layer over time, from regroup.jsonl."""
     by_moment = defaultdict(list)
     for record in regroupings:
         by_moment[record["stage"], record["step"]].append(record)
@@ -160,7 +160,7 @@ def layers_figure(regroupings):
 
 
 def panelled(records, wanted, each=1):
-    """A figure, and of each panel (axes, title, [(variant, runs, colour)]); None where it is empty.
+    """Return (figure, [(axes, title, [(variant, runs, colour)])]), (None, []) if it is empty.
 
     A panel is a model in a setting, with `each` axes side by side; only runs for which
     `wanted(run)` holds are in it. A variant has the same colour in all panels.
@@ -179,7 +179,7 @@ def panelled(records, wanted, each=1):
 
 
 def learning_curves(records):
-    """Smoothed loss of every method, mean over seeds; None where nothing was trained."""
+    """Draw the smoothed loss of every method, mean over seeds; None if nothing was trained."""
     figure, panels = panelled(records, lambda run: bool(run.log))
     for (place,), title, variants in panels:
         for variant, runs, colour in variants:
@@ -200,7 +200,7 @@ def has_regroupings(run):
 
 
 def series(runs, key):
-    """The means over seeds of one number of results.json's regroupings, with their numbers."""
+    """Return (1, 2, ..., means over seeds of one number of each regrouping)."""
     events = [run.results["regroupings"] for run in runs]
     values = [metrics.mean(event[i][key] for event in events)
               for i in range(min(map(len, events)))]
@@ -217,7 +217,7 @@ def label_regroupings(place, title, ylabel, legend="best"):
 
 
 def noise_level(runs):
-    """The angle inside experts after a regrouping by noise, or None where it is not known."""
+    """Return the angle inside experts after a regrouping by noise, or None if it is unknown."""
     settings = runs[0].results["settings"]
     if [settings[key] for key in ("num_experts", "rank", "target_modules")] == [
             8, 4, ["gate_proj"]]:
@@ -225,7 +225,7 @@ def noise_level(runs):
 
 
 def angles(records):
-    """Fig. 4 and 11: angles between and inside experts over training.
+    """Draw Fig. 4 and 11: angles between and inside experts over training.
 
     Before a regrouping they are of new gradients under the grouping that was chosen earlier; after
     it, of the very gradients that chose the grouping.
@@ -252,7 +252,7 @@ def angles(records):
 
 
 def router_health(records):
-    """Entropy (1: equal weights) and largest value of the routing weights over training."""
+    """Draw the entropy (1: equal weights) and the largest of the routing weights over training."""
     figure, panels = panelled(records, has_regroupings, each=2)
     for (left, right), title, variants in panels:
         for variant, runs, colour in variants:
@@ -270,7 +270,7 @@ def router_health(records):
 
 
 def parameters_and_scores(records):
-    """Trained weights against the score after all training, mean over seeds."""
+    """Draw the number of trained weights against the score after all training."""
     figure, panels = panelled(records, lambda run: run.setting != "eval")
     for (place,), title, variants in panels:
         for variant, runs, colour in variants:
@@ -322,7 +322,7 @@ def losses(records):
 
 
 def sensitivity(records):
-    """Fig. 12: BADIT's score against K (r = 4) and against r (K = 8)."""
+    """Draw Fig. 12: BADIT's score against K (r = 4) and against r (K = 8)."""
     wanted = [VARIANTS[name] for name in SENSITIVITY]
     points = defaultdict(list)
     for (model, variant, setting), runs in group_runs(records).items():
@@ -353,7 +353,7 @@ def sensitivity(records):
 
 
 def matrices(records):
-    """Tables 6 to 9: (name, heatmap) of the first seed's sequential runs, one after the other."""
+    """Yield (name, figure) of Tables 6 to 9: the score matrices of the first seed."""
     for (model, variant, setting), runs in group_runs(records).items():
         for run in runs[:1] if setting == "sequential" else ():
             name = f"matrix-{label(variant).replace(' ', '')}-{model}-seed{run.seed}"
@@ -363,7 +363,7 @@ def matrices(records):
 
 
 def of_study(records):
-    """(name, figure) of every figure for which there is a run, one after the other."""
+    """Yield (name, figure) of every figure for which there is a run."""
     for name, draw in (("learning_curves", learning_curves), ("angles", angles),
                        ("router_health", router_health), ("losses", losses),
                        ("parameters", parameters_and_scores),

@@ -1,4 +1,4 @@
-"""One run as one HTML file that needs nothing else: figures are inside it, no network."""
+"""Write one run as one HTML file with its figures inside."""
 
 import base64
 import io
@@ -14,10 +14,10 @@ PROMPT_END = 600  # characters of a prompt that are shown
 
 
 def render(record, answers, regroupings):
-    """The whole page.
+    """Return the page as HTML.
 
     `answers` are the predictions after all training, `regroupings` the lines of regroup.jsonl;
-    [] where there are none.
+    both may be [].
     """
     results = record.results
     pictures = {}
@@ -43,14 +43,14 @@ def render(record, answers, regroupings):
 
 
 def shown(value):
-    """What stands in a table for a value."""
+    """Return a value as text for a table."""
     if value is None:
         return ""
     return f"{value:.2f}" if isinstance(value, float) else str(value)
 
 
 def image(figure):
-    """The figure as base64 of a PNG; it is closed."""
+    """Return the figure as a PNG in base64, and close it."""
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=110)
     plt.close(figure)
@@ -58,7 +58,7 @@ def image(figure):
 
 
 def scores(record):
-    """Scores per task against both references, and their means."""
+    """Yield the scores of each task against both references, and their means."""
     results, final = record.results, {key: record.final(key) for key in ("best", "first")}
     before = results["scores"]["best"][0] if results["args"]["eval_before"] else None
     for i, task in enumerate(record.order):
@@ -70,7 +70,7 @@ def scores(record):
 
 
 def examples(record, answers):
-    """For every task its best and its worst answer, the first where several are equal."""
+    """Yield the best and the worst answer of each task, the first among equals."""
     for task in record.order:
         metric = record.results["tasks"][task]["metric"]
         mine = [answer | {"metric": metric, "score": answer["scores"][metric]["best"],
@@ -85,7 +85,7 @@ def examples(record, answers):
 
 
 def made_with(results):
-    """Versions, checksums, numbers of weights and seconds."""
+    """Yield versions, checksums, numbers of weights and seconds."""
     yield from sorted(results["versions"].items())
     for key in ("precision", "processes", "global_batch_size", "base_sha256", "code_sha256"):
         yield key, results[key]

@@ -19,12 +19,12 @@ ABLATIONS = ("badit", "badit --no_bad", "badit --no_dog", "badit --no_bad --no_d
 OLORA = ("`olora` is O-LoRA (Wang et al. 2023), which the paper cites. In mixed training O-LoRA is "
          "LoRA, but the paper's OLoRA and LoRA rows differ there, so it cannot have run O-LoRA. "
          "Its row is set beside OLoRA (arXiv 2406.01775), here `olora_qr`.")
-# What pandas leaves as it is, and LaTeX would not show, or as something else.
+# Characters that pandas does not escape and LaTeX shows wrongly.
 SYMBOLS = {"±": r"$\pm$", "Δ": r"$\Delta$", "--": "-{}-"}
 
 
 class Score(NamedTuple):
-    """One number per seed, and the paper's mean where there is one."""
+    """One number per seed, and the paper's mean if it reports one."""
 
     values: tuple
     paper: float | None = None
@@ -36,11 +36,11 @@ class Score(NamedTuple):
 
     @property
     def std(self):
-        """Sample standard deviation over seeds."""
+        """The sample standard deviation over seeds."""
         return statistics.stdev(self.values) if len(self.values) > 1 else None
 
     def text(self):
-        """mean ± std [the paper's mean, difference]; empty where nothing was measured."""
+        """Return "mean ± std [the paper's mean, difference]", "" if nothing was measured."""
         if not self.values:
             return ""
         text = f"{self.mean:.{self.digits}f}"
@@ -52,7 +52,7 @@ class Score(NamedTuple):
         return text
 
     def numbers(self):
-        """All of it by name; None where there is none."""
+        """Return {name: number or None} of everything it holds."""
         mean = self.mean
         paper = self.paper if self.values else None
         return {"mean": mean, "std": self.std, "n": len(self.values), "paper": paper,
@@ -60,7 +60,7 @@ class Score(NamedTuple):
 
 
 class Table(NamedTuple):
-    """`rows` of strings and Scores under `header`; `name` is that of its files."""
+    """Rows of strings and Scores under a header; its files are called `name`."""
 
     name: str
     title: str
@@ -86,7 +86,7 @@ class Table(NamedTuple):
         return f"% {self.title}. {self.note}\n{body}"
 
     def csv(self):
-        """Numbers in columns of their own, with all digits; empty where there is none."""
+        """Return CSV with all digits and a column for each number of a Score."""
         columns = [pd.DataFrame([score.numbers() for score in parts]).add_prefix(f"{title} ")
                    if isinstance(parts[0], Score) else pd.Series(parts, name=title)
                    for title, parts in zip(self.header, zip(*self.rows, strict=True), strict=True)]
@@ -97,7 +97,7 @@ class Table(NamedTuple):
 
 
 def all_tables(records):
-    """Every table for which there is a run."""
+    """Return every table for which there is a run."""
     paper = json.loads(PAPER.read_text(encoding="utf-8"))
     made = [table1(records, paper), table2(records, paper), table3(records, paper),
             losses(records), regroupings(records), categories(records), references(records),
@@ -106,7 +106,7 @@ def all_tables(records):
 
 
 def paper_figure(paper, table, model, variant, column, runs):
-    """The paper's mean, where the runs are on all of its tasks; else None."""
+    """Return the paper's mean if the runs are on all of its tasks, else None."""
     if not runs or set(runs[0].order) != set(SUPERNI):
         return None
     entry = paper[table]["rows"].get(model, {}).get(variant, {}).get(column)
@@ -114,7 +114,7 @@ def paper_figure(paper, table, model, variant, column, runs):
 
 
 def beside_paper(records, paper, table, model, variant, columns):
-    """A Score for each of the columns, such as "mixed/rouge"."""
+    """Return a Score for each column, such as "mixed/rouge"."""
     groups, made = group_runs(records), []
     for column in columns:
         setting, _, metric = column.partition("/")
@@ -131,7 +131,7 @@ def score_name(records):
 
 
 def variants(records):
-    """{(model, variant): {setting: runs}}, in a fixed order."""
+    """Return {(model, variant): {setting: runs}}, in a fixed order."""
     found = {}
     for (model, variant, setting), runs in group_runs(records).items():
         found.setdefault((model, variant), {})[setting] = runs
@@ -225,7 +225,7 @@ def training_seconds(run):
 
 
 def by_setting(records, columns, digits=2):
-    """(header, rows) of a column for each number, {title: its function of a run, or None}."""
+    """Return (header, rows) with a column for each {title: function of a run, or None}."""
     rows = []
     for (model, variant, setting), runs in group_runs(records).items():
         values = ([number(run) for run in runs] for number in columns.values())
