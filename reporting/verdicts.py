@@ -17,8 +17,8 @@ from reporting.runs import SMALLEST, forgets, group_runs, label
 RESAMPLES = 10_000
 LEVEL = 0.95
 ENOUGH = 6  # with fewer seeds no test over seeds can give p < 0.05, and the interval is too narrow
-BASELINES = ("lora-matched", "pissa-matched", "lora", "pissa", "olora", "olora_qr", "loramoe",
-             "gainlora")
+BASELINES = ("lora-matched", "pissa-matched", "olora_qr-matched", "lora", "pissa", "olora",
+             "olora_qr", "loramoe", "gainlora")
 
 
 class Claim(NamedTuple):

@@ -22,6 +22,7 @@ case $form in
     flags=(--max_train_per_task 64 --max_eval_per_task 25 --epochs 1 --max_length 256) ;;
   instrument) data=("${six[@]}") often=([mixed]=10 [sequential]=10)
     others=(olora olora_qr-matched gainlora badit-no_bad badit-static half)
+    # the rate of the paper; `scripts/tune.sh instrument` finds others
     for method in lora-matched pissa-matched loramoe badit "${others[@]}"; do rates[$method]=2e-4; done
     flags=(--max_train_per_task 200 --max_eval_per_task 50 --epochs 2 --max_length 256) ;;
   *) echo "error: form '$form' is unknown; allowed: mini, superni, instrument" >&2; exit 2 ;;
