@@ -81,17 +81,25 @@ def build_parser():
     return parser
 
 
-def make(args):
-    """Read the runs of a study, and write what the flags ask for."""
+def collect(args, paths):
+    """Return what runs.collect does, and name on stderr what is left out."""
     free = [*args.allow_other, *([runs.RATE] if args.tuning else [])]
-    if args.readme:
-        from reporting import readme  # not above: numpy takes a second to load
-        readme.update(args.readme, {path: runs.collect([path], free)[0] for path in args.runs})
-        print(one_line(f"table of {len(args.runs)} studies: {args.readme}"))
-        return
-    records, left_out = runs.collect(args.runs, free)
+    records, left_out = runs.collect(paths, free)
     for folder, reason in left_out:
         print(one_line(f"left out: {folder}: {reason}"), file=sys.stderr)
+    return records, left_out
+
+
+def write_readme(args):
+    """Write the table of claims, each path a study, into the file --readme."""
+    from reporting import readme  # not above: numpy takes a second to load
+    readme.update(args.readme, {path: collect(args, [path])[0] for path in args.runs})
+    print(one_line(f"table of {len(args.runs)} studies: {args.readme}"))
+
+
+def write_study(args):
+    """Write the report, the file or the folders of a study."""
+    records, left_out = collect(args, args.runs)
     if args.export:
         runs.write_records(records, args.export)
         print(one_line(f"{len(records)} records in {args.export}"))
@@ -110,8 +118,13 @@ def main(argv=None):
         if args.export and not runs.is_records_name(args.export):
             raise InputError(f"--export {args.export}: the name of the file must end with "
                              ".jsonl.gz")
-        if args.out or args.export or args.unpack or args.readme:
-            make(args)
+        outputs = args.out or args.export or args.unpack
+        if args.readme and (outputs or args.tuning):
+            raise InputError("--readme takes no --out, --export, --unpack or --tuning")
+        if args.readme:
+            write_readme(args)
+        elif outputs:
+            write_study(args)
         elif args.tuning or args.allow_other:
             raise InputError("--tuning and --allow_other need --out DIR, --export FILE, --unpack "
                              "DIR or --readme FILE")

@@ -213,6 +213,7 @@ def test_bad_input_is_one_line(folder, tmp_path, capsys):
     assert "several runs" in refused(capsys, folder)
     assert "--out DIR" in refused(capsys, folder / "zero_shot", folder / "lora-mixed-1")
     assert "--out" in refused(capsys, folder / "zero_shot", "--allow_other", "code")
+    assert "--readme takes no --out" in refused(capsys, folder, *out, "--readme", "x")
     assert "'speed'" in refused(capsys, folder, *out, "--allow_other", "speed")
     assert "incomplete" in refused(capsys, tmp_path / "begun" / "run")
     assert not (tmp_path / "out").exists()
