@@ -170,7 +170,7 @@ class BankLinear(nn.Module):
 
     @torch.no_grad()
     def constant_update(self, mixing):
-        """Return A (N, in) and B M (out, N) in float64, where M h = `mixing` h replaces c * h."""
+        """Return A (N, in) and B M (out, N) in float64; M = `mixing` (N, N): M h replaces c * h."""
         return self.lora_A.double(), self.lora_B.double() @ mixing
 
     def active_parameters(self):

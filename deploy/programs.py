@@ -12,7 +12,7 @@ from harness.adapter_config import ADAPTER_CONFIG, read_adapter_config
 from harness.arguments import refuse_odd_words
 from harness.early import print_anything
 from harness.signals import StopSignals
-from inputs.errors import InputError, Interrupted, error_lines, one_line
+from inputs.errors import InputError, error_lines
 from inputs.settings import Flag, Parser, add_flags
 from registry import MODELS
 
@@ -61,6 +61,6 @@ def carry_out(argv, read_flags, execute):
     except (InputError, OSError) as error:
         print(error_lines(error), file=sys.stderr)
         return 2
-    except (KeyboardInterrupt, Interrupted):
-        print(one_line("stopped"), file=sys.stderr)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
         return 130
