@@ -344,7 +344,7 @@ def conflict_layers(result):
         place.set(xlabel="adapted layer", ylabel="share of pairs", ylim=(0, 1),
                   xlim=(0, max(1, len(shares) - 1)), title=adapter["name"])
         place.xaxis.get_major_locator().set_params(integer=True)
-        place.legend(fontsize=8, loc="lower right")
+    figure.legend(*axes[0].get_legend_handles_labels(), ncols=3, loc="outside lower center")
     return figure
 
 
@@ -365,7 +365,7 @@ def lookahead(result):
         place.set_title(f"{adapter['name']} (loss {adapter['loss']:.2f}): a step improves its own "
                         f"task\nin {found['improved']} of {found['tasks']} cases", fontsize=9)
     figure.colorbar(drawn, ax=axes, shrink=0.7,
-                    label="gain relative to the gain of the step's task (red: loss rises)")
+                    label="gain / gain of the step's task (red: loss rises)")
     return figure
 
 
