@@ -1,4 +1,4 @@
-"""The scorers on texts of any script and of symbols, against naive versions of their rules."""
+"""The scorers on any script and on symbols, against naive versions of their rules."""
 
 import itertools
 import json
@@ -17,7 +17,7 @@ import metrics
 
 ROOT = Path(metrics.__file__).parent
 SHARED = ROOT.parent / "shared"
-SUPERNI, LONG_SEQUENCE = SHARED / "data" / "SuperNI", SHARED / "data" / "Long_Sequence"
+SUPERNI = SHARED / "data" / "SuperNI"
 needs_data = pytest.mark.skipif(not SUPERNI.is_dir(), reason="needs ../shared/data/SuperNI")
 # The labels of the accuracy tasks of SuperNI.
 LABELS = {"task363_sst2_polarity_classification": ("POS", "NEG"),
@@ -123,7 +123,7 @@ texts = st.text(st.sampled_from(STOPS + QUOTES + OPENING + CLOSING + OTHERS), ma
 @drawn
 @given(texts, texts)
 def test_exact_match_against_naive_loops(one, other):
-    """Both texts as drawn; and one with its naive form, of which the match must be full."""
+    """Two texts as drawn, and a text with its naive form, which must match."""
     expected = 100.0 if naive_bare(one) == naive_bare(other) else 0.0
     assert metrics.exact_match(one, other) == expected
     assert metrics.exact_match(one, naive_bare(one)) == 100.0
@@ -132,8 +132,9 @@ def test_exact_match_against_naive_loops(one, other):
 @drawn
 @given(st.text(max_size=12), st.text(max_size=12))
 def test_exact_match_is_symmetric(one, other):
-    """And every text equals itself, in each of Unicode's canonical forms."""
+    """And every text equals itself, in each of Unicode's canonical forms, under both metrics."""
     assert metrics.exact_match(one, other) == metrics.exact_match(other, one)
+    assert metrics.rouge_l(one, one) == 100.0
     for form in ("NFC", "NFD"):
         assert metrics.exact_match(one, unicodedata.normalize(form, one)) == 100.0
 
@@ -141,7 +142,7 @@ def test_exact_match_is_symmetric(one, other):
 @drawn
 @given(st.one_of(texts, st.text(max_size=12)))
 def test_normalisation_is_idempotent(text):
-    """What was taken for the same text stays as it is when it is normalised again."""
+    """A normalised text does not change when it is normalised again."""
     for normalise in (metrics._in_one_form, metrics._bare):
         assert normalise(normalise(text)) == normalise(text)
 
@@ -153,7 +154,7 @@ def test_normalisation_is_idempotent_for_every_character():
     assert changed == []
 
 
-def test_content_is_nothing_to_strip():
+def test_only_punctuation_is_stripped():
     """Of ASCII, only sentence punctuation, quotes and brackets come off the ends."""
     stripped = {char for char in string.punctuation
                 if metrics.exact_match(f"a{char}", "a") or metrics.exact_match(f"{char}a", "a")}
@@ -167,7 +168,7 @@ def test_long_runs_of_punctuation_take_no_time():
 
 
 @pytest.mark.parametrize("labels", LABELS.values(), ids=LABELS)
-def test_accuracy_of_superni_is_that_of_the_released_rule(labels):
+def test_superni_labels_score_as_under_the_released_rule(labels):
     """Its labels, in the decorations that models give them, score as they always did."""
     before = ("", '"', "'", "(", " ", ". ", ": ", "\n", "...", "[")
     after = ("", ".", '"', "'", '."', '".', ")", "!", "?", ",", ";", ":", " ", "\n", "...", " .")
@@ -179,45 +180,20 @@ def test_accuracy_of_superni_is_that_of_the_released_rule(labels):
                     == metrics.exact_match_paper(prediction, label)), (prediction, label)
 
 
-@needs_data
-def test_the_labels_are_those_of_the_data():
-    """All splits hold the labels above and no others."""
-    for task, labels in LABELS.items():
-        found = {each for split in ("train", "dev", "test")
-                 for each in references_of(SUPERNI / task / f"{split}.json")}
-        assert found == set(labels)
-
-
 # The rule of the released scripts
 
 
-@pytest.mark.parametrize(
-    "prediction, reference, expected",
-    [
-        ("pos", "POS", 100.0),
-        (" Pos.\n", "POS", 100.0),
-        ('"POS"', "POS", 100.0),
-        ("well-known", "wellknown", 100.0),  # punctuation is deleted, not turned into a space
-        ("well-known", "well known", 0.0),
-        ("a\t\n b", "a b", 100.0),
-        ("a - b", "a b", 100.0),  # white space is folded after punctuation is gone
-        ("the cat", "cat", 0.0),  # articles stay
-        ("cats", "cat", 0.0),  # no stemming
-        ("POS NEG", "POS", 0.0),
-        ("+", "-", 100.0),
-        ("1", "-1", 100.0),
-        ("1.5", "15", 100.0),
-        ("C#", "C++", 100.0),
-        ("", "+", 100.0),
-        ("北京。", "北京", 0.0),  # ASCII punctuation alone
-        ("", "POS", 0.0),
-        ("", "", 100.0),
-    ],
-)
+@pytest.mark.parametrize("prediction, reference, expected", [
+    (' "Pos."\n', "POS", 100.0), ("POS NEG", "POS", 0.0), ("", "POS", 0.0), ("", "", 100.0),
+    ("well-known", "wellknown", 100.0), ("well-known", "well known", 0.0),  # deleted, no space
+    ("a - b", "a b", 100.0),  # white space is folded after punctuation is gone
+    ("the cat", "cat", 0.0), ("cats", "cat", 0.0),  # articles stay, no stemming
+    ("+", "-", 100.0), ("1.5", "15", 100.0), ("C#", "C++", 100.0), ("", "+", 100.0),
+    ("北京。", "北京", 0.0),  # ASCII punctuation alone
+])
 def test_exact_match_paper(prediction, reference, expected):
     """Equality in lower case, without punctuation, with white space folded."""
-    value = metrics.exact_match_paper(prediction, reference)
-    assert isinstance(value, float) and value == expected
+    assert metrics.exact_match_paper(prediction, reference) == expected
 
 
 @drawn
@@ -330,7 +306,7 @@ phrases = st.lists(st.one_of(
 
 @drawn
 @given(phrases, phrases)
-def test_rouge_l_of_english_is_that_of_rouge_score(prediction, reference):
+def test_rouge_l_of_english_equals_rouge_score(prediction, reference):
     """To the last bit for ASCII, unless neither side has a word."""
     for pair in ((prediction, reference), (prediction, prediction)):
         if any(map(metrics._words, pair)):
@@ -340,11 +316,10 @@ def test_rouge_l_of_english_is_that_of_rouge_score(prediction, reference):
 
 
 @needs_data
-@pytest.mark.parametrize("split", ["train", "dev", "test"])
-def test_rouge_l_of_the_data_is_that_of_rouge_score(split):
+def test_rouge_l_of_the_data_equals_rouge_score():
     """To the last bit for all ASCII references of SuperNI, each against the next of its task."""
     compared = 0
-    for path in sorted(SUPERNI.glob(f"*/{split}.json")):
+    for path in sorted(SUPERNI.glob("*/test.json")):
         texts = [text for text in dict.fromkeys(references_of(path))
                  if text.isascii() and metrics.counts_anything(text, "rouge_l")]
         for pair in itertools.pairwise(texts):
@@ -353,7 +328,7 @@ def test_rouge_l_of_the_data_is_that_of_rouge_score(split):
     assert compared > 500
 
 
-# What a reference holds, and small suites that once went wrong
+# What a reference holds
 
 
 @pytest.mark.parametrize(
@@ -378,27 +353,6 @@ def test_counts_anything_refuses_an_unknown_metric(metric):
     with pytest.raises(ValueError, match="rouge_l, accuracy"):
         metrics.counts_anything("a", metric)
     assert all(metrics.counts_anything("a", known) for known in metrics.SCORERS)
-
-
-@pytest.mark.skipif(not SHARED.joinpath("cases").is_dir(), reason="needs ../shared/cases")
-@pytest.mark.parametrize("case, metric", [("plusminus", "accuracy"), ("nonlatin", "rouge_l")])
-def test_cases_that_scored_wrong(case, metric):
-    """Each reference scores 100 against itself, and 0 against another label."""
-    found = {each for path in SHARED.glob(f"cases/{case}/*/*.json") for each in references_of(path)}
-    assert found
-    for one, other in itertools.product(found, [*found, "x"]):
-        assert metrics.counts_anything(one, metric)
-        assert metrics.score(one, [other], metric)["best"] == (100.0 if one == other else 0.0)
-
-
-@pytest.mark.skipif(not LONG_SEQUENCE.is_dir(), reason="needs ../shared/data/Long_Sequence")
-def test_references_of_the_data_score_full_against_themselves():
-    """All of both suites, under both metrics, also those without any word."""
-    paths = [*SUPERNI.glob("*/test.json"), *LONG_SEQUENCE.glob("*/test.json")]
-    references = {each for path in paths for each in references_of(path)}
-    assert len(references) > 500
-    for reference, metric in itertools.product(references, metrics.SCORERS):
-        assert metrics.score(reference, [reference], metric)["first"] == 100.0
 
 
 def test_importing_metrics_is_quick():
