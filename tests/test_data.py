@@ -82,18 +82,19 @@ def test_load_suite_from_a_folder(tmp_path, as_path):
     assert suite.tasks["beta"].metric == "rouge_l"
 
 
-@pytest.mark.parametrize("name, keys, metric", [
-    (BY_NUMBER["363"], {}, "accuracy"),
-    (BY_NUMBER["363"], {"Metric": "rouge_l"}, "rouge_l"),
-    (BY_NUMBER["073"], {"Metric": "accuracy"}, "accuracy"),
-    ("task363_other", {}, "rouge_l"),
-    ("my_task875_emotion_classification", {}, "rouge_l"),
-    ("task363_other", {"Metric": "accuracy"}, "accuracy"),
-    ("mine", {"Metric": "rouge_l"}, "rouge_l"),
+@pytest.mark.parametrize("name, keys, category, metric", [
+    (BY_NUMBER["363"], {}, *SUPERNI[BY_NUMBER["363"]]),
+    (BY_NUMBER["363"], {"Metric": "rouge_l"}, "sentiment analysis", "rouge_l"),
+    (BY_NUMBER["073"], {"Metric": "accuracy", "Category": "mine"}, "mine", "accuracy"),
+    (BY_NUMBER["073"], {"Categories": ["Finer"]}, *SUPERNI[BY_NUMBER["073"]]),
+    ("task363_other", {"Categories": ["Toys", "Games"]}, "Toys", "rouge_l"),
+    ("my_task875_emotion_classification", {"Categories": "Toys"}, "Toys", "rouge_l"),
+    ("mine", {"Metric": "accuracy"}, "other", "accuracy"),
 ])
-def test_metric_by_exact_folder_name_or_key(tmp_path, name, keys, metric):
-    """The key; without one a table by exact folder name for SuperNI, else rouge_l."""
-    assert load(write_task(tmp_path / "s", name, **keys)).tasks[name].metric == metric
+def test_metric_and_category(tmp_path, name, keys, category, metric):
+    """What the file says wins; then SuperNI's table, by exact folder name; then the defaults."""
+    task = load(write_task(tmp_path / "s", name, **keys)).tasks[name]
+    assert (task.category, task.metric) == (category, metric)
 
 
 def check_superni_heads(tasks):
@@ -112,15 +113,15 @@ def test_superni_names_carry_metric_and_category(tmp_path):
     check_superni_heads(load(tmp_path / "s").tasks)
 
 
-def test_ids_are_made_where_they_lack(tmp_path):
-    """From the index of the instance, the same every time."""
-    train = [item("a"), item("b", id="kept"), item("c"), item("d")]
-    write_task(tmp_path / "s", "alpha", train, [item("e"), item("f")])
+def test_ids(tmp_path):
+    """A missing one is made of the row's index; a number becomes text, so 1 and "1" are one id."""
+    train = [item("a"), item("b", id="kept"), item("c", id=10**12)]
+    write_task(tmp_path / "s", "alpha", train)
     first, second = (load(tmp_path / "s").tasks["alpha"] for _ in range(2))
-    ids = [row["id"] for row in first.train]
-    assert ids[1] == "kept" and [re.sub(r"\D", "", ids[i]) for i in (0, 2, 3)] == list("023")
-    assert len({row["id"] for row in first.test}) == 2
+    assert [row["id"] for row in first.train] == ["alpha-train-0", "kept", str(10**12)]
     assert (first.train, first.test) == (second.train, second.test)
+    write_task(tmp_path / "s", "alpha", [item("a", id=1), item("b", id="1")])
+    assert "the same id" in complaint(load, tmp_path / "s")
 
 
 def test_mini_suite(tmp_path, monkeypatch):
@@ -187,19 +188,14 @@ def test_select_tasks(numbered, chosen, expected):
     assert numbered.tasks == before
 
 
-@pytest.mark.parametrize("unknown", ["T36", "T3631", "1", "plai", "task363", "task363_", "", "T",
-                                     "T5"])
-def test_select_unknown_task_is_refused(numbered, unknown):
-    """No partial matches, no number of two tasks; the value and every allowed name are named."""
-    message = complaint(data.select_tasks, numbered, ["plain", unknown])
-    assert repr(unknown) in message and all(name in message for name in numbered.tasks)
-
-
-@pytest.mark.parametrize("twice", [["plain", "plain"], ["T363", "363"],
-                                   ["073", "plain", "task073_y"]])
-def test_select_duplicate_task_is_refused(numbered, twice):
-    """One task under one or two names counts once."""
-    assert repr(twice[-1]) in complaint(data.select_tasks, numbered, twice)
+@pytest.mark.parametrize("wrong", ["T36", "T3631", "1", "plai", "task363", "task363_", "", "T",
+                                   "T5", "plain"])
+def test_select_unknown_or_repeated_task_is_refused(numbered, wrong):
+    """No partial matches, no number of two tasks, no task twice; the allowed names are listed."""
+    message = complaint(data.select_tasks, numbered, ["plain", wrong])
+    assert repr(wrong) in message
+    assert wrong == "plain" or all(name in message for name in numbered.tasks)
+    assert "'363'" in complaint(data.select_tasks, numbered, ["T363", "363"])
 
 
 @pytest.mark.parametrize("arrange", [list, sorted, lambda names: list(names)[::-1]])

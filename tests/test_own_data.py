@@ -4,15 +4,14 @@ import json
 
 import pytest
 from conftest import write_json
-from suite_files import DEFINITION, complaint, item, write_task
-from test_data import BOS, CHAT, EOS, FRAME, HEAD, TAIL, byte_tokenizer, encode, load
+from suite_files import complaint, item, write_task
+from test_data import BOS, CHAT, EOS, FRAME, byte_tokenizer, encode, load
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from transformers.utils import chat_template_utils
 
 import data
 from inputs.errors import InputError
-from inputs.suites import SUPERNI
 from inputs.task_files import LAYOUT
 
 KNOWN = "task073_commonsenseqa_answer_generation"
@@ -28,37 +27,11 @@ def described(root, max_length=1000, max_new_tokens=50, suite=None):
 # --- layouts ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("keys, category, metric", [
-    ({}, *SUPERNI[KNOWN]),
-    ({"Metric": "accuracy", "Category": "mine"}, "mine", "accuracy"),
-    ({"Categories": ["Finer"]}, *SUPERNI[KNOWN]),
-])
-def test_what_a_file_says_wins(tmp_path, keys, category, metric):
-    """Over the table of SuperNI's tasks; Categories is of the publishers and finer than that."""
-    task = load(write_task(tmp_path / "s", KNOWN, **keys)).tasks[KNOWN]
-    assert (task.category, task.metric) == (category, metric)
-
-
-@pytest.mark.parametrize("categories", ["Toys", ["Toys"], ["Toys", "Games"]])
-def test_categories_where_nothing_else_is_known(tmp_path, categories):
-    task = load(write_task(tmp_path / "s", "alpha", Categories=categories)).tasks["alpha"]
-    assert task.category == "Toys"
-
-
 def test_metrics_that_are_not_the_papers_are_named(tmp_path):
     write_task(tmp_path / "s", KNOWN, Metric="accuracy")
     write_task(tmp_path / "s", "task363_sst2_polarity_classification")
     (line,) = described(write_task(tmp_path / "s", "mine"))
     assert line.endswith(f": mine rouge_l, {KNOWN} accuracy")
-
-
-def test_whole_numbers_as_ids(tmp_path):
-    """They become text, so 1 and "1" are one id."""
-    rows = [item("a", id=0), item("b", id=10**12)]
-    task = load(write_task(tmp_path / "s", "alpha", rows)).tasks["alpha"]
-    assert [row["id"] for row in task.train] == ["0", str(10**12)]
-    write_task(tmp_path / "s", "alpha", [item("a", id=1), item("b", id="1")])
-    assert "the same id" in complaint(load, tmp_path / "s")
 
 
 def write_lines(file, rows):
@@ -247,9 +220,3 @@ def test_shortened_inputs_and_known_ones_are_counted_by_task(tmp_path):
         "alpha: 2 of 3 test inputs are in its training data too",
         f"beta: input shortened to fit {FRAME + 15} tokens in 1 of 2 training and 1 of 3 test "
         "items"]
-
-
-def test_an_empty_definition_leaves_the_frame_alone(tmp_path):
-    root = write_task(tmp_path / "s", "alpha", [item("a")], Definition=[])
-    row = encode(root, byte_tokenizer()).test["alpha"][0]
-    assert row["prompt"] == HEAD.removeprefix(f"{DEFINITION}\n\n") + "sea" + TAIL
