@@ -3,18 +3,19 @@
 from dataclasses import asdict
 from pathlib import Path
 
-import torch
-
-from harness.adapter_config import ADAPTER_CONFIG, ADAPTER_FORMATS, NOT_OF_PEFT, read_adapter_config
+from harness.adapter_config import (
+    ADAPTER_CONFIG,
+    ADAPTER_FORMATS,
+    NOT_OF_PEFT,
+    WEIGHTS_FILE,
+    read_adapter_config,
+)
 from inputs.errors import InputError
 from inputs.files import atomic_path, write_json
-from inputs.tensors import read_tensors, write_tensors
+from inputs.tensors import check_tensors, read_tensors, write_tensors
 from method import fingerprint, method_of
 from quantized import quantise
 from registry import method_class
-
-WEIGHTS_FILE = "adapter_model.safetensors"
-FLOATS = {torch.float16, torch.bfloat16, torch.float32, torch.float64}  # taken one for another
 
 
 def save(model, path):
@@ -64,19 +65,3 @@ def restore(method, state):
     method.grow(state)
     check_tensors(state, method.state_dict(), "the adapter")
     method.load_state_dict(state)
-
-
-def check_tensors(state, expected, what):
-    """Raise InputError unless `state` is finite and has `expected`'s keys, shapes and types."""
-    missing, extra = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
-    if missing or extra:
-        raise InputError(f"{what} does not fit this model: {len(missing)} tensors are missing "
-                         f"{missing[:2]}, {len(extra)} are unknown {extra[:2]}")
-    for key, tensor in state.items():
-        want = expected[key]
-        kinds = FLOATS if want.is_floating_point() else {want.dtype}
-        if tensor.shape != want.shape or tensor.dtype not in kinds:
-            raise InputError(f"{what} does not fit this model: {key} is {tensor.dtype} "
-                             f"{list(tensor.shape)}, expected {want.dtype} {list(want.shape)}")
-        if not torch.isfinite(tensor.to(want.dtype)).all():
-            raise InputError(f"{what} is damaged: {key} holds a non-finite number")

@@ -86,19 +86,10 @@ def select_tasks(suite, names):
         unread=tuple(file for file in suite.unread if file.partition("/")[0] in resolved))
 
 
-def cut(suite, max_train, max_test, sample_seed=None):
-    """The suite with the first so many rows of each task; None for all.
-
-    With `sample_seed` the training rows are drawn by it in place of the first; their order stays.
-    """
-
-    def chosen(task):
-        if sample_seed is None or max_train is None or max_train >= len(task.train):
-            return task.train[:max_train]
-        draw = random.Random(stable_seed("sample", sample_seed, task.name))
-        return [task.train[row] for row in sorted(draw.sample(range(len(task.train)), max_train))]
-
-    return suite._replace(tasks={name: task._replace(train=chosen(task), test=task.test[:max_test])
+def cut(suite, max_train, max_test):
+    """Return the suite with the first so many rows of each task; None for all."""
+    return suite._replace(tasks={name: task._replace(train=task.train[:max_train],
+                                                     test=task.test[:max_test])
                                  for name, task in suite.tasks.items()})
 
 

@@ -1,67 +1,68 @@
-"""Evaluation: batched greedy generation, losses, predictions on disk, and scores per task."""
+"""Evaluate a model: batched greedy generation, losses, predictions on disk, scores per task."""
 
 import json
 import os
 from collections import defaultdict
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from accelerate.utils import gather_object
+from tqdm import tqdm
 from transformers import LogitsProcessor
 
 from data import Framer, collate, pad_left
-from harness.recorder import stream
-from inputs.bars import Bar
 from inputs.errors import InputError, Interrupted, library_errors
 from inputs.files import atomic_path
 from metrics import SCORERS, mean, score
 
-BRIEF = 6  # words: tasks whose answers have fewer on average are generated apart
-FILLED = 0.6  # of a batch's longest prompt: a shorter one opens a new batch
+BRIEF = 6  # words; tasks with shorter answers on average are batched separately
+FILLED = 0.6  # a prompt shorter than this share of a batch's longest starts a new batch
 
 
 def make_batches(rows, size):
-    """All row numbers, in lists of at most `size`: this decides the speed, never a prediction.
+    """Return all row numbers in lists of at most `size`. Batching affects speed only.
 
-    Prompts of similar length go together, the longest first, as padding costs; and tasks with brief
-    answers go apart, as a batch generates until its last answer has ended.
+    Prompts of similar length go together, the longest first, to save padding. Tasks with brief
+    answers are batched separately, as a batch generates until its last answer ends.
     """
     words = defaultdict(list)
     for row in rows:
         words[row["task"]].append(len(row["references"][0].split()))
     brief = {task for task, counts in words.items() if mean(counts) < BRIEF}
-    batches, batch, kind, longest = [], [], None, 0
+    batches, batch, batch_is_brief, longest = [], [], None, 0
     for index in sorted(range(len(rows)), key=lambda index: (
             rows[index]["task"] in brief, -len(rows[index]["input_ids"]))):
-        now, length = rows[index]["task"] in brief, len(rows[index]["input_ids"])
-        if not batch or len(batch) == size or now != kind or length < FILLED * longest:
-            batch, kind, longest = [], now, length
+        is_brief, length = rows[index]["task"] in brief, len(rows[index]["input_ids"])
+        if (not batch or len(batch) == size or is_brief != batch_is_brief
+                or length < FILLED * longest):
+            batch, batch_is_brief, longest = [], is_brief, length
             batches.append(batch)
         batch.append(index)
     return batches
 
 
 class Extremes(LogitsProcessor):
-    """Keeps the extreme logits of every step, which it leaves as they are."""
+    """Record the smallest and largest logit of every step, unchanged."""
 
     def __init__(self):
         self.seen = []
 
     def __call__(self, input_ids, scores):
-        self.seen += torch.aminmax(scores)  # NaN where there is one; nothing waits for a GPU
+        self.seen += torch.aminmax(scores)  # NaN if there is one; without a GPU sync
         return scores
 
 
 def generate(model, tokenizer, batch, max_new_tokens, **options):
-    """Continuations of left-padded prompts, as texts without prompt and special tokens.
+    """Return the continuations of left-padded prompts, without prompt and special tokens.
 
-    `batch` holds input_ids and attention_mask (batch, seq) on the model's device. Greedy, unless
-    the `options` of the model's own generate say otherwise. Raises InputError for logits that are
-    not finite: the answer to them would be token 0.
+    `batch` holds input_ids and attention_mask (batch, seq) on the model's device. Decoding is
+    greedy unless `options` of the model's generate say otherwise. Raises InputError on NaN or
+    infinite logits, for which argmax silently returns token 0.
     """
     extremes = Extremes()
-    # By its column, as in training: the frozen output layer takes a slice of a batch of prompts for
-    # as many products, each with a copy of its matrix.
+    # Pass indices, not a slice: a strided input makes the output layer several times slower.
     last = torch.tensor([-1], device=batch["input_ids"].device)
     prompt_length = batch["input_ids"].shape[1]
     tokens = model.generate(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"],
@@ -69,15 +70,15 @@ def generate(model, tokenizer, batch, max_new_tokens, **options):
                             logits_processor=[extremes], logits_to_keep=last,
                             **{"do_sample": False} | options)  # (batch, seq + new)
     if not torch.isfinite(torch.stack(extremes.seen)).all():
-        raise InputError("the model answers with logits that are NaN or infinite: its "
-                         "configuration, or the adapter, makes its activations overflow")
+        raise InputError("the model's logits are NaN or infinite: its configuration or the "
+                         "adapter makes its activations overflow")
     with library_errors("the tokenizer cannot decode an answer"):
         texts = tokenizer.batch_decode(tokens[:, prompt_length:], skip_special_tokens=True)
     return [text.strip() for text in texts]
 
 
 def target_logits(model, batch):
-    """Logits (B, k - 1, vocabulary) of the last tokens of every row; float32 at least."""
+    """Return the logits (B, k - 1, vocabulary) of every row's last tokens, in float32 at least."""
     if hasattr(model, "adapted_by"):
         model.adapted_by.before_forward(batch)
     inputs = {key: batch[key] for key in ("input_ids", "attention_mask", "position_ids",
@@ -87,9 +88,9 @@ def target_logits(model, batch):
 
 
 def row_losses(logits, batch, reduction="mean"):
-    """l_d = -(1/|y|) sum_j log p(y_j | x, y_<j) of every row, (B,); "sum" leaves out 1/|y|.
+    """Return l_d = -(1/|y|) sum_j log p(y_j | x, y_<j) of every row, (B,); "sum" omits 1/|y|.
 
-    From `target_logits` (B, k - 1, vocabulary).
+    `logits` are those of `target_logits`, (B, k - 1, vocabulary).
     """
     labels = batch["labels"][:, 1:]  # (B, k - 1)
     losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
@@ -99,9 +100,9 @@ def row_losses(logits, batch, reduction="mean"):
 
 @torch.no_grad()
 def answer_losses(model, framer, rows):
-    """[(summed cross-entropy, number of tokens)] of the first reference and EOS of test rows.
+    """Return [(summed cross-entropy, number of tokens)] of test rows' first reference and EOS.
 
-    As in training: after the prompt, in float32. Raises InputError for a loss that is not finite.
+    Computed after the prompt in float32, as in training. Raises InputError on NaN or infinity.
     """
     eos, answers = framer.tokenizer.eos_token_id, []
     for row in rows:
@@ -116,66 +117,75 @@ def answer_losses(model, framer, rows):
     return list(zip(losses.tolist(), (row["num_targets"] for row in answers), strict=True))
 
 
+class Options(NamedTuple):
+    """How to evaluate."""
+
+    batch_size: int  # per process
+    max_new_tokens: int
+    losses: bool = False  # also compute the losses of the answers
+    in_step: bool = False  # every process generates in every round, as a sharded base needs
+    stop_asked: Callable[[], bool] = lambda: False  # asked between rounds, by all processes
+
+
 @torch.no_grad()
-def evaluate(run, rows, path):
+def evaluate(model, tokenizer, method, accelerator, rows, path, options):
     """Predict all test `rows`, write them to the file `path` and return the predicted rows.
 
-    Each process generates every n-th batch. Predictions reach `path`.partial as they come, and
-    `path` itself, in the order of `rows`, once all are there. Every process gets all of them.
+    Each process generates every n-th batch. Predictions are streamed to `path`.partial; `path`
+    itself, in the order of `rows`, is written when all are there. Every process returns all of
+    them. Raises Interrupted when `options.stop_asked()` says so.
     """
-    accelerator, args = run.accelerator, run.args
-    batches, processes = make_batches(rows, args.eval_batch_size), accelerator.num_processes
-    partial = path.with_name(path.name + ".partial")
+    batches, processes = make_batches(rows, options.batch_size), accelerator.num_processes
+    partial, main = path.with_name(path.name + ".partial"), accelerator.is_main_process
+    path.parent.mkdir(parents=True, exist_ok=True)
     predicted = {}
-    run.model.eval()
-    with (stream(run, partial) as file,
-          Bar(total=len(rows), desc=f"evaluate {path.stem}", unit="item", leave=False,
-               disable=not accelerator.is_main_process) as bar):
+    model.eval()
+
+    def predict(batch):
+        prompts = pad_left([rows[index]["input_ids"] for index in batch], tokenizer.pad_token_id)
+        prompts = {key: tensor.to(accelerator.device) for key, tensor in prompts.items()}
+        method.before_forward(prompts)
+        with accelerator.autocast():
+            texts = generate(model, tokenizer, prompts, options.max_new_tokens)
+            losses = [{}] * len(batch)
+            if options.losses:
+                losses = [{"loss": loss} for loss in answer_losses(
+                    model, Framer(tokenizer), [rows[index] for index in batch])]
+        return list(zip(batch, texts, losses, strict=True))
+
+    with (open(partial if main else os.devnull, "w", encoding="utf-8") as file,
+          tqdm(total=len(rows), desc=f"evaluate {path.stem}", unit="item", leave=False,
+               disable=not main) as bar):
         for first in range(0, len(batches), processes):
-            if run.stop_asked():
+            if options.stop_asked():
                 raise Interrupted
-            # One batch for each process; the last round may have none for some of them.
+            # One batch for each process; in the last round some may have none.
             mine = batches[first:first + processes][accelerator.process_index:][:1]
-            texts = [each for batch in mine for each in _predict(run, rows, batch)]
-            if args.shard_base and not mine:  # the others need this process' part of the base
-                _predict(run, rows, batches[first])
-            for index, text, loss in gather_object(texts):
+            answers = [answer for batch in mine for answer in predict(batch)]
+            if options.in_step and not mine:
+                predict(batches[first])
+            for index, text, loss in gather_object(answers):
                 predicted[index] = scored(rows[index], text) | loss
                 file.write(json.dumps(predicted[index], ensure_ascii=False) + "\n")
                 bar.update()
             file.flush()
     done = [predicted[index] for index in range(len(rows))]
-    if accelerator.is_main_process:
+    if main:
         with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in done)
         os.remove(partial)
     return done
 
 
-def _predict(run, rows, batch):
-    """(row number, text, {"loss": (sum, tokens)} if it is asked for) for a batch of row numbers."""
-    tokenizer = run.setup.tokenizer
-    prompts = pad_left([rows[index]["input_ids"] for index in batch], tokenizer.pad_token_id)
-    prompts = {key: tensor.to(run.accelerator.device) for key, tensor in prompts.items()}
-    run.method.before_forward(prompts)
-    with run.accelerator.autocast():
-        texts = generate(run.model, tokenizer, prompts, run.args.max_new_tokens)
-        losses = [{}] * len(batch)
-        if run.args.eval_loss:
-            losses = [{"loss": loss} for loss in answer_losses(
-                run.model, Framer(tokenizer), [rows[index] for index in batch])]
-    return list(zip(batch, texts, losses, strict=True))
-
-
 def scored(row, prediction):
-    """A test row with its prediction, scored by every metric against best and first reference."""
+    """Return a test row with its prediction, scored by every metric and reference rule."""
     kept = {key: row[key] for key in ("task", "id", "prompt", "references")}
     scores = {metric: score(prediction, row["references"], metric) for metric in SCORERS}
     return kept | {"prediction": prediction, "scores": scores}
 
 
 def task_losses(predictions):
-    """Mean loss per task over the tokens of its answers, from predictions that have it."""
+    """Return the mean loss per task over the tokens of its answers."""
     sums = defaultdict(lambda: [0.0, 0])
     for row in predictions:
         loss, tokens = row["loss"]
@@ -185,7 +195,7 @@ def task_losses(predictions):
 
 
 def task_scores(predictions, metric_of, reference):
-    """Mean score per task by its metric; `reference` is "best" or "first"."""
+    """Return the mean score per task by its metric; `reference` is "best" or "first"."""
     by_task = {}
     for row in predictions:
         value = row["scores"][metric_of[row["task"]]][reference]

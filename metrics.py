@@ -297,9 +297,10 @@ def score_table(results):
     yield (f"{'mean':{width}}  {'':8}  "
            + "  ".join(f"{'' if cell is None else f'{cell:.2f}':>7}" for cell in means))
     for name, value in named_metrics(results):
-        yield f"{name}: {'not measured' if value is None else f'{value:.2f}'}"
+        if value is not None:
+            yield f"{name}: {value:.2f}"
     for name, value in results.get("loss_metrics", {}).items():
-        name = name if name == "loss" else f"{name} of the loss"
-        yield f"{name}: {'not measured' if value is None else f'{value:.4f}'}"
+        if value is not None:
+            yield f"{name if name == 'loss' else f'{name} of the loss'}: {value:.4f}"
     if len(order) > 1 and args["setting"] == "sequential":
         yield BACKWARD

@@ -26,7 +26,7 @@ class Targets(Settings):
     target_modules: tuple[str, ...] = setting(
         ("gate_proj",), f"last name components of the linear layers to adapt, or {ALL_LINEAR} "
         "(default: gate_proj)",
-        metavar="NAME", names_variant=False, table=True)
+        metavar="NAME", names_variant=False, same_in_table=True)
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class LowRank(Targets):
     rank: PositiveInt = setting(4, "r, of each expert (default: 4)")
     alpha: Positive = setting(32.0, "scaling is alpha / rank (default: 32)")
     dropout: Fraction = setting(0.05, "on the adapter's input (default: 0.05)",
-                                names_variant=False, table=True)
+                                names_variant=False, same_in_table=True)
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,8 @@ class Experts(LowRank):
     top_k: PositiveInt = setting(4, "experts per token (default: 4)")
     regroup_every: PositiveInt | None = setting(
         None, "optimizer steps between regroupings, or between measurements where nothing "
-        "regroups (default: one epoch)", metavar="STEPS", names_variant=False, table="by setting")
+        "regroups (default: one epoch)", metavar="STEPS", names_variant=False,
+        same_in_table="by setting")
 
     def check(self):
         if self.top_k > self.num_experts:
@@ -60,7 +61,7 @@ class Decomposed(Settings):
 
     svd: Literal["exact", "fast"] = setting(
         "exact", "decomposition: LAPACK's, or a randomised one for large weights (default: exact)",
-        names_variant=False, table=True)
+        names_variant=False, same_in_table=True)
 
 
 # --- the methods --------------------------------------------------------------------------------
@@ -91,7 +92,7 @@ class BaditSettings(Decomposed, Experts):
         if self.routing != "static" or self.no_bad:
             super().check()
 
-    def unread(self):
+    def has_no_effect(self):
         noise = {"router_noise", "inactive"}
         causes = {f"--top_k {self.top_k}": (self.top_k == self.num_experts, noise),
                   "--routing static": (self.routing == "static", {"top_k"} | noise),
@@ -109,7 +110,7 @@ class LoraSettings(LowRank):
         None, "choose the --rank whose number of trainable parameters is nearest to BADIT's (34 on "
         "SmolLM2) and, unless --alpha is given, BADIT's scaling, alpha = 8 * rank")
 
-    def unread(self):
+    def has_no_effect(self):
         if self.match_parameters is None:
             return {}
         causes = {"--match_parameters": {"rank"}}
@@ -175,7 +176,7 @@ class LoraMoeSettings(Experts):
             raise InputError(f"--num_experts {self.num_experts} must be even with "
                              "--balance_weight: one half of the experts for each type")
 
-    def unread(self):
+    def has_no_effect(self):
         if self.balance_weight > 0:
             return {}
         return {"--balance_weight 0": {"balance_delta", "balance_types"}}
@@ -203,7 +204,7 @@ class GainLoraSettings(BranchPenalty, LowRank):
         1, "blocks with a subspace each into which inputs are split; the LLaMA scripts take 4 to "
         "save memory (default: 1)", metavar="C")
 
-    def unread(self):
+    def has_no_effect(self):
         penalty, memory = set(BranchPenalty.names()), {"threshold", "a_init"}
         return {f"--branches {self.branches}": penalty if self.branches == "inflora" else memory}
 
@@ -283,10 +284,10 @@ def variant_of(method, settings):
     "badit --no_dog". Settings that are the same for all or part of the schedule are left out.
     """
     words, fields = [method], settings.__dataclass_fields__
-    unread = set().union(*settings.unread().values())
+    ignored = set().union(*settings.has_no_effect().values())
     for name, field in sorted(fields.items()):
         value = getattr(settings, name)
-        if field.metadata["names_variant"] and name not in unread and value != field.default:
+        if field.metadata["names_variant"] and name not in ignored and value != field.default:
             words.append(f"--{name}")
             if isinstance(value, tuple):
                 words += value

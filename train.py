@@ -1,15 +1,14 @@
 """Train and evaluate a method on a suite of tasks: `accelerate launch train.py --method badit`.
 
-Algorithm 1 of the paper is `train_stage`; what a method does differently is in its hooks
-(method.py). What carries a run over stops, processes and disks is in harness/. Everything that a
-run leaves behind is in --output_dir.
+Algorithm 1 of the paper is `train_stage`; a method's own part is in its hooks (method.py).
+Checkpoints, processes and files are in harness/. A run writes everything into --output_dir.
 """
 
 import sys
 
-from harness.early import end_on_bad_flags
+from harness.arguments import end_on_bad_flags
 
-if __name__ == "__main__":  # --help and wrong flags must not wait for what is imported below
+if __name__ == "__main__":  # --help and wrong flags must not wait for the imports below
     end_on_bad_flags(sys.argv[1:])
 
 import math
@@ -18,8 +17,8 @@ from functools import partial
 import torch
 from accelerate import skip_first_batches
 from accelerate.utils import set_seed
-from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
+from transformers import get_cosine_schedule_with_warmup
 
 import adapter
 import data
@@ -32,16 +31,13 @@ from harness import (
     identity,
     launch,
     output_folder,
-    plan,
     processes,
     results_file,
-    resume,
     sharding,
 )
-from harness.adapter_config import ADAPTER_CONFIG
+from harness.adapter_config import ADAPTER_CONFIG, WEIGHTS_FILE
 from harness.arguments import parse_flags, recorded_args, settings_of, trained_on
-from harness.recorder import Recorder
-from harness.run import Position, Progress, Run, Setup, say
+from harness.run import Position, Progress, Recorder, Run, Setup, print_main
 from inputs.errors import InputError
 from inputs.numbers import stable_seed
 from method import Stage
@@ -88,13 +84,13 @@ def train_stage(run, stage, recorder, resumed=None):
 
 
 def begin(run, stage, resumed):
-    """The loader, model, optimizer and schedule of a stage, fresh or as a checkpoint left them.
+    """Return the loader, model, optimizer and schedule of a stage, new or from a checkpoint.
 
-    The order matters: a method may add weights, so it starts before the optimizer; a random state
-    is put back after all that might draw.
+    The order matters: a method may add weights, so it starts before the optimizer; random states
+    are restored after everything that draws.
     """
     args, accelerator = run.args, run.accelerator
-    start = run.progress.position.step  # 0, but in a resumed stage
+    start = run.progress.position.step  # 0 unless the stage is resumed
     set_seed(stable_seed("stage", args.seed, stage.name) % 2**32, device_specific=True)
     loader = accelerator.prepare(stage_loader(run, stage))
     if not start:
@@ -106,8 +102,8 @@ def begin(run, stage, resumed):
         checkpoint.restore_optimizer(resumed, run.model, optimizer)
     warmup = math.ceil(args.warmup_ratio * stage.steps)
     # The schedule is not prepared: Accelerate would step it once for every process.
-    schedule = LambdaLR(optimizer, partial(cosine_with_warmup, warmup=warmup, steps=stage.steps),
-                        last_epoch=start - 1)
+    schedule = get_cosine_schedule_with_warmup(optimizer, warmup, stage.steps,
+                                               last_epoch=start - 1)
     model, optimizer = sharding.prepare(accelerator, run.model), accelerator.prepare(optimizer)
     model.train()
     if start:
@@ -116,7 +112,7 @@ def begin(run, stage, resumed):
 
 
 def remaining_batches(run, stage, loader):
-    """(epoch, micro-batch of this process) for all that comes after the run's position."""
+    """Yield (epoch, micro-batch of this process) after the run's position."""
     start = run.progress.position.step
     for epoch in range(start // stage.steps_per_epoch, stage.epochs):
         loader.set_epoch(epoch)
@@ -127,28 +123,17 @@ def remaining_batches(run, stage, loader):
 
 
 def end(run, stage, loader, model):
-    """Let the method end a stage, on the bare model."""
+    """End a stage: unwrap the model, and call the method's hook."""
     run.model = run.accelerator.unwrap_model(model, keep_fp32_wrapper=False,
                                              keep_torch_compile=False)
-    loader.set_epoch(stage.epochs)  # for a pass over the data, in an order of its own
+    loader.set_epoch(stage.epochs)  # the method may pass over the data once more
     run.method.end_stage(stage, loader)
     processes.check_equal(run.accelerator, run.method.state_dict(), run.steps)
     run.accelerator.free_memory()
 
 
-def cosine_with_warmup(step, warmup, steps):
-    """Share of the peak learning rate at an optimizer step from 0: linear up, then a cosine down.
-
-    The first step of a stage is at 0 where there is any warm-up, as in the paper's trainer.
-    """
-    if step < warmup:
-        return step / warmup
-    progress = (step - warmup) / max(1, steps - warmup)
-    return max(0.0, 0.5 * (1 + math.cos(math.pi * progress)))
-
-
 def refuse_non_finite(stage, step, loss, penalty, norm):
-    """Stop before an optimizer step would destroy the adapter; equal on all processes."""
+    """Raise InputError before a step would destroy the adapter; all processes agree."""
     if not all(map(math.isfinite, (loss, penalty, norm))):
         raise InputError(f"training diverged in stage {stage.name} at step {step}: loss "
                          f"{float(loss)}, gradient norm {float(norm)}; nothing of this stage was "
@@ -156,9 +141,9 @@ def refuse_non_finite(stage, step, loss, penalty, norm):
 
 
 def checkpoint_or_stop(run, stage, optimizer):
-    """Between two steps: a checkpoint if it is due, and the end if a signal asks for it.
+    """Save a checkpoint if it is due, and stop if a signal asks for it.
 
-    After a stage's last step, `train_all` does both.
+    `train_all` does both after a stage's last step.
     """
     if run.progress.position.step == stage.steps:
         return
@@ -173,7 +158,7 @@ def checkpoint_or_stop(run, stage, optimizer):
 
 
 def make_stages(args, accelerator, order, encoded):
-    """The stages of a run, each with the names of its tasks; none where nothing is trained."""
+    """Return the stages of a run with the names of their tasks; [] if nothing is trained."""
     if args.eval_only or not METHODS[args.method].trains:
         return []
     groups = [("mixed", tuple(encoded.train))]
@@ -185,40 +170,40 @@ def make_stages(args, accelerator, order, encoded):
         rows = sum(len(encoded.train[task]) for task in tasks)
         stages.append(Stage(name, tasks, args.epochs, math.ceil(rows / batch)))
         if stages[-1].steps == 1 and args.warmup_ratio:
-            say(accelerator, f"stage {name} has a single step, at learning rate 0: it trains "
-                "nothing (--epochs, or --warmup_ratio 0)")
+            print_main(accelerator, f"stage {name} has a single step, at learning rate 0, so it "
+                       "trains nothing: raise --epochs, or give --warmup_ratio 0")
     return stages
 
 
 def stage_loader(run, stage):
-    """A loader of micro-batches for one stage; Accelerate deals them out to the processes."""
+    """Return a loader of micro-batches for one stage; Accelerate splits them over processes."""
     rows = [row for task in stage.tasks for row in run.setup.encoded.train[task]]
     plan = data.EpochPlan(rows, run.global_batch, run.args.batch_size, run.args.seed, stage.name)
     collate = partial(data.collate_micro_batch, pad_token_id=run.setup.tokenizer.pad_token_id)
-    # A generator of its own: the loader must not draw from the one that dropout uses.
+    # Its own generator: the loader must not draw from the one that dropout uses.
     return DataLoader(plan, batch_size=1, collate_fn=collate, generator=torch.Generator())
 
 
 def train_all(run, resumed):
-    """Train and evaluate stage after stage, from the run's position on."""
-    args, stages, alone = run.args, run.setup.stages, run.args.setting == "single"
+    """Train and evaluate all stages after the run's position."""
+    args, stages, single = run.args, run.setup.stages, run.args.setting == "single"
     if args.eval_before and not run.progress.rows:
         evaluate_row(run, 0, "before", run.setup.order)
         save_between_stages(run, Position(0, 0))
     for index in range(run.progress.position.stage, len(stages)):
         stage, step = stages[index], run.progress.position.step
-        if alone and index > 0 and not step:
+        if single and index > 0 and not step:
             load_model(run)  # every task starts from the base model
         if step < stage.steps:
             with run.progress.seconds.timed("train"), Recorder(run, stage) as recorder:
                 train_stage(run, stage, recorder, resumed)
-            folder = args.output_dir / "adapter" / (stage.name if alone else "")
-            if alone:
-                run.method.trained_on = run.method.trained_on | {"tasks": list(stage.tasks)}
+            folder = args.output_dir / "adapter" / (stage.name if single else "")
+            if single:
+                run.method.trained_on = trained_on(args, list(stage.tasks))
             if run.accelerator.is_main_process:
                 adapter.save(run.model, folder)
-            if alone or index == len(stages) - 1:  # else the next stage writes it again
-                for name in (adapter.WEIGHTS_FILE, ADAPTER_CONFIG):
+            if single or index == len(stages) - 1:  # else the next stage writes it again
+                for name in (WEIGHTS_FILE, ADAPTER_CONFIG):
                     run.finish_file(folder / name)
             save_between_stages(run, Position(index, stage.steps))
         evaluate_row(run, index + 1, stage.name, evaluated_tasks(run, index + 1))
@@ -226,7 +211,7 @@ def train_all(run, resumed):
 
 
 def save_between_stages(run, position):
-    """A checkpoint at `position`, and the end if a signal asks for it."""
+    """Save a checkpoint at `position`, and stop if a signal asks for it."""
     run.progress.position = position
     checkpoint.save(run)
     if run.stop_asked():
@@ -234,7 +219,7 @@ def save_between_stages(run, position):
 
 
 def evaluated_tasks(run, done):
-    """The tasks to evaluate after `done` stages."""
+    """Return the tasks to evaluate after `done` stages."""
     args, stages, order = run.args, run.setup.stages, run.setup.order
     if args.eval_tasks == "none":
         return []
@@ -247,17 +232,20 @@ def evaluated_tasks(run, done):
 
 def evaluate_row(run, number, name, tasks):
     """Add a row of the score matrix, by best and by first reference; None where not evaluated."""
-    setup, scores, losses = run.setup, {}, {}
+    args, setup, scores, losses = run.args, run.setup, {}, {}
     if tasks:
         rows = [row for task in tasks for row in setup.encoded.test[task]]
-        path = run.args.output_dir / "predictions" / f"{number:02d}_{name}.jsonl"
+        path = run.predictions_file(number, name)
+        options = evaluation.Options(args.eval_batch_size, args.max_new_tokens, args.eval_loss,
+                                     args.shard_base, run.stop_asked)
         with run.progress.seconds.timed("evaluate"):
-            predictions = evaluation.evaluate(run, rows, path)
+            predictions = evaluation.evaluate(run.model, setup.tokenizer, run.method,
+                                              run.accelerator, rows, path, options)
         run.finish_file(path)
         metric_of = {task: about.metric for task, about in setup.tasks.items()}
         scores = {reference: evaluation.task_scores(predictions, metric_of, reference)
                   for reference in ("best", "first")}
-        losses = evaluation.task_losses(predictions) if run.args.eval_loss else {}
+        losses = evaluation.task_losses(predictions) if args.eval_loss else {}
     run.progress.rows.append({"name": name, "loss": [losses.get(task) for task in setup.order], **{
         reference: [scores.get(reference, {}).get(task) for task in setup.order]
         for reference in ("best", "first")}})
@@ -267,14 +255,12 @@ def evaluate_row(run, number, name, tasks):
 
 
 def prepare(args, accelerator, stop, seconds):
-    """Read, cut and tokenise the suite, with nothing but the tokenizer loaded -> Setup."""
+    """Read, cut and tokenise the suite -> Setup. Only the tokenizer of the model is loaded."""
     made = identity.provenance(args)
     suite = data.load_suite(args.suite, args.data_dir)
     suite = data.select_tasks(suite, args.tasks) if args.tasks else suite
     suite = data.hold_out(suite, args.validation) if args.validation else suite
-    suite = data.cut(suite, args.max_train_per_task, args.max_eval_per_task,
-                     args.seed if args.sample else None)
-    output_folder.check_names(suite.tasks)
+    suite = data.cut(suite, args.max_train_per_task, args.max_eval_per_task)
     order = data.task_order(suite.tasks, args.seed, args.task_order)
     trains = METHODS[args.method].trains and not args.eval_only
     with accelerator.main_process_first(), seconds.timed("load"):
@@ -282,42 +268,39 @@ def prepare(args, accelerator, stop, seconds):
         encoded = data.encode_suite(suite, tokenizer, args.max_length, args.chat_template,
                                     data.SPLITS if trains else ("test",))
     for line in data.describe(suite, encoded, args.max_length, args.max_new_tokens):
-        say(accelerator, line)
+        print_main(accelerator, line)
     stages = make_stages(args, accelerator, order, encoded)
-    batch = args.batch_size * accelerator.num_processes * args.gradient_accumulation_steps
-    single = results_file.read_single_task_results(args, accelerator, order, suite.tasks, made,
-                                                   batch)
     mine = identity.identity(args, accelerator, suite.tasks, made)
     if accelerator.num_processes > 1:
         processes.check_same(mine | identity.encoded_sha256(encoded), "flags, data or libraries")
     return Setup(args, accelerator, stop, suite.tasks, order, tokenizer, encoded, stages, made,
-                 mine, single)
+                 mine)
 
 
 def load_model(run, resumed=None):
     """Load the base model and wrap it, with a new adapter, a saved one or a checkpoint's."""
-    run.model = None  # of an earlier stage: not two models at a time
+    run.model = None  # free the model of an earlier stage first
     run.accelerator.free_memory()
     mesh = sharding.mesh_of(run.accelerator) if run.args.shard_base else None
-    with sharding.turn(run.accelerator, run.args.shard_base):
-        load_alone(run, resumed, mesh)
+    with sharding.one_at_a_time(run.accelerator, run.args.shard_base):
+        load_in_process(run, resumed, mesh)
     if resumed is not None:
         checkpoint.restore(run, resumed)
 
 
-def load_alone(run, resumed, mesh):
-    """`load_model` as far as one process needs no other; `mesh` for a base that they share."""
+def load_in_process(run, resumed, mesh):
+    """Do the part of `load_model` in which no process waits; `mesh` is that of a sharded base."""
     args, accelerator, seconds = run.args, run.accelerator, run.progress.seconds
     dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
     with seconds.timed("load"):
         rows = max(args.eval_batch_size, args.batch_size if run.setup.stages else 1)
         model, tokenizer = models.load(args.model, dtype, padded=rows > 1)
         config_sha256 = models.config_sha256(model, tokenizer)
-        if args.base == "dense" and mesh is None:  # else it may not fit the device yet
+        if args.base == "dense" and mesh is None:  # others may not fit the device yet
             model.to(accelerator.device)
     with seconds.timed("decompose"):
         set_seed(args.seed)
-        if args.adapter and (args.eval_only or resumed is None):  # else a checkpoint holds it
+        if args.adapter and (args.eval_only or resumed is None):  # a checkpoint holds its own
             adapter.load(model, args.adapter, None if args.eval_only else settings_of(args),
                          accelerator.device)
             checks.check_frame(args, model.adapted_by)
@@ -325,7 +308,8 @@ def load_alone(run, resumed, mesh):
             method = new_method(args)
             method.chat_template, method.device = args.chat_template, accelerator.device
             method.wrap(model, fresh=resumed is None)
-        model.adapted_by.base_name, model.adapted_by.trained_on = args.model, trained_on(args)
+        model.adapted_by.base_name = args.model
+        model.adapted_by.trained_on = trained_on(args, args.tasks and run.setup.order)
         run.model = model
         hashes = {"base_sha256": run.method.base_sha256, "config_sha256": config_sha256}
         checks.check_hashes(run, hashes)
@@ -348,44 +332,39 @@ def new_method(args):
     return method_class(args.method)(settings_of(args))
 
 
-def execute(args, argv, stop, first_to_say):
-    """One whole run -> the content of its results.json, or None where it is only planned."""
-    if args.plan:
-        return plan.show(args, launch.base_dtype())
-    there = output_folder.listing(args.output_dir)
+def execute(args, argv, stop):
+    """Carry out one run -> the content of its results.json."""
+    files_at_start = output_folder.listing(args.output_dir)
     accelerator = launch.make_accelerator(args)
-    first_to_say.meet(accelerator)
     launch.greet(args, accelerator)
     progress, resumed = Progress(), None
     setup = prepare(args, accelerator, stop, progress.seconds)
     checks.check_model(setup, None if args.eval_only else new_method(args))
-    if args.from_results is not None:
-        setup.known_hashes.update(resume.check_repeat(setup))
     if args.resume:
-        done = resume.finished(setup)
+        done = checkpoint.finished(setup)
         if done is not None:
-            say(accelerator, f"{args.output_dir} is finished already")
-            say(accelerator, "\n".join(metrics.score_table(done)))
+            print_main(accelerator, f"{args.output_dir} is finished already")
+            print_main(accelerator, "\n".join(metrics.score_table(done)))
             return done
-        progress, resumed = resume.find(setup, progress)
+        progress, resumed = checkpoint.find(setup, progress)
     run = Run(setup, progress)
     if resumed is not None:
-        say(accelerator, f"resuming at step {run.steps}, after checkpoint {resumed.name}")
+        run.print(f"resuming at step {run.steps}, after checkpoint {resumed.name}")
     load_model(run, resumed)
     counts = results_file.parameter_counts(run)
-    say(accelerator, f"parameters: {counts['trainable']:,} trainable, {counts['stored']:,} stored, "
-        f"{counts['active']:,} active per token, {counts['total']:,} in the base model")
+    run.print(f"parameters: {counts['trainable']:,} trainable, {counts['stored']:,} stored, "
+              f"{counts['active']:,} active per token, {counts['total']:,} in the base model")
     if run.method.layers:
-        say(accelerator, checks.adapted_layers(run.method))
-    with output_folder.reserved(run, there):
-        return carry_out(run, argv, resumed, first_to_say)
+        run.print(checks.adapted_layers(run.method))
+    with output_folder.reserved(run, files_at_start):
+        return carry_out(run, argv, resumed)
 
 
-def carry_out(run, argv, resumed, first_to_say):
-    """Train, evaluate and write down what a run is for -> the content of its results.json."""
+def carry_out(run, argv, resumed):
+    """Train, evaluate and write results -> the content of results.json."""
     args, accelerator = run.args, run.accelerator
     run.setup.stop.deferred = True
-    resume.prepare_output_folder(run, resumed)
+    checkpoint.prepare_output_folder(run, resumed)
     accelerator.init_trackers("badit", config={
         key: value if isinstance(value, (int, float, str)) else str(value)
         for key, value in recorded_args(args).items()})
@@ -398,21 +377,17 @@ def carry_out(run, argv, resumed, first_to_say):
         results = results_file.write_results(run, argv)
         accelerator.log({key: value for key, value in results["metrics"].items()
                          if value is not None}, step=run.steps)
-    except BaseException:
-        first_to_say()  # before the other processes see this one leave
-        raise
     finally:
         accelerator.end_training()
     if accelerator.is_main_process:
         checkpoint.discard(run)
-    say(accelerator, "\n".join(metrics.score_table(results)))
-    say(accelerator, f"results in {args.output_dir}")
+    run.print("\n".join(metrics.score_table(results)))
+    run.print(f"results in {args.output_dir}")
     return results
 
 
 def main(argv=None):
-    """Run with the flags `argv` -> exit status: 0, 2 (bad input), 128 + the signal that stopped it.
-    """
+    """Run with the flags `argv` -> exit status: 0, 2 (bad input), 128 + the stopping signal."""
     return launch.carry_out(sys.argv[1:] if argv is None else list(argv), execute)
 
 

@@ -11,7 +11,7 @@ import adapter
 import data
 import evaluation
 import models
-from harness import products
+from harness import launch
 from harness.adapter_config import read_adapter_config
 from harness.arguments import refuse_odd_words
 from inputs import formats
@@ -42,7 +42,7 @@ class Answerer:
         self.model, self.tokenizer = models.load(args.model, dtype, padded)
         self.device = PartialState().device
         if self.device.type == "cpu":
-            products.use_onednn()  # as in the evaluation of a run
+            launch.use_onednn()  # as in the evaluation of a run
         if config.base == "dense" or args.base:  # a base to be quantised may not fit while dense
             self.model.to(self.device)
         self.framer = data.Framer(self.tokenizer, config.chat_template)

@@ -10,9 +10,8 @@ from pathlib import Path
 from harness import adapter_config
 from harness.adapter_config import ADAPTER_CONFIG, read_adapter_config
 from harness.arguments import refuse_odd_words
-from harness.early import print_anything
 from harness.signals import StopSignals
-from inputs.errors import InputError, error_lines
+from inputs.errors import InputError, error_lines, escape_output
 from inputs.settings import Flag, Parser, add_flags
 from registry import MODELS
 
@@ -52,7 +51,7 @@ def carry_out(argv, read_flags, execute):
 
     SIGTERM and SIGHUP end it as Ctrl-C does, so that temporary files are removed.
     """
-    print_anything()
+    escape_output()
     try:
         refuse_odd_words(sys.argv[1:] if argv is None else argv)
         with StopSignals():

@@ -6,7 +6,8 @@ from inputs import formats
 from inputs.errors import InputError
 from registry import METHODS, MODELS
 
-ADAPTER_CONFIG, ADAPTER_FORMATS = "adapter_config.json", (1, 2, 3)  # the last is written
+ADAPTER_CONFIG, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+ADAPTER_FORMATS = (1, 2, 3)  # the last is written
 # PEFT has a file of that name, too, and quotes what it does not know of this key.
 NOT_OF_PEFT = "BADIT: no adapter of PEFT's; `python export.py FOLDER --out OTHER` makes one of it"
 

@@ -1,162 +1,139 @@
-"""The command line of train.py: every flag in one row, and which may be combined.
+"""The command line of train.py: each flag once, and which flags may be combined.
 
-A row says what the flag takes and means, and once what else depends on it: whether it matters
-without training, whether equal runs may differ in it, whether runs of one table may. Flags of
-methods follow from their settings in registry.py. Nothing here needs torch.
+Each row holds a flag's type and help, and whether it affects training, a run's identity, and
+comparability in one table. The flags of methods follow from their settings in registry.py.
+Nothing here needs torch.
 """
 
 import argparse
+import os
 import re
+import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import msgspec
 
+from harness import output_folder
 from harness.adapter_config import base_name, read_adapter_config
-from inputs import formats
-from inputs.errors import InputError
+from inputs import formats, settings
+from inputs.errors import InputError, error_lines, escape_output
 from inputs.numbers import Fraction, Positive, PositiveInt, Seed
-from inputs.settings import Parser, add_argument, check_each
+from inputs.settings import Parser, add_flags, check_each
 from inputs.suites import NAMED, ORDERS
-from registry import EMBEDDED, METHODS, MODELS
+from registry import EMBEDDED, METHODS, MODELS, VARIANTS
 
 PAPER_BATCH = 8
-# What --allow_other lets differ: such a run completes, but may differ in its last digits.
+# What --allow_other lets differ. The run then completes, but its last digits may differ.
 OVERRIDABLE = ("code", "versions", "threads", "device", "paths")
 
 
 @dataclass(frozen=True)
-class Flag:
-    """One row."""
+class Flag(settings.Flag):
+    """A flag of train.py."""
 
-    group: str  # its heading in --help
-    name: str
-    type: Any  # as in inputs/settings.py
-    default: Any
-    help: str
-    metavar: str | None = None
-    check: Any = None
-    of_training: bool = False  # not read where nothing is trained
-    of_run: bool = False  # equal runs may differ in it; can be given beside --from_results
-    is_path: bool = False  # names what is compared by its content; --allow_other paths frees it
-    needs_setting: tuple[str, ...] = ()  # read with these alone
-    table: bool | str = False  # must be equal in one table of a report: True, or "trained" runs
-    alone: str = "equal"  # for a run on one task alone: equal, may "differ", means "nothing"
-    of_study: bool = False  # chosen by a study for each of its runs
+    only_training: bool = False  # refused where nothing is trained
+    only_setting: str | None = None  # refused with any other --setting
+    not_identity: bool = False  # equal runs may differ in it
+    is_path: bool = False  # its content is compared; --allow_other paths lets the path differ
+    same_in_table: bool | str = False  # runs of one table share it: True, or "trained" runs only
+    ignored_by_single: bool = False  # a study drops it from --setting single
+    set_by_study: bool = False  # a study chooses it for each of its runs
     of_method: bool = False
 
-    @property
-    def metadata(self):
-        return {"check": self.check}
 
-
-FLAGS = (
-    Flag("run", "method", str, "badit", f"one of {', '.join(METHODS)} (default: badit)",
-         of_study=True),
-    Flag("run", "model", str, EMBEDDED, f"one of {', '.join(MODELS)}, a checkpoint's folder, or a "
-         f"hub id such as Qwen/Qwen3-0.6B (default: {EMBEDDED})", is_path=True, of_study=True),
-    Flag("run", "base", formats.Base, "dense", "store the frozen linear layers of the model's "
-         "blocks as they are, in 8 bits a weight or in 4.5 (default: dense)", table=True),
-    Flag("run", "shard_base", bool, False, "share the frozen base out over the processes (FSDP2); "
-         "the result is that of DDP; as by `accelerate launch --use_fsdp`",
-         of_run=True),
-    Flag("run", "plan", bool, False, "only say what it takes of a device's memory, with every "
-         "--base, on one to eight processes; loads no weights", of_training=True, of_run=True,
-         of_study=True),
-    Flag("run", "setting", Literal["mixed", "sequential", "single"], "mixed",
-         "train all tasks together, one after the other, or each alone from the base model "
-         "(default: mixed)", of_training=True, alone="nothing", of_study=True),
-    Flag("run", "seed", Seed, 1, "also decides the task order (default: 1)", of_study=True),
-    Flag("run", "output_dir", str | None, None,
-         "default: runs/<method>-<setting>-<model>-seed<seed>", of_run=True, of_study=True),
-    Flag("run", "overwrite", bool, False, "reuse an --output_dir that is in use, deleting only "
-         "what this program wrote there", of_run=True, of_study=True),
-    Flag("run", "resume", bool, False, "go on from the newest whole checkpoint in --output_dir, "
-         "exactly as if the run had never been stopped; from the beginning where there is none",
-         of_run=True, of_study=True),
-    Flag("run", "checkpoint_every", PositiveInt | None, None, "optimizer steps between "
-         "checkpoints (default: only before and after every evaluation); the last two are kept "
-         "until the run is finished", metavar="STEPS", of_run=True),
-    Flag("run", "from_results", str | None, None, "repeat the run that wrote this results.json, "
-         "with all its flags", metavar="FILE", of_run=True, of_study=True),
-    Flag("run", "allow_other", tuple[Literal[OVERRIDABLE], ...], (), "for --resume and "
-         f"--from_results: what may be another than it was, of {', '.join(OVERRIDABLE)} (of "
-         "models and data, whose content is compared); with all but paths the result may differ "
-         "in its last digits", metavar="WHAT", of_run=True),
-    Flag("run", "deterministic", bool, False, "on a GPU, only kernels that give equal bits in "
-         "equal runs, where there is one"),
-    Flag("run", "report_to", Literal["none", "tensorboard", "wandb", "trackio", "mlflow"], "none",
-         "experiment tracker, besides the files in --output_dir (default: none)", of_run=True),
-
-    Flag("data", "suite", str, "mini", f"mini (shipped), {', '.join(NAMED)}, or a folder of "
-         "tasks in the natural-instructions layout (default: mini)", is_path=True, alone="differ",
-         of_study=True),
-    Flag("data", "data_dir", str | None, None, f"where {' or '.join(NAMED)} is (default: "
-         "$BADIT_DATA or its folder of that name, or the download)", is_path=True, alone="differ"),
-    Flag("data", "tasks", tuple[str, ...] | None, None, "only these, by name or T-number (T363)",
-         metavar="TASK", alone="differ", of_study=True),
-    Flag("data", "task_order", tuple[str, ...] | None, None, "order for --setting sequential: "
-         f"every task by name or T-number, or of long_sequence {', '.join(ORDERS)} (default: that "
-         "of the seed, Table 5)", metavar="TASK", of_training=True,
-         needs_setting=("sequential",), alone="nothing"),
-    Flag("data", "max_train_per_task", PositiveInt | None, None, "the first N (default: all)",
-         metavar="N", of_training=True, table="trained"),
-    Flag("data", "sample", bool, False, "of --max_train_per_task: N drawn by the seed, not the "
-         "first", of_training=True, table="trained"),
-    Flag("data", "max_eval_per_task", PositiveInt | None, None, "the first N (default: all)",
-         metavar="N", table=True),
-    Flag("data", "validation", PositiveInt | None, None, "to choose settings by: the last N "
-         "training rows of every task take the place of its test rows, and are not trained on",
-         metavar="N", table=True),
-    Flag("data", "max_length", PositiveInt, 1024, "tokens of prompt + target in training, of the "
-         "prompt in evaluation (default: 1024)", table=True),
-    Flag("data", "chat_template", bool, False, "wrap prompts in the model's chat template",
-         table=True),
-
-    Flag("training", "epochs", PositiveInt, 10, "per stage (default: 10)", of_training=True,
-         table="trained"),
-    Flag("training", "batch_size", PositiveInt | None, None, f"per process (default: {PAPER_BATCH} "
-         "/ (processes * accumulation steps))", metavar="N", of_training=True, alone="differ"),
-    Flag("training", "gradient_accumulation_steps", PositiveInt, 1, "micro-batches per optimizer "
-         "step and process (default: 1)", metavar="N", of_training=True, alone="differ"),
-    Flag("training", "learning_rate", Positive, 2e-4, "peak of AdamW (default: 2e-4)",
-         of_training=True, table="trained"),
-    Flag("training", "warmup_ratio", Fraction, 0.03, "share of a stage's steps before the cosine "
-         "(default: 0.03)", of_training=True, table="trained"),
-    Flag("training", "max_grad_norm", Positive, 1.0, "clipping (default: 1.0)", of_training=True,
-         table="trained"),
-    Flag("training", "gradient_checkpointing", bool, False, "less memory, about a third slower",
-         of_training=True),
-
-    Flag("evaluation", "eval_tasks", Literal["all", "seen", "new", "none"], "all", "tasks "
-         "evaluated after every stage; new: those that it trained, and all after the last, which "
-         "gives every metric but the Forget Rate (default: all)", of_training=True,
-         alone="nothing"),
-    Flag("evaluation", "eval_before", bool, False, "evaluate before training too, as row 0",
-         of_training=True, alone="nothing"),
-    Flag("evaluation", "eval_batch_size", PositiveInt, 16, "per process (default: 16)",
-         alone="differ"),
-    Flag("evaluation", "max_new_tokens", PositiveInt, 50, "per answer (default: 50)", table=True),
-    Flag("evaluation", "eval_loss", bool, False, "also the mean loss of the test items' answers, "
-         "which tells methods apart where few items' scores cannot"),
-    Flag("evaluation", "eval_only", bool, False, "evaluate --adapter DIR; nothing is trained",
-         of_study=True),
-    Flag("evaluation", "adapter", str | None, None, "adapter folder of a finished run: to be "
-         "evaluated with --eval_only, or to be trained on, with its method and settings",
-         metavar="DIR", is_path=True, of_study=True),
-    Flag("evaluation", "single_task_results", str | None, None, "results.json of the same run "
-         "with --setting single, for the metric `forward`", metavar="FILE", of_training=True,
-         is_path=True, needs_setting=("mixed", "sequential"), alone="nothing"),
-    Flag("evaluation", "paper_metrics", bool, False, "also the mean score, Backward and "
-         "Forget Rate as the released scripts compute them", of_training=True,
-         needs_setting=("mixed", "sequential"), alone="nothing"),
+RUN = (
+    Flag("method", str, "badit", f"one of {', '.join(METHODS)} (default: badit)",
+         set_by_study=True),
+    Flag("model", str, EMBEDDED, f"one of {', '.join(MODELS)}, a checkpoint's folder, or a hub id "
+         f"such as Qwen/Qwen3-0.6B (default: {EMBEDDED})", is_path=True, set_by_study=True),
+    Flag("base", formats.Base, "dense", "store the frozen linear layers of the model's blocks "
+         "unchanged, in 8 bits per weight, or in 4.5 (default: dense)", same_in_table=True),
+    Flag("shard_base", bool, False, "shard the frozen base over the processes (FSDP2); the result "
+         "equals DDP's; the same as `accelerate launch --use_fsdp`", not_identity=True),
+    Flag("setting", Literal["mixed", "sequential", "single"], "mixed", "train all tasks together, "
+         "one after another, or each alone from the base model (default: mixed)",
+         only_training=True, ignored_by_single=True, set_by_study=True),
+    Flag("seed", Seed, 1, "also decides the task order (default: 1)", set_by_study=True),
+    Flag("output_dir", str | None, None, "default: runs/<method>-<setting>-<model>-seed<seed>",
+         not_identity=True, set_by_study=True),
+    Flag("overwrite", bool, False, "delete the run in --output_dir, and start again there",
+         not_identity=True, set_by_study=True),
+    Flag("resume", bool, False, "continue from the newest checkpoint in --output_dir, with the "
+         "same result as without the stop; start from the beginning if there is none",
+         not_identity=True, set_by_study=True),
+    Flag("checkpoint_every", PositiveInt | None, None, "optimizer steps between checkpoints "
+         "(default: only before and after every evaluation); the last two are kept until the run "
+         "is finished", metavar="STEPS", not_identity=True),
+    Flag("allow_other", tuple[Literal[OVERRIDABLE], ...], (), "with --resume: what may have "
+         f"changed since the stop, of {', '.join(OVERRIDABLE)} (where models and data are; their "
+         "content is compared); all but paths may change the last digits of the result",
+         metavar="WHAT", not_identity=True),
+    Flag("deterministic", bool, False, "use deterministic kernels on a GPU, where they exist"),
+    Flag("report_to", Literal["none", "tensorboard", "wandb", "trackio", "mlflow"], "none",
+         "experiment tracker, besides the files in --output_dir (default: none)",
+         not_identity=True),
+)
+DATA = (
+    Flag("suite", str, "mini", f"mini (shipped), {', '.join(NAMED)}, or a folder of tasks in the "
+         "natural-instructions layout (default: mini)", is_path=True, set_by_study=True),
+    Flag("data_dir", str | None, None, f"folder of {' or '.join(NAMED)} (default: the folder of "
+         "that name in $BADIT_DATA, or the download)", is_path=True),
+    Flag("tasks", tuple[str, ...] | None, None, "only these, by name or T-number (T363)",
+         metavar="TASK", set_by_study=True),
+    Flag("task_order", tuple[str, ...] | None, None, "order for --setting sequential: every task "
+         f"by name or T-number, or of long_sequence {', '.join(ORDERS)} (default: by the seed, "
+         "Table 5)", metavar="TASK", only_training=True, only_setting="sequential",
+         ignored_by_single=True),
+    Flag("max_train_per_task", PositiveInt | None, None, "the first N rows (default: all)",
+         metavar="N", only_training=True, same_in_table="trained"),
+    Flag("max_eval_per_task", PositiveInt | None, None, "the first N rows (default: all)",
+         metavar="N", same_in_table=True),
+    Flag("validation", PositiveInt | None, None, "test on the last N training rows of every task, "
+         "which are then not trained on; for choosing settings", metavar="N", same_in_table=True),
+    Flag("max_length", PositiveInt, 1024, "tokens of prompt + target in training, of the prompt "
+         "in evaluation (default: 1024)", same_in_table=True),
+    Flag("chat_template", bool, False, "wrap prompts in the model's chat template",
+         same_in_table=True),
+)
+TRAINING = (
+    Flag("epochs", PositiveInt, 10, "per stage (default: 10)", only_training=True,
+         same_in_table="trained"),
+    Flag("batch_size", PositiveInt | None, None, f"per process (default: {PAPER_BATCH} / "
+         "(processes * accumulation steps))", metavar="N", only_training=True),
+    Flag("gradient_accumulation_steps", PositiveInt, 1, "micro-batches per optimizer step and "
+         "process (default: 1)", metavar="N", only_training=True),
+    Flag("learning_rate", Positive, 2e-4, "peak of AdamW (default: 2e-4)", only_training=True,
+         same_in_table="trained"),
+    Flag("warmup_ratio", Fraction, 0.03, "share of a stage's steps before the cosine (default: "
+         "0.03)", only_training=True, same_in_table="trained"),
+    Flag("max_grad_norm", Positive, 1.0, "gradient clipping (default: 1.0)", only_training=True,
+         same_in_table="trained"),
+    Flag("gradient_checkpointing", bool, False, "less memory, about a third slower",
+         only_training=True),
+)
+EVALUATION = (
+    Flag("eval_tasks", Literal["all", "seen", "new", "none"], "all", "tasks evaluated after every "
+         "stage; new: those that the stage trained, and all after the last, which gives every "
+         "metric but the Forget Rate (default: all)", only_training=True, ignored_by_single=True),
+    Flag("eval_before", bool, False, "evaluate before training too, as row 0", only_training=True,
+         ignored_by_single=True),
+    Flag("eval_batch_size", PositiveInt, 16, "per process (default: 16)"),
+    Flag("max_new_tokens", PositiveInt, 50, "per answer (default: 50)", same_in_table=True),
+    Flag("eval_loss", bool, False, "also compute the mean loss of the test answers, which tells "
+         "methods apart where few items' scores cannot"),
+    Flag("eval_only", bool, False, "evaluate --adapter DIR; nothing is trained",
+         set_by_study=True),
+    Flag("adapter", str | None, None, "adapter folder of a finished run: evaluate it with "
+         "--eval_only, or train it further with its method and settings", metavar="DIR",
+         is_path=True, set_by_study=True),
 )
 
 
 def method_flags():
-    """The rows that follow from the methods' settings: shared ones first, then each method's."""
-    rows, seen = [], {flag.name for flag in FLAGS}
+    """Return {heading: flags} of the methods' settings: shared ones first, then each method's."""
+    groups, seen = {"adapters": []}, {"seed"}
     for name, entry in METHODS.items():
         for field in fields(entry.settings):
             if field.name in seen:
@@ -164,37 +141,36 @@ def method_flags():
             seen.add(field.name)
             own = field.name in entry.settings.__annotations__
             about = field.metadata
-            rows.append(Flag(name if own else "adapters", field.name, field.type, field.default,
-                             about["help"], about["metavar"], about["check"],
-                             table=about["table"], of_method=True))
-    return sorted(rows, key=lambda flag: flag.group != "adapters")
+            groups.setdefault(name if own else "adapters", []).append(Flag(
+                field.name, field.type, field.default, about["help"], about["metavar"],
+                about["check"], same_in_table=about["same_in_table"], of_method=True))
+    return groups
 
 
-ALL_FLAGS = {flag.name: flag for flag in (*FLAGS, *method_flags())}
+GROUPS = {"run": RUN, "data": DATA, "training": TRAINING, "evaluation": EVALUATION,
+          **method_flags()}
+ALL_FLAGS = {flag.name: flag for group in GROUPS.values() for flag in group}
 
 
 def names(**wanted):
-    """The names of the flags whose rows have these values, such as of_run=True."""
+    """Return the names of the flags whose rows have these values, such as is_path=True."""
     return {name for name, flag in ALL_FLAGS.items()
             if all(getattr(flag, key) == value for key, value in wanted.items())}
 
 
 PROMPT_FLAGS = ("suite", "data_dir", "tasks", "max_length", "max_new_tokens")
-RUN_FLAGS, PATH_FLAGS = names(of_run=True), names(is_path=True)
-TRAINING_FLAGS, STUDY_FLAGS = names(of_training=True), names(of_study=True)
+NOT_IDENTITY, PATH_FLAGS = names(not_identity=True), names(is_path=True)
+TRAINING_FLAGS, STUDY_FLAGS = names(only_training=True), names(set_by_study=True)
 
 
 def build_parser():
-    """All flags with the paper's defaults (Appendix G.4)."""
+    """Return the parser of all flags, with the paper's defaults (Appendix G.4)."""
     parser = Parser(prog="train.py", allow_abbrev=False,
                     description="Train and evaluate a method on a suite of tasks.",
                     epilog="Precision and processes come from `accelerate launch`, for example "
                            "`accelerate launch --mixed_precision bf16 train.py --method badit`.")
-    groups = {}
-    for flag in ALL_FLAGS.values():
-        group = groups.get(flag.group) or parser.add_argument_group(flag.group)
-        groups[flag.group] = group
-        add_argument(group, flag.name, flag.type, flag.default, flag.help, flag.metavar, flag.check)
+    for heading, flags in GROUPS.items():
+        add_flags(parser, flags, heading)
     return parser
 
 
@@ -207,198 +183,212 @@ def parse_flags(argv):
     for name, value in vars(args).items():
         setattr(args, name, list(value) if isinstance(value, tuple) else value)
     if args.resume and args.overwrite:
-        raise InputError("--resume goes on with what --overwrite would delete: give one of them")
-    if args.allow_other and not (args.resume or args.from_results is not None):
-        raise InputError("--allow_other is read with --resume or --from_results only")
-    if args.from_results is not None:
-        args, typed = repeated_flags(args, typed), set()
+        raise InputError("--resume continues the run that --overwrite deletes: give one of them")
+    if args.allow_other and not args.resume:
+        raise InputError("--allow_other has no effect without --resume")
     if args.adapter is not None:
-        config, settings = read_adapter_config(args.adapter)
-        if args.from_results is None:
-            take_frame(args, typed, config)
-        if "method" in typed and args.method != config.method:
-            raise InputError(f"--method {args.method}: the adapter was made by {config.method}")
-        if "base" in typed and args.base != config.base:
-            raise InputError(f"--base {args.base}: the adapter was made on a base that is stored "
-                             f"{config.base}, which is another model")
-        args.method, args.base = config.method, config.base
-        if not args.eval_only:
-            take_settings(args, typed, settings)
+        take_adapter(args, typed)
     if args.method not in METHODS:
-        raise InputError(f"--method {args.method!r} is unknown; allowed: {', '.join(METHODS)}")
-    refuse_unread_flags(args, typed)
+        raise InputError(f"--method {args.method!r} is unknown{variant_hint(args.method)}; "
+                         f"allowed: {', '.join(METHODS)}")
+    refuse_flags_without_effect(args, typed)
     if not args.eval_only:
-        settings_of(args).refuse_unread(typed)
+        settings_of(args).refuse_flags_without_effect(typed)
     args.output_dir = Path(args.output_dir or default_output_dir(args))
     return args, typed
 
 
-def trained_on(args):
-    """The flags of PROMPT_FLAGS, as adapter_config.json has them."""
-    return {name: getattr(args, name) for name in PROMPT_FLAGS}
+def end_on_bad_flags(argv):
+    """Exit with status 2 and one line where train.py would refuse its flags; after --help, with 0.
 
-
-def take_frame(args, typed, config):
-    """Take over the model and frame of an adapter and, to evaluate it, its suite and prompts.
-
-    Typed flags count more. Raises InputError for values that no such flag takes.
+    Called before the libraries that take seconds are loaded.
     """
-    model = None if "model" in typed else base_name(args.adapter, config)
-    taken = {"model": model, "chat_template": config.chat_template}
-    taken |= config.trained_on if args.eval_only else {}
-    unknown = taken.keys() - {"model", "chat_template", *PROMPT_FLAGS}
-    if unknown:
-        raise InputError(f"{args.adapter}: {sorted(unknown)[0]!r:.60} is no flag that says on "
-                         f"which prompts an adapter was trained: {', '.join(PROMPT_FLAGS)}")
-    other_suite = {"data_dir", "tasks"} if "suite" in typed else set()
-    for name, value in taken.items():
-        if name not in typed | other_suite and (name != "model" or value is not None):
-            setattr(args, name, read_value(name, value, args.adapter))
+    escape_output()
+    try:
+        args, _ = parse_flags(argv)
+        output_folder.check(args, PATH_FLAGS)
+    except (InputError, OSError) as error:
+        print(rank_prefix() + error_lines(error), file=sys.stderr)
+        sys.exit(2)
 
 
-def take_settings(args, typed, settings):
-    """Go on with the `settings` of an adapter; the seed is the run's own.
-
-    Raises InputError for a typed flag that says otherwise.
-    """
-    for name in sorted(set(settings.names()) & names(of_method=True)):
-        value = getattr(settings, name)
-        value = list(value) if isinstance(value, tuple) else value
-        if name in typed and getattr(args, name) != value:
-            raise InputError(f"--{name} {getattr(args, name)}: the adapter goes on with the "
-                             f"settings that it was made with, here {value}")
-        setattr(args, name, value)
+def rank_prefix():
+    """Return what a message begins with in a run of several processes: the rank of this one."""
+    several = os.environ.get("WORLD_SIZE", "1") != "1"
+    return f"[rank {os.environ.get('RANK', 0)}] " if several else ""
 
 
 def refuse_odd_words(argv):
-    """Raise InputError for a word that no file of a run could hold."""
+    """Raise InputError for a word that is not UTF-8, or that argparse misreads."""
     for word in argv:
         try:
             word.encode()
         except UnicodeEncodeError:
-            raise InputError(f"{word!r} is not UTF-8, which every file of a run is") from None
+            raise InputError(f"{word!r} is not UTF-8, as every file of a run is") from None
         if re.fullmatch(r"--\w+=--", word):  # argparse would take it for an empty list
             raise InputError(f"{word}: a flag's value cannot be --")
 
 
 def typed_flags(parser, argv):
-    """The names of the flags that stand in `argv`."""
+    """Return the names of the flags in `argv`."""
     untyped = object()
     probe = argparse.Namespace(**dict.fromkeys(ALL_FLAGS, untyped))
     return {name for name, value in vars(parser.parse_args(argv, probe)).items()
             if value is not untyped}
 
 
+def variant_hint(method):
+    """Return words that give the flags of a study's variant, or ''."""
+    if method not in VARIANTS:
+        return ""
+    return f": it is a variant of scripts/study.py, here --method {VARIANTS[method]}"
+
+
+# --- what an adapter brings along ---------------------------------------------------------------
+
+
+def take_adapter(args, typed):
+    """Take the method, base, prompts and settings from --adapter's configuration.
+
+    Raises InputError for typed flags that contradict it.
+    """
+    config, saved = read_adapter_config(args.adapter)
+    take_prompts(args, typed, config)
+    for name in ("method", "base"):
+        if name in typed and getattr(args, name) != getattr(config, name):
+            raise InputError(f"--{name} {getattr(args, name)}: the adapter was trained with "
+                             f"--{name} {getattr(config, name)}")
+        setattr(args, name, getattr(config, name))
+    if not args.eval_only:
+        take_settings(args, typed, saved)
+
+
+def take_prompts(args, typed, config):
+    """Take over an adapter's model and chat template and, with --eval_only, its suite and prompts.
+
+    Typed flags come first. Raises InputError for unknown flags, bad values and missing folders.
+    """
+    model = None if "model" in typed else base_name(args.adapter, config)
+    taken = {"model": model, "chat_template": config.chat_template}
+    if args.eval_only:
+        taken |= {name: value for name, value in config.trained_on.items() if name != "earlier"}
+    unknown = taken.keys() - {"model", "chat_template", *PROMPT_FLAGS}
+    if unknown:
+        raise InputError(f"{args.adapter}: trained_on has the unknown flag "
+                         f"{sorted(unknown)[0]!r:.60}; allowed: {', '.join(PROMPT_FLAGS)}")
+    other_suite = {"data_dir", "tasks"} if "suite" in typed else set()
+    for name, value in taken.items():
+        if name in typed | other_suite or name == "model" and value is None:
+            continue
+        setattr(args, name, read_value(name, value, args.adapter))
+        folder = name == "data_dir" and value or name == "suite" and "/" in value and value
+        if folder and not Path(folder).is_dir():
+            raise InputError(f"{args.adapter} was trained on --{name} {value}, which is not "
+                             f"there: give --{name}")
+
+
+def take_settings(args, typed, saved):
+    """Continue with the `saved` settings of an adapter; the seed is the run's own.
+
+    Raises InputError for a typed flag with another value.
+    """
+    for name in sorted(set(saved.names()) & names(of_method=True)):
+        value = getattr(saved, name)
+        value = list(value) if isinstance(value, tuple) else value
+        if name in typed and getattr(args, name) != value:
+            raise InputError(f"--{name} {getattr(args, name)}: the adapter keeps the settings it "
+                             f"was made with, here {value}")
+        setattr(args, name, value)
+
+
+def trained_on(args, tasks):
+    """Return what adapter_config.json says of the training data: {flag: value}.
+
+    `tasks` are the names of the trained tasks, None for all of the suite. A run that trains an
+    adapter further adds its earlier tasks; if those are of another suite, under `earlier`.
+    """
+    here = {name: getattr(args, name) for name in PROMPT_FLAGS} | {"tasks": tasks}
+    if args.adapter is None or args.eval_only:
+        return here
+    earlier = read_adapter_config(args.adapter)[0].trained_on
+    if any(earlier.get(name) != here[name] for name in ("suite", "data_dir")):
+        return here | {"earlier": earlier}
+    if earlier.get("tasks") is None or tasks is None:
+        return here | {"tasks": None}
+    return here | {"tasks": list(dict.fromkeys([*earlier["tasks"], *tasks]))}
+
+
+def read_value(name, value, source):
+    """Return the value of a flag from the file `source`. Raises InputError for a bad one."""
+    try:
+        read = msgspec.convert(value, ALL_FLAGS[name].type)
+        check_each(ALL_FLAGS[name], read)
+    except (msgspec.ValidationError, argparse.ArgumentTypeError) as error:
+        raise InputError(f"{source}: {value!r:.60} is not a value of --{name} ({error})") from None
+    return list(read) if isinstance(read, tuple) else read
+
+
+# --- what follows from the flags ----------------------------------------------------------------
+
+
 def settings_of(args):
-    """The settings of the run's method. Raises InputError where they contradict each other."""
+    """Return the settings of the run's method. Raises InputError where they contradict."""
     cls = METHODS[args.method].settings
     values = {name: getattr(args, name) for name in cls.names()}
     return cls(**{name: tuple(value) if isinstance(value, list) else value
                   for name, value in values.items()})
 
 
-def repeated_flags(args, typed):
-    """The flags that results.json recorded, under those of RUN_FLAGS that were typed now."""
-    free = RUN_FLAGS | (PATH_FLAGS if "paths" in args.allow_other else set())
-    for flag in sorted(typed - free):
-        paths = ", ".join(f"--{name}" for name in sorted(PATH_FLAGS))
-        raise InputError(f"--{flag} is not read with --from_results, which repeats all flags of "
-                         f"{args.from_results} (but {paths} with --allow_other paths)")
-    _, results = formats.read(args.from_results, formats.Results)
-    repeated = from_values(results.args, args.from_results)
-    for name in RUN_FLAGS | (typed & PATH_FLAGS):
-        setattr(repeated, name, getattr(args, name))
-    return repeated
-
-
-def from_values(values, source):
-    """The flags, without those of RUN_FLAGS, that have `values` {flag: value}.
-
-    Raises InputError for one that no such flag takes; `source` is the file that holds them.
-    """
-    wanted = ALL_FLAGS.keys() - RUN_FLAGS
-    if values.keys() != wanted:
-        raise InputError(f"{source} is of another version of this program, with other flags: "
-                         f"{sorted(wanted ^ values.keys())[:5]}")
-    return argparse.Namespace(**{name: read_value(name, value, source)
-                                 for name, value in values.items()})
-
-
-def read_value(name, value, source):
-    """The value of a flag that stands in a file. Raises InputError for one that it cannot have."""
-    try:
-        read = msgspec.convert(value, ALL_FLAGS[name].type)
-        check_each(ALL_FLAGS[name], read)
-    except (msgspec.ValidationError, argparse.ArgumentTypeError) as error:
-        raise InputError(f"{source}: {value!r:.60} is no value of --{name} ({error})") from None
-    return list(read) if isinstance(read, tuple) else read
-
-
 def recorded_args(args):
-    """Every flag but those in which equal runs may differ, as results.json has them."""
-    return {name: value for name, value in sorted(vars(args).items()) if name not in RUN_FLAGS}
-
-
-def as_argv(values):
-    """The command-line words that give these values {flag: value}; defaults are left out."""
-    words = []
-    for name, value in sorted(values.items()):
-        default = ALL_FLAGS[name].default
-        if value is None or value == (list(default) if isinstance(default, tuple) else default):
-            continue
-        if value is True:
-            words += [f"--{name}"]
-        elif isinstance(value, list):
-            words += [f"--{name}", *map(str, value)]
-        else:
-            words += [f"--{name}={value}"]
-    return words
+    """Return the flags that equal runs share, as results.json holds them."""
+    return {name: value for name, value in sorted(vars(args).items()) if name not in NOT_IDENTITY}
 
 
 def comparable(args, trained):
-    """{name: value} of the flags that must be equal in runs that stand in one table."""
+    """Return {name: value} of the flags that the runs of one table must share."""
     values = {}
     read = METHODS[args.method].settings.names()
     for name, flag in ALL_FLAGS.items():
-        if flag.table is True and not flag.of_method:
+        if flag.same_in_table is True and not flag.of_method:
             values[f"--{name}"] = getattr(args, name)
-        elif flag.table and trained and (not flag.of_method or name in read):
-            place = f", {args.setting}" if flag.table == "by setting" else ""
+        elif flag.same_in_table and trained and (not flag.of_method or name in read):
+            place = f", {args.setting}" if flag.same_in_table == "by setting" else ""
             values[f"--{name}{place}"] = getattr(args, name)
     if trained and args.setting == "sequential":
         values["--task_order"] = args.task_order
-    if trained and args.adapter is not None:  # a run that went on stands in no table with others
+    if trained and args.adapter is not None:
         values["--adapter"] = args.adapter
     return values
 
 
-def refuse_unread_flags(args, typed):
+def refuse_flags_without_effect(args, typed):
     """Raise InputError for a typed flag that this method or setting would ignore."""
     entry = METHODS[args.method]
     of_methods = names(of_method=True)
     if args.eval_only:
-        unread, why = TRAINING_FLAGS | of_methods, "with --eval_only"
+        ignored, cause = TRAINING_FLAGS | of_methods, "--eval_only"
         if entry.trains and args.adapter is None:
             raise InputError("--eval_only needs --adapter DIR (or --method zero_shot)")
     else:
-        unread = of_methods - set(entry.settings.names())
-        why = f"by --method {args.method} in training"
-        if not entry.trains:
-            unread, why = unread | TRAINING_FLAGS, f"by --method {args.method}"
-    for flag in sorted(typed & unread):
-        raise InputError(f"--{flag} is not read {why}")
+        ignored = of_methods - set(entry.settings.names())
+        ignored |= set() if entry.trains else TRAINING_FLAGS
+        cause = f"--method {args.method}"
+    for flag in sorted(typed & ignored):
+        raise InputError(f"--{flag} has no effect with {cause}")
     for name in sorted(typed):
-        settings = ALL_FLAGS[name].needs_setting
-        if settings and args.setting not in settings:
-            raise InputError(f"--{name} is not read with --setting {args.setting}, "
-                             f"only with {' or '.join(settings)}")
-    if args.sample and args.max_train_per_task is None:
-        raise InputError("--sample draws the rows of --max_train_per_task N: give both")
-    if args.paper_metrics and args.eval_tasks != "all":
-        raise InputError("--paper_metrics needs all rows of the score matrix: --eval_tasks all")
+        only = ALL_FLAGS[name].only_setting
+        if only and args.setting != only:
+            raise InputError(f"--{name} has no effect with --setting {args.setting}, only with "
+                             f"--setting {only}")
 
 
 def default_output_dir(args):
-    setting = "eval" if args.eval_only or not METHODS[args.method].trains else args.setting
-    setting += "-on" if args.adapter is not None and not args.eval_only else ""
+    """Return the folder of a run without --output_dir: its name tells runs apart."""
+    if args.eval_only and args.adapter is not None:
+        folder = Path(args.adapter).resolve()
+        run = folder.parent.name if folder.name == "adapter" else (
+            f"{folder.parent.parent.name}-{folder.name}")
+        return f"runs/eval-{run}-{Path(args.suite).name}-seed{args.seed}"
+    setting = args.setting if METHODS[args.method].trains else "eval"
+    setting += "-on" if args.adapter is not None else ""
     return f"runs/{args.method}-{setting}-{Path(args.model).name}-seed{args.seed}"

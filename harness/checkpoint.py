@@ -1,11 +1,10 @@
-"""Checkpoints: all that a run needs to go on as if it had never been stopped, and nothing else.
+"""Checkpoints: save all that a run needs to continue exactly, and continue from them.
 
-A checkpoint is a folder `checkpoints/000007` with `tensors.safetensors`, `state.json` and their
-`SHA256SUMS`. It is written under a temporary name and renamed when it is on the disk, so that it is
-whole or absent. The frozen base model is not in it. Nothing is unpickled.
+A checkpoint is a folder `checkpoints/000007` with `tensors.safetensors` and `state.json`. It is
+written under a temporary name, synced and renamed, so it is complete or absent. The frozen base
+model is not in it. Nothing is unpickled.
 """
 
-import hashlib
 import json
 import os
 import random
@@ -19,22 +18,19 @@ import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
 
-from adapter import check_tensors
-from harness.arguments import OVERRIDABLE
-from harness.identity import MODEL_HASHES
-from harness.run import say
+from harness import identity, output_folder
+from harness.run import Position, Progress, print_main
 from inputs import formats
 from inputs.errors import InputError
-from inputs.files import fsync, open_file, read_text, sha256_file
-from inputs.tensors import read_tensors, write_tensors
+from inputs.files import fsync
+from inputs.tensors import check_tensors, read_tensors, write_tensors
 
 FOLDER, KEPT = "checkpoints", 2
-TENSORS_FILE, STATE_FILE, SUMS_FILE = "tensors.safetensors", "state.json", "SHA256SUMS"
-LOGS = ("log.jsonl", "regroup.jsonl")
+TENSORS_FILE, STATE_FILE = "tensors.safetensors", "state.json"
 
 
 class Checkpoint(NamedTuple):
-    """A whole checkpoint that was read; `tensors` by name, `state` as in state.json."""
+    """A checkpoint that was read: tensors by name, and the content of state.json."""
 
     name: str
     tensors: dict
@@ -45,19 +41,19 @@ class Checkpoint(NamedTuple):
 
 
 def save(run, optimizer=None):
-    """Write a checkpoint of the run as it is now; the optimizer only in the middle of a stage.
+    """Write a checkpoint of the run; `optimizer` is given in the middle of a stage only.
 
-    Called by all processes; the main one writes. The older checkpoints but one are deleted.
+    Called by all processes; the main one writes, and deletes all older checkpoints but one.
     """
     rng = gather_object([random_states()])  # one for each process
     if not run.accelerator.is_main_process:
         return
     tensors = {f"adapter.{key}": tensor for key, tensor in run.method.state_dict().items()}
     progress = run.progress
-    state = {"position": progress.position, "rows": progress.rows,
-             "files": progress.files | log_hashes(run), "identity": run.setup.identity,
-             "hashes": progress.hashes, "overruled": sorted(progress.overruled),
-             "seconds": progress.seconds.so_far(), "rng": rng}
+    state = {"position": progress.position, "rows": progress.rows, "files": progress.files,
+             "log_bytes": log_bytes(run.args.output_dir), "identity": run.setup.identity,
+             "hashes": progress.hashes, "seconds": progress.seconds.so_far(), "rng": rng,
+             "allowed_differences": sorted(progress.allowed_differences)}
     if optimizer is not None:
         tensors |= {f"method.{key}": value for key, value in run.method.training_state().items()}
         tensors |= {f"optimizer.{key}": tensor
@@ -69,21 +65,19 @@ def save(run, optimizer=None):
         write(path, tensors, state)
     except OSError as error:
         raise InputError(f"could not save a checkpoint in {folder} ({error}): nothing that was "
-                         "saved before is lost; make room there, then --resume") from error
+                         "saved before is lost; free some space, then --resume") from error
     for old in older[:1 - KEPT]:
-        remove(old)
+        shutil.rmtree(old)
 
 
 def write(path, tensors, state):
-    """Write the folder `path` so that it is whole or absent, whatever happens meanwhile."""
+    """Write the folder `path` so that it is complete or absent, whatever happens meanwhile."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"))
     try:
         write_tensors(temporary / TENSORS_FILE, tensors)
         text = json.dumps(state, allow_nan=False, ensure_ascii=False)
         (temporary / STATE_FILE).write_text(text, encoding="utf-8")
-        sums = [f"{sha256_file(temporary / name)}  {name}\n" for name in (TENSORS_FILE, STATE_FILE)]
-        (temporary / SUMS_FILE).write_text("".join(sums))
         for file in (*temporary.iterdir(), temporary):
             fsync(file)
         os.rename(temporary, path)
@@ -93,27 +87,27 @@ def write(path, tensors, state):
         raise
 
 
-def log_hashes(run):
-    """Bytes and SHA-256 of the logs, which are on the disk when this returns."""
-    hashes = {}
-    for name in LOGS:
-        path = run.args.output_dir / name
+def log_bytes(folder):
+    """Return the sizes of the logs by name, after syncing them to the disk."""
+    sizes = {}
+    for path in (folder / name for name in output_folder.LOGS):
         if path.exists():
             fsync(path)
-            hashes[name] = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
-    return hashes
+            sizes[path.name] = path.stat().st_size
+    return sizes
 
 
 def random_states():
-    """The states of all random number generators of this process, as JSON values."""
+    """Return the states of all random number generators of this process, as JSON values."""
     name, keys, *rest = np.random.get_state()
     cuda = torch.cuda.get_rng_state().tolist() if torch.cuda.is_available() else None
     return {"python": random.getstate(), "numpy": [name, keys.tolist(), *rest],
             "torch": torch.get_rng_state().numpy().tobytes().hex(), "cuda": cuda}
 
 
-def set_random_states(states):
-    """Put back what `random_states` gave."""
+def restore_random_states(resumed, accelerator):
+    """Restore what `random_states` returned."""
+    states = resumed.state["rng"][accelerator.process_index]
     version, numbers, gauss = states["python"]
     random.setstate((version, tuple(numbers), gauss))
     np.random.set_state(tuple(states["numpy"]))
@@ -123,14 +117,14 @@ def set_random_states(states):
 
 
 def optimizer_state(model, optimizer):
-    """The state of Adam by "parameter name/key"; the rest follows from flags and position."""
+    """Return Adam's state by "parameter name/key"; the rest follows from flags and position."""
     names, state = [name for name, _ in trained(model)], optimizer.state_dict()["state"]
     return {f"{names[index]}/{key}": value for index, values in state.items()
             for key, value in values.items()}
 
 
 def expected_moments(model):
-    """Tensors like those that `optimizer_state` gives."""
+    """Return tensors of the shapes and types that `optimizer_state` gives."""
     like = {"step": lambda _: torch.tensor(0.0), "exp_avg": lambda weight: weight,
             "exp_avg_sq": lambda weight: weight}
     return {f"{name}/{key}": make(weight) for name, weight in trained(model)
@@ -138,7 +132,7 @@ def expected_moments(model):
 
 
 def restore_optimizer(resumed, model, optimizer):
-    """Give the optimizer of the resumed stage the state that it had."""
+    """Restore the optimizer's state in the resumed stage."""
     tensors, names = part(resumed, "optimizer"), [name for name, _ in trained(model)]
     state = {index: {key: tensors[f"{name}/{key}"] for key in ("step", "exp_avg", "exp_avg_sq")}
              for index, name in enumerate(names)}
@@ -146,7 +140,7 @@ def restore_optimizer(resumed, model, optimizer):
 
 
 def trained(model):
-    """(name, weight) of what is trained, in the order in which the optimizer has it."""
+    """Return (name, weight) of the trained parameters, in the optimizer's order."""
     return [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
 
 
@@ -154,7 +148,7 @@ def trained(model):
 
 
 def checkpoints_in(folder):
-    """The checkpoint folders in `folder`, whole or not, the oldest first."""
+    """Return the checkpoint folders in `folder`, the oldest first."""
     return sorted((path for path in folder.glob("*") if re.fullmatch(r"[0-9]{6,}", path.name)),
                   key=number)
 
@@ -163,145 +157,117 @@ def number(path):
     return int(path.name)
 
 
-def newest(setup):
-    """The newest whole Checkpoint in the run's folder, or None; damaged ones are named.
+def find(setup, fresh):
+    """Find where to continue -> (Progress, Checkpoint), or (`fresh`, None) without a checkpoint.
 
-    The main process chooses, and all read the same one: the folder must be one that all see.
+    Raises InputError for a checkpoint of another run.
+    """
+    folder = setup.args.output_dir
+    found = newest(setup)
+    if found is None:
+        print_main(setup.accelerator, f"no checkpoint in {folder}: starting from the beginning")
+        return fresh, None
+    state = found.state
+    differences = identity.refuse_another_run(setup, state["identity"],
+                                              f"checkpoint {folder / FOLDER / found.name}")
+    progress = Progress(Position(*state["position"]), state["rows"], state["files"],
+                        state["hashes"], differences | set(state["allowed_differences"]),
+                        fresh.seconds.after(state["seconds"]))
+    return progress, found
+
+
+def newest(setup):
+    """Return the newest readable Checkpoint, or None; unreadable ones are named and skipped.
+
+    The main process chooses, and all read the same one: they must all see the folder. Raises
+    InputError where no checkpoint is readable, or the newest is of another version.
     """
     folder, chosen = setup.args.output_dir / FOLDER, [None]
     if setup.accelerator.is_main_process:
-        for path in reversed(checkpoints_in(folder)):
-            reason = damage(path)
-            if reason is None:
+        paths = checkpoints_in(folder)
+        while paths and chosen == [None]:
+            path = paths.pop()
+            try:
+                found = read(path)
+            except InputError as error:
+                print_main(setup.accelerator, f"checkpoint {path} is skipped: {error}")
+                if not paths:
+                    raise InputError(f"no checkpoint in {folder} can be read: give --overwrite to "
+                                     f"start again ({error})") from None
+            else:
+                formats.convert(found.state, formats.CheckpointState, path / STATE_FILE)
                 chosen = [path.name]
-                break
-            say(setup.accelerator, f"checkpoint {path} is damaged ({reason}): skipped")
     broadcast_object_list(chosen)
     return None if chosen[0] is None else read(folder / chosen[0])
 
 
-def damage(path):
-    """What is missing or broken in the checkpoint `path`, or None.
-
-    Raises InputError for a whole one of another version, OSError for one that cannot be read now.
-    """
-    try:
-        lines = read_text(path / SUMS_FILE).splitlines()
-        sums = {name: sha256 for sha256, name in (line.split("  ", 1) for line in lines)}
-        for name in (TENSORS_FILE, STATE_FILE):
-            if sums.get(name) != sha256_file(path / name):
-                return f"{name} does not have its checksum"
-    except (FileNotFoundError, NotADirectoryError, ValueError) as error:
-        return f"{type(error).__name__}: {error}"
-    formats.read(path / STATE_FILE, formats.CheckpointState)
-    return None
-
-
-def check_state(setup, state):
-    """Raise InputError unless the parts of a state fit each other and the run."""
-    stage, step = state["position"]
-    stages, first = setup.stages, 0 if setup.args.eval_before else 1
-    names = ["before"][first:] + [each.name for each in stages[:stage]]
-    scores = [row[reference] for row in state["rows"]
-              for reference in ("best", "first", "loss")]
-    predicted = {f"predictions/{number:02d}_{row['name']}.jsonl"
-                 for number, row in enumerate(state["rows"], start=first)
-                 if any(score is not None for score in row["best"])}
-    whole = {name for name in state["files"] if name.startswith("predictions/")}
-    if not (stage <= len(stages) and step <= [*(each.steps for each in stages), 0][stage]
-            and [row["name"] for row in state["rows"]] == names and whole == predicted
-            and all(len(row) == len(setup.order) for row in scores)
-            and state["hashes"].keys() == MODEL_HASHES.keys()
-            and set(state["overruled"]) <= set(OVERRIDABLE)
-            and len(state["rng"]) == setup.accelerator.num_processes):
-        raise InputError(f"{STATE_FILE} of the checkpoint is damaged: its position, rows and files "
-                         "do not belong together")
-    try:
-        set_random_states(state["rng"][setup.accelerator.process_index])
-    except (KeyError, IndexError, TypeError, ValueError, RuntimeError, OverflowError) as error:
-        raise InputError(f"{STATE_FILE} of the checkpoint is damaged ({error!r:.200})") from None
-
-
-def restore(run, resumed):
-    """Put the method back as it was, after its adapter. Raises InputError where that fails."""
-    (stage, step), stages = run.progress.position, run.setup.stages
-    if stage < len(stages) and 0 < step < stages[stage].steps:
-        state = part(resumed, "method")
-        try:
-            run.method.resume_stage(stages[stage], state)
-        except (KeyError, RuntimeError) as error:
-            raise InputError(f"the checkpoint does not fit this model: {error!r:.200}") from None
-        check_tensors(state, run.method.training_state(), "the checkpoint")
-        check_tensors(part(resumed, "optimizer"), expected_moments(run.model),
-                      "the checkpoint's optimizer")
-
-
 def read(path):
+    """Return the Checkpoint in the folder `path`. Raises InputError if it cannot be read."""
     return Checkpoint(path.name, read_tensors(path / TENSORS_FILE),
-                      json.loads(read_text(path / STATE_FILE)))
+                      formats.load(path / STATE_FILE))
 
 
 def part(checkpoint, name):
-    """The tensors of one part of a checkpoint: "adapter", "method" or "optimizer"."""
+    """Return the tensors of one part of a checkpoint: "adapter", "method" or "optimizer"."""
     prefix = f"{name}."
     return {key.removeprefix(prefix): tensor for key, tensor in checkpoint.tensors.items()
             if key.startswith(prefix)}
 
 
-def restore_random_states(resumed, accelerator):
-    set_random_states(resumed.state["rng"][accelerator.process_index])
+def restore(run, resumed):
+    """Restore the method in the middle of a stage. Raises InputError if the tensors do not fit."""
+    (stage, step), stages = run.progress.position, run.setup.stages
+    if stage < len(stages) and 0 < step < stages[stage].steps:
+        state = part(resumed, "method")
+        run.method.resume_stage(stages[stage], state)
+        check_tensors(state, run.method.training_state(), "the checkpoint")
+        check_tensors(part(resumed, "optimizer"), expected_moments(run.model),
+                      "the checkpoint's optimizer")
+
+
+def finished(setup):
+    """Return the content of the results.json of a run that is already finished, or None."""
+    file = setup.args.output_dir / "results.json"
+    if not file.exists():
+        return None
+    content, results = formats.read(file, formats.Results)
+    identity.refuse_another_run(setup, identity.recorded_identity(results), file)
+    return content
+
+
+def prepare_output_folder(run, resumed):
+    """Empty the run's folder, or bring it back to the checkpoint that the run continues from."""
+    folder = run.args.output_dir
+    if run.accelerator.is_main_process:
+        if resumed is None:
+            output_folder.clear(folder)
+        else:
+            restore_files(folder, resumed)
+    run.accelerator.wait_for_everyone()
 
 
 def restore_files(folder, resumed):
-    """Cut the logs back to the checkpoint; refuse to go on where a finished file was changed."""
-    state = resumed.state
-    for name, known in state["files"].items():
-        path = folder / name
-        grown = name not in LOGS and path.is_file() and path.stat().st_size != known["bytes"]
-        if grown or not path.is_file() or sha256_start(path, known["bytes"]) != known["sha256"]:
-            raise InputError(f"{path} is not as it was at the checkpoint: the run cannot go on "
-                             "exactly; start it anew in another --output_dir")
-    drop_leftovers(folder, int(resumed.name))
-    for name in LOGS:
-        if (folder / name).exists():
-            os.truncate(folder / name, state["files"].get(name, {"bytes": 0})["bytes"])
+    """Cut the logs back to the checkpoint, and delete what was written later.
 
-
-def sha256_start(path, size):
-    """SHA-256 of the first `size` bytes of a file, None where it has fewer."""
-    with open_file(path) as file:
-        if size > os.fstat(file.fileno()).st_size:
-            return None
-        return hashlib.sha256(file.read(size)).hexdigest()
-
-
-def drop_leftovers(output_dir, newer_than=0):
-    """Delete what killed saves left, and checkpoints above a number, which are damaged."""
-    folder = output_dir / FOLDER
-    killed = [path for path in folder.glob(".*.tmp")
-              if re.fullmatch(r"\.[0-9]{6,}\.\w+\.tmp", path.name)]
-    for path in (*killed, *(path for path in checkpoints_in(folder) if number(path) > newer_than)):
-        remove(path)
-
-
-def remove(path):
-    """Delete a checkpoint, first its seal, and nothing else in it; or what a killed save left."""
-    if path.is_symlink() or not path.is_dir():
-        path.unlink()
-    elif path.name.startswith("."):
-        shutil.rmtree(path)
-    else:
-        for name in (SUMS_FILE, STATE_FILE, TENSORS_FILE):
-            (path / name).unlink(missing_ok=True)
-        remove_empty(path)
-
-
-def remove_empty(folder):
-    if folder.is_dir() and not any(folder.iterdir()):
-        folder.rmdir()
+    Raises InputError where a log or a finished file is not complete.
+    """
+    sizes, kept = resumed.state["log_bytes"], resumed.state["files"]
+    for path in (folder / name for name in (*sizes, *kept)):
+        if not path.is_file() or path.stat().st_size < sizes.get(path.name, 0):
+            raise InputError(f"{path} is missing or shorter than at the checkpoint: the run cannot "
+                             "continue exactly; start it again in another --output_dir")
+    for path in checkpoints_in(folder / FOLDER):
+        if number(path) > int(resumed.name):
+            shutil.rmtree(path)
+    for path in folder.glob("predictions/*"):
+        if path.relative_to(folder).as_posix() not in kept:
+            path.unlink()
+    for path in (folder / name for name in output_folder.LOGS):
+        if path.exists():
+            os.truncate(path, sizes.get(path.name, 0))
+    output_folder.delete_temporary(folder)
 
 
 def discard(run):
     """Delete all checkpoints: the run is finished."""
-    drop_leftovers(run.args.output_dir)
-    remove_empty(run.args.output_dir / FOLDER)
+    shutil.rmtree(run.args.output_dir / FOLDER, ignore_errors=True)

@@ -9,7 +9,7 @@ from torch import nn
 import models
 from data import SPLITS
 from harness.identity import refuse_another_model
-from harness.run import say
+from harness.run import print_main
 from inputs.errors import InputError
 from quantized import check_experts, find_experts
 from registry import ALL_LINEAR
@@ -33,8 +33,8 @@ def check_model(setup, method):
     check_encoded(setup.encoded, limit - args.max_new_tokens, rows)
     check_experts(skeleton, args.base)
     if models.is_multimodal(args.model):
-        say(setup.accelerator, f"model {args.model} is multimodal: only its text model, "
-            f"{type(skeleton).__name__}, is loaded")
+        print_main(setup.accelerator, f"model {args.model} is multimodal: only its text model, "
+                   f"{type(skeleton).__name__}, is loaded")
     if method is not None:
         asked = method.settings
         method.check_tasks(setup.order)
@@ -43,7 +43,7 @@ def check_model(setup, method):
         for name in asked.names():
             value = getattr(method.settings, name)
             if value != getattr(asked, name):  # chosen by the model's shape
-                say(setup.accelerator, f"{name} {value}")
+                print_main(setup.accelerator, f"{name} {value}")
 
 
 def check_architecture(model, target_modules):
@@ -51,9 +51,9 @@ def check_architecture(model, target_modules):
 
     These are the transposed layers of GPT-2, and experts that share one tensor.
     """
-    kinds = {name.rpartition(".")[2]: type(module).__name__ for name, module in
+    types = {name.rpartition(".")[2]: type(module).__name__ for name, module in
              model.named_modules() if not isinstance(module, nn.Linear)}
-    transposed = sorted(name for name, kind in kinds.items() if kind == "Conv1D")
+    transposed = sorted(name for name, each in types.items() if each == "Conv1D")
     if transposed:
         raise InputError(f"model type {model.config.model_type}: its layers "
                          f"{', '.join(transposed)} are Conv1D modules, which store their "
@@ -82,25 +82,20 @@ def check_frame(args, method):
     """Raise InputError where an adapter was trained with another value of --chat_template."""
     if method.chat_template != args.chat_template:
         raise InputError(f"--adapter {args.adapter} was trained with --chat_template "
-                         f"{'on' if method.chat_template else 'off'}: go on with it so")
+                         f"{'on' if method.chat_template else 'off'}: keep it so")
 
 
 def check_hashes(run, hashes):
-    """Raise InputError where the loaded model differs from that of the resumed or repeated run."""
-    args, setup = run.args, run.setup
-    why = (f"model {args.model} is not that of the run to be "
-           f"{'resumed' if args.resume else 'repeated'},")
-    refuse_another_model(run.progress.hashes or setup.known_hashes, hashes, why)
-    if setup.single and setup.single.base_sha256 != hashes["base_sha256"]:
-        raise InputError(f"--single_task_results {args.single_task_results} was made on another "
-                         "base model")
+    """Raise InputError if the loaded model differs from the resumed run's."""
+    refuse_another_model(run.progress.hashes, hashes,
+                         f"model {run.args.model} differs from the resumed run's")
 
 
 def check_encoded(encoded, positions, vocabulary):
-    """Raise InputError for a test prompt of more than `positions` tokens, or for an unknown token.
+    """Raise InputError for a test prompt of more than `positions` tokens, or an unknown token.
 
-    Evaluation keeps a Definition whole, even one that exceeds max_length. A tokenizer may have ids
-    of `vocabulary` or more, for which the model has no embedding.
+    Evaluation keeps a Definition whole even if it alone exceeds max_length. A tokenizer may have
+    ids from `vocabulary` on, for which the model has no embedding.
     """
     for split in SPLITS:
         for task, rows in getattr(encoded, split).items():

@@ -1,4 +1,4 @@
-"""When two runs are one: what a run is made with, and whether another is the same."""
+"""Identify a run: record what it is made with, and refuse to continue another one."""
 
 import hashlib
 import importlib.metadata
@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
-from adapter import WEIGHTS_FILE
 from data import SPLITS
+from harness.adapter_config import WEIGHTS_FILE
 from harness.arguments import OVERRIDABLE, PATH_FLAGS, recorded_args
 from inputs.errors import InputError
 from inputs.files import sha256_file
@@ -19,23 +19,23 @@ from inputs.files import sha256_file
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("torch", "transformers", "accelerate", "numpy", "scipy", "rouge_score", "regex",
             "safetensors")
-# What trains: the paper's files, what feeds a run and what carries it. Not what shows it later.
+# The files that decide a result: of the paper, of its data and of the loop; not of reports.
 TRAINS = ("badit.py", "energy.py", "quantized.py", "decomposition.py", "experts.py", "grouping.py",
           "regrouping.py", "method.py", "registry.py", "train.py", "data.py", "models.py",
           "evaluation.py", "metrics.py", "adapter.py", "baselines/*.py", "inputs/*.py",
           "harness/*.py")
-# What identifies the base model in results.json and in checkpoints, in words.
+# The hashes of the base model in results.json and in checkpoints, in words.
 MODEL_HASHES = {"base_sha256": "weights", "config_sha256": "a configuration or tokenizer"}
 
 
 def provenance(args):
-    """What a run is made with; asked at its start, as files may change while it lasts."""
+    """Return what a run is made with. Called at its start: files may change while it runs."""
     return {"code_sha256": code_sha256(), "git_commit": git_commit(), "versions": versions(),
             "read_files": read_files(args)}
 
 
 def code_sha256(root=ROOT):
-    """SHA-256 over the names and contents of the Python files that train."""
+    """Return the SHA-256 of the names and contents of the Python files of TRAINS."""
     digest = hashlib.sha256()
     for file in sorted(file for pattern in TRAINS for file in root.glob(pattern)):
         content = file.read_bytes()
@@ -44,7 +44,7 @@ def code_sha256(root=ROOT):
 
 
 def git_commit():
-    """The commit of this code, or None where it is no git checkout or git is not installed."""
+    """Return the commit of this code, or None outside a git checkout or without git."""
     if shutil.which("git") is None:
         return None
     answer = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
@@ -57,36 +57,33 @@ def versions():
 
 
 def read_files(args):
-    """SHA-256 by flag of the files that a run reads beside its model and its data.
+    """Return the SHA-256 by flag of the files that a run reads beside its model and data.
 
     Raises InputError for one that cannot be read.
     """
-    files = {"single_task_results": args.single_task_results,
-             "adapter": args.adapter and Path(args.adapter) / WEIGHTS_FILE}
-    sums = {}
-    for flag, path in files.items():
-        if path is not None:
-            try:
-                sums[flag] = sha256_file(path)
-            except OSError as error:
-                raise InputError(f"--{flag}: cannot read {path}: {error.strerror}") from None
-    return sums
+    if args.adapter is None:
+        return {}
+    path = Path(args.adapter) / WEIGHTS_FILE
+    try:
+        return {"adapter": sha256_file(path)}
+    except OSError as error:
+        raise InputError(f"--adapter: cannot read {path}: {error.strerror}") from None
 
 
 def task_sha256(task):
-    """SHA-256 of what a task's score depends on: its text as it is used."""
+    """Return the SHA-256 of a task's text as it is used, which its score depends on."""
     content = [task.definition, task.metric, task.train, task.test]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def encoded_sha256(encoded):
-    """SHA-256 by task and split of an encoded suite's rows."""
+    """Return the SHA-256 of an encoded suite's rows by task and split."""
     return {f"{split} rows of {task}": hashlib.sha256(json.dumps(rows).encode()).hexdigest()
             for split in SPLITS for task, rows in getattr(encoded, split).items()}
 
 
 def compiler(accelerator):
-    """The backend of torch.compile that the launcher asks for, "no" for none."""
+    """Return the backend of torch.compile that the launcher asks for, or "no"."""
     return accelerator.state.dynamo_plugin.backend.value.lower()
 
 
@@ -98,7 +95,7 @@ def device_name(accelerator):
 
 
 def identity(args, accelerator, tasks, made):
-    """What must be equal for runs to be equal, by the names that a user knows."""
+    """Return {name that a user knows: value} of all that equal runs share."""
     return _identity(
         recorded_args(args), {name: task_sha256(task) for name, task in tasks.items()},
         made["read_files"], code=made["code_sha256"], versions=made["versions"],
@@ -108,7 +105,7 @@ def identity(args, accelerator, tasks, made):
 
 
 def recorded_identity(results):
-    """`identity` of the run that wrote these Results."""
+    """Return the `identity` of the run that wrote these Results."""
     return _identity(
         results.args, {name: task.sha256 for name, task in results.tasks.items()},
         results.read_files, code=results.code_sha256, versions=results.versions,
@@ -123,26 +120,26 @@ def _identity(args, data, files, **rest):
 
 
 def refuse_another_run(setup, recorded, source):
-    """Raise InputError unless this run is the one that is `recorded`, or --allow_other lets it.
+    """Raise InputError unless this run equals the `recorded` one, but for --allow_other.
 
-    Returns those of OVERRIDABLE that differ and matter.
+    Returns the allowed differences that may change the result's last digits.
     """
     mine, free = setup.identity, set(setup.args.allow_other)
     paths = {f"--{name}" for name in PATH_FLAGS}
     different = [name for name in sorted(mine.keys() | recorded.keys())
                  if mine.get(name) != recorded.get(name)]
-    kind = {name: "paths" if name in paths else name for name in different}
+    overridable = {name: "paths" if name in paths else name for name in different}
     refused = [f"{name} (then {recorded.get(name)!r:.60}, now {mine.get(name)!r:.60})"
-               for name in different if kind[name] not in free]
+               for name in different if overridable[name] not in free]
     if refused:
-        raise InputError(f"{source} is of another run: {'; '.join(refused)}. --allow_other can "
-                         f"overrule: {', '.join(OVERRIDABLE)}")
-    return set(kind.values()) - {"paths"}  # which change no digit
+        raise InputError(f"{source} is of another run: {'; '.join(refused)}. --allow_other takes "
+                         f"{', '.join(OVERRIDABLE)}")
+    return set(overridable.values()) - {"paths"}  # paths change no digit
 
 
 def refuse_another_model(known, hashes, why):
-    """Raise InputError where one of the `known` hashes of a model is not that of `hashes`."""
+    """Raise InputError, beginning with `why`, if one of the `known` hashes of a model differs."""
     for name, sha256 in known.items():
         if sha256 != hashes.get(name):
-            raise InputError(f"{why} with {MODEL_HASHES[name]} other than then: its {name} was "
+            raise InputError(f"{why}: {MODEL_HASHES[name]} changed, its {name} was "
                              f"{sha256!r:.20}, now {hashes.get(name)!r:.20}")

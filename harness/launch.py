@@ -1,4 +1,4 @@
-"""How a run starts and ends: the Accelerator, signals, and one line for whatever goes wrong."""
+"""Start and end a run: the Accelerator, matmul backends, signals, and one line for every error."""
 
 import errno
 import importlib.util
@@ -6,77 +6,70 @@ import os
 import shlex
 import signal
 import sys
-from pathlib import Path
 
 import torch
-import yaml
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
-from accelerate.commands.config.config_args import default_config_file
 
-from harness import checkpoint, output_folder, processes, products, sharding
-from harness.arguments import PAPER_BATCH, parse_flags
-from harness.early import print_anything
-from harness.run import say
+from harness import checkpoint, output_folder, processes, sharding
+from harness.arguments import PAPER_BATCH, PATH_FLAGS, parse_flags, rank_prefix
+from harness.run import print_main
 from harness.signals import StopSignals
-from inputs.errors import InputError, Interrupted, error_lines, one_line
+from inputs.errors import InputError, Interrupted, error_lines, escape_output, one_line
 
-# Of the disk, not of this program: one line, no traceback.
+# Errors of the disk, not of this program: one line, no traceback.
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
-# What the launcher sets for what shards gradients, by the name that users know.
+# Launcher variables that shard gradients, by the name that users know.
 SHARDED = {"ACCELERATE_USE_DEEPSPEED": "DeepSpeed", "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
            "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism configuration"}
+FLOAT32 = 1e-5  # relative error: float32's is below 1e-6, TF32's above 1e-4, bf16's above 1e-3
 
 
 def carry_out(argv, execute):
-    """Call execute(args, argv, stop, first_to_say) with the flags in `argv` -> exit status.
+    """Call execute(args, argv, stop) with the flags in `argv` -> exit status.
 
-    0; 2 after one line on bad input; 128 + the signal's number after one that asked to stop.
+    0; 2 after one line on bad input; 128 + the signal's number after a signal. Each process prints
+    its own line.
     """
-    print_anything()
-    first_to_say = processes.FirstToSay()
+    escape_output()
 
     def end(status, reason):
-        if first_to_say():
-            print(reason, file=sys.stderr)
+        print(rank_prefix() + reason, file=sys.stderr)
         return status
 
     with StopSignals() as stop:
-        processes.end_with_launcher()
         try:
             args, _ = parse_flags(argv)
-            output_folder.check(args)
-            execute(args, argv, stop, first_to_say)
+            output_folder.check(args, PATH_FLAGS)
+            execute(args, argv, stop)
             return 0
         except InputError as error:
             return end(2, error_lines(error))
         except OSError as error:
-            full = (f"; what was saved before is whole: make room there, then "
+            full = (f"; what was saved before is intact: free some space, then "
                     f"{command(args, argv, stop)}") if error.errno in DISK_ERRORS else ""
             return end(2, one_line(f"error: {error}{full}"))
         except (Interrupted, KeyboardInterrupt) as error:
             number = stop.received or signal.SIGINT
-            whole = isinstance(error, Interrupted) and checkpoint.checkpoints_in(
+            saved = isinstance(error, Interrupted) and checkpoint.checkpoints_in(
                 args.output_dir / checkpoint.FOLDER)
-            saved = "saved" if whole else "nothing more was saved"
-            return end(128 + number, one_line(f"stopped by {number.name}, {saved}; go on with: "
-                                              f"{command(args, argv, stop)}"))
+            return end(128 + number, one_line(
+                f"stopped by {number.name}, {'saved' if saved else 'nothing more was saved'}; "
+                f"continue with: {command(args, argv, stop)}"))
         except Exception as error:
-            if is_out_of_memory(error):
-                return end(2, one_line(f"error: {out_of_memory(args, stop)} ({error})"))
-            if first_to_say():
+            if not is_out_of_memory(error):
                 raise
-            return 1
+            return end(2, one_line(f"error: {out_of_memory(args, stop)} ({error})"))
 
 
 def is_out_of_memory(error):
-    """Whether an exception says so, of a GPU's memory or of the machine's."""
+    """Return whether an exception means that a GPU or the machine is out of memory."""
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
         isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate" in str(error))
 
 
 def out_of_memory(args, stop):
-    """What to do where memory is short; a run cannot change its batches once it has begun."""
-    kept = (f"; what was saved stays in {args.output_dir}, --resume goes on with it where there is "
+    """Return advice for a run that is out of memory; its batches are fixed once it has begun."""
+    kept = (f"; what was saved stays in {args.output_dir}, --resume continues it where there is "
             "more memory") if stop.deferred else ""
     return (f"out of memory with --batch_size {args.batch_size}, --gradient_accumulation_steps "
             f"{args.gradient_accumulation_steps}, --max_length {args.max_length}, "
@@ -85,28 +78,29 @@ def out_of_memory(args, stop):
 
 
 def command(args, argv, stop):
-    """The command that goes on with a run, or starts it again where it had not begun to write."""
-    if args.shard_base and "--shard_base" not in argv:  # but --use_fsdp of the launcher
+    """Return the command that continues a run, or starts it again if it had written nothing."""
+    if args.shard_base and "--shard_base" not in argv:  # asked for by the launcher's --use_fsdp
         argv = [*argv, "--shard_base"]
     if stop.deferred:
         argv = [*(word for word in argv if word not in ("--resume", "--overwrite")), "--resume"]
-    threads = os.environ.get("OMP_NUM_THREADS")  # a run goes on with as many
+    threads = os.environ.get("OMP_NUM_THREADS")  # a resumed run needs the same number
     prefix = f"OMP_NUM_THREADS={shlex.quote(threads)} " if threads else ""
     return f"{prefix}{processes.launcher()} train.py {shlex.join(argv)}"
 
 
-def base_dtype():
-    """The type of the base's weights, by the launcher's precision. Raises InputError."""
-    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")  # what the launcher sets
+# --- the Accelerator ----------------------------------------------------------------------------
+
+
+def refuse_precision():
+    """Raise InputError for a precision of the launcher's other than float32 and bf16."""
+    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if precision not in ("no", "bf16"):
-        raise InputError(f"--mixed_precision {precision} is not supported; allowed: no, bf16"
-                         f"{launcher_file('mixed_precision', precision)}")
-    return torch.bfloat16 if precision == "bf16" else torch.float32
+        raise InputError(f"--mixed_precision {precision} is not supported; allowed: no, bf16")
 
 
 def make_accelerator(args):
-    """The Accelerator, and a batch size for every process. Raises InputError."""
-    base_dtype()
+    """Return the Accelerator, and set the batch size per process. Raises InputError."""
+    refuse_precision()
     refuse_sharding()
     sharding.take_over(args)
     if args.report_to != "none" and importlib.util.find_spec(args.report_to) is None:
@@ -115,8 +109,9 @@ def make_accelerator(args):
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
     torch.use_deterministic_algorithms(args.deterministic, warn_only=True)
-    # Buffers are groupings, equal on all processes by construction.
-    handlers = [DistributedDataParallelKwargs(broadcast_buffers=False)]
+    # The buffers are groupings, which all processes compute alike.
+    handlers = [DistributedDataParallelKwargs(broadcast_buffers=False,
+                                              gradient_as_bucket_view=True)]
     if args.shard_base:
         handlers.append(InitProcessGroupKwargs(timeout=sharding.TIMEOUT))
     try:
@@ -126,8 +121,9 @@ def make_accelerator(args):
             project_dir=args.output_dir / "tracking",
             kwargs_handlers=handlers)
     except (ValueError, KeyError, RuntimeError, ImportError) as error:
-        raise InputError("Accelerate does not start: what the launcher or the environment asks for "
-                         f"does not fit this machine ({type(error).__name__}: {error})") from error
+        raise InputError("Accelerate does not start: the launcher or the environment asks for "
+                         "something that this machine cannot do "
+                         f"({type(error).__name__}: {error})") from error
     if accelerator.gradient_accumulation_steps != args.gradient_accumulation_steps:
         raise InputError(f"the launcher asks for {accelerator.gradient_accumulation_steps} "
                          "accumulation steps: give --gradient_accumulation_steps to train.py, not "
@@ -142,37 +138,26 @@ def make_accelerator(args):
                          f"{accelerator.num_processes}: on a machine without GPUs set "
                          "ACCELERATE_USE_CPU=true")
     if args.shard_base and accelerator.num_processes == 1:
-        say(accelerator, "--shard_base: nothing to share in one process")
+        print_main(accelerator, "--shard_base has no effect in one process")
         args.shard_base = False
     args.batch_size = args.batch_size or share_of_batch(accelerator)
-    products.avoid_cudnn_attention()
+    avoid_cudnn_attention()
     if accelerator.device.type == "cpu":
-        products.use_onednn()
+        use_onednn()
     return accelerator
 
 
 def refuse_sharding():
-    """Raise InputError where the launcher asks for what shards gradients, before it is obeyed."""
+    """Raise InputError if the launcher would shard gradients."""
     for variable, name in SHARDED.items():
         if os.environ.get(variable, "false").lower() not in ("false", "0", ""):
             raise InputError(f"{name} is not supported ({variable} is set): Eq. 8 needs whole "
-                             "gradients; launch with --multi_gpu, or, to share the frozen base, "
-                             "with --use_fsdp --fsdp_version 2"
-                             f"{launcher_file('distributed_type', variable[15:])}")
-
-
-def launcher_file(key, value):
-    """Where Accelerate's default file is what asks for a value: its path, in words."""
-    file = Path(default_config_file)
-    said = yaml.safe_load(file.read_text(encoding="utf-8")) if file.exists() else None
-    if not isinstance(said, dict) or str(said.get(key)).upper() != value.upper():
-        return ""
-    return (f"; {default_config_file}, which accelerate launch reads, asks for it: change that, or "
-            "give --config_file")
+                             "gradients; launch with --multi_gpu or, to shard the frozen base, "
+                             "with --use_fsdp --fsdp_version 2")
 
 
 def share_of_batch(accelerator):
-    """Rows of a micro-batch where the global batch is the paper's. Raises InputError."""
+    """Return the rows of a micro-batch at the paper's global batch. Raises InputError."""
     micro_batches = accelerator.num_processes * accelerator.gradient_accumulation_steps
     if PAPER_BATCH % micro_batches:
         raise InputError(f"the global batch of {PAPER_BATCH} does not split over {micro_batches} "
@@ -181,13 +166,65 @@ def share_of_batch(accelerator):
 
 
 def greet(args, accelerator):
-    """Say what runs where."""
+    """Print what runs where."""
     trains = "evaluation only" if args.eval_only else args.setting
-    say(accelerator, f"badit: method {args.method}, {trains}, model {args.model}"
-        f"{'' if args.base == 'dense' else f' stored as {args.base}'}, precision "
-        f"{accelerator.mixed_precision}, processes {accelerator.num_processes}, device "
-        f"{accelerator.device}")
+    print_main(accelerator, f"badit: method {args.method}, {trains}, model {args.model}"
+               f"{'' if args.base == 'dense' else f' stored as {args.base}'}, precision "
+               f"{accelerator.mixed_precision}, processes {accelerator.num_processes}, device "
+               f"{accelerator.device}")
     idle = (os.cpu_count() or 1) - torch.get_num_threads() * accelerator.num_processes
     if accelerator.device.type == "cpu" and idle > 0:
-        say(accelerator, f"{idle} CPU cores stay idle: `accelerate launch "
-            "--num_cpu_threads_per_process N`, or `python train.py`, uses them")
+        print_main(accelerator, f"{idle} CPU cores stay idle: {more_threads()} to use them")
+
+
+def more_threads():
+    """Return advice on how to use more CPU threads."""
+    if "ACCELERATE_MIXED_PRECISION" in os.environ:  # accelerate launch sets OMP_NUM_THREADS itself
+        return "give --num_cpu_threads_per_process N to accelerate launch"
+    return f"{'raise' if 'OMP_NUM_THREADS' in os.environ else 'set'} OMP_NUM_THREADS"
+
+
+# --- matmul backends ----------------------------------------------------------------------------
+# PyTorch gives bf16 products to oneDNN and float32 ones to MKL, which takes about twice as long on
+# the AMD processor of docs/speed.md. The setting that gives oneDNN the float32 ones too is "bf16".
+# It permits bf16 inside: a processor with AMX uses that, others multiply in float32. So its effect
+# is measured, not guessed from a processor's name.
+
+
+def avoid_cudnn_attention():
+    """Switch off cuDNN's attention on GPUs.
+
+    On a Hopper GPU PyTorch 2.11 to 2.13 prefer it in bf16, and its backward pass gives NaN for
+    masked rows of some lengths (pytorch/pytorch#196678): a run that meets one diverges.
+    """
+    torch.backends.cuda.enable_cudnn_sdp(False)
+
+
+def use_onednn():
+    """Let oneDNN multiply on this CPU if it keeps float32 precision -> whether it does.
+
+    It changes results by rounding alone, and equally in every run on a machine.
+    """
+    if not torch.backends.mkldnn.is_available():
+        return False
+    matmul = torch.backends.mkldnn.matmul
+    before, matmul.fp32_precision = matmul.fp32_precision, "bf16"
+    if not products_are_float32():
+        matmul.fp32_precision = before
+        return False
+    return True
+
+
+def products_are_float32():
+    """Return whether the products of a layer's forward and backward pass have float32 precision."""
+    generator = torch.Generator().manual_seed(0)
+    for tokens in (1, 16, 256):  # a decoded token, a batch of them, a training step
+        x, W, g = (torch.randn(shape, generator=generator)
+                   for shape in ((tokens, 192), (320, 192), (tokens, 320)))
+        for left, right in ((x, W.T), (g, W), (g.T, x)):
+            for batched in (False, True):  # attention multiplies batches of matrices
+                pair = [each.expand(2, *each.shape) if batched else each for each in (left, right)]
+                exact = pair[0].double() @ pair[1].double()
+                if ((pair[0] @ pair[1]).double() - exact).norm() > FLOAT32 * exact.norm():
+                    return False
+    return True

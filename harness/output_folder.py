@@ -1,128 +1,93 @@
-"""The folder of a run: what is written there, by one run at a time, and what may be deleted."""
+"""The folder of a run: whether a run may use it, what it holds, and the lock on it."""
 
 import contextlib
 import errno
 import os
-import re
+import shutil
 from pathlib import Path
 
 import filelock
 
 from inputs.errors import InputError
 
-LOCK = ".lock"  # there while a run writes, or where one was killed
-NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}  # what a file system without them says
-# What a run writes into its folder, and what --overwrite may delete there.
-OUTPUTS = (r"results\.json", r"log\.jsonl", r"regroup\.jsonl", r"figure\.png", r"report\.html",
-           r"predictions/\d{2,}_[\w.-]+\.jsonl(\.partial)?",
-           r"adapter/([\w.-]+/)?adapter_(model\.safetensors|config\.json)", r"tracking/badit/.+",
-           r"checkpoints/\.?\d{6,}(\.\w+\.tmp)?/(tensors\.safetensors|state\.json|SHA256SUMS)",
-           # atomic writes that were killed
-           r"(.+/)?\.(results\.json|figure\.png|report\.html|\d{2,}_[\w.-]+\.jsonl|adapter_[\w.]+)"
-           r"\.\w+\.tmp")
-FOLDERS = ("predictions", "adapter", "tracking", "checkpoints")
+LOCK = ".lock"
+NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}  # of file systems without locks
+LOGS = ("log.jsonl", "regroup.jsonl")
+SIGNS = ("results.json", "log.jsonl", "checkpoints")  # a folder with a run has one of these
+OUTPUTS = ("results.json", *LOGS, "figure.png", "report.html", "predictions", "adapter",
+           "tracking", "checkpoints")
 
 
-def check(args):
-    """Refuse an --output_dir that is in use, cannot be written, or holds what the run reads."""
-    if args.plan:  # which writes nothing
-        return
+def check(args, path_flags):
+    """Raise InputError for an --output_dir that is in use, unwritable, or holds an input."""
     folder = args.output_dir
     standing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not standing.is_dir() or not os.access(standing, os.W_OK | os.X_OK):
-        raise InputError(f"--output_dir {folder}: {standing} is no folder that can be written to")
-    if standing != folder or not any(folder.iterdir()):
+        raise InputError(f"--output_dir {folder}: {standing} is not a writable folder")
+    if standing != folder or not any(folder.iterdir()) or args.resume:
         return
-    if not (args.overwrite or args.resume):
-        raise InputError(f"--output_dir {folder} is not empty: name another, or give --resume to "
-                         "go on with the run in it, or --overwrite to replace what this program "
-                         "wrote there")
-    refuse_obstacles(folder)
-    # A run that --resume finds finished deletes nothing.
-    for flag in ("adapter", "single_task_results", *(["from_results"] if args.overwrite else ())):
+    if not args.overwrite:
+        raise InputError(f"--output_dir {folder} is not empty: name another folder, or give "
+                         "--resume to continue the run in it, or --overwrite to delete that run")
+    if not any((folder / name).exists() for name in SIGNS):
+        raise InputError(f"--output_dir {folder} is not empty and holds no run that --overwrite "
+                         f"could replace: it has none of {', '.join(SIGNS)}")
+    for flag in sorted(path_flags):
         needed = getattr(args, flag)
         if needed and Path(needed).resolve().is_relative_to(folder.resolve()):
-            raise InputError(f"--{flag} {needed} lies in --output_dir {folder}, where it could be "
-                             "deleted: name another --output_dir")
+            raise InputError(f"--{flag} {needed} is in --output_dir {folder}, where --overwrite "
+                             "would delete it: name another --output_dir")
 
 
-def refuse_obstacles(folder):
-    """Raise InputError for a link, perhaps out of the folder, or what is no file, in the way."""
-    for path in places(folder):
-        name = path.relative_to(folder).as_posix()
-        written = name == LOCK or is_output(name)
-        if path.is_symlink() and (name in FOLDERS or written):
-            raise InputError(f"{path} is a link: a run writes into its own folder only")
-        if written and not path.is_file() and not name.startswith("tracking/"):
-            raise InputError(f"{path} is no file: a run writes a file of this name")
+def clear(folder):
+    """Delete what a run wrote into `folder`: first its results, as a kill may leave the rest."""
+    for path in (folder / name for name in OUTPUTS):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    delete_temporary(folder)
 
 
-def places(folder):
-    """Paths where a run may have written: `folder` may hold all else, as / does."""
-    if folder.is_dir():
-        yield from folder.iterdir()
-    for name in FOLDERS:
-        yield from (folder / name).rglob("*")
-
-
-def is_output(name):
-    """Whether a path relative to --output_dir is one that a run writes."""
-    return any(re.fullmatch(pattern, name) for pattern in OUTPUTS)
-
-
-def clear(folder, keep=()):
-    """Delete the files that this program wrote into `folder` before, but those to `keep`.
-
-    First what would tell of a whole run, as a kill may leave the rest.
-    """
-    names = [path.relative_to(folder).as_posix() for path in places(folder) if path.is_file()]
-    for name in sorted(names, key=lambda name: (
-            name != "results.json", not name.startswith("checkpoints/"), name)):
-        if is_output(name) and (name.endswith(".tmp") or not name.startswith(keep)):
-            (folder / name).unlink()
-
-
-def check_names(tasks):
-    """Raise InputError for a task that bears the name of a file in adapter/."""
-    for name in tasks:
-        if re.fullmatch(r"adapter_(model\.safetensors|config\.json)", name):
-            raise InputError(f"a task cannot be named {name}, as an adapter's file is")
+def delete_temporary(folder):
+    """Delete the temporary files and checkpoints that a kill left."""
+    for path in folder.rglob(".*.tmp"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def listing(folder):
-    """The names of a run's files in `folder`."""
-    names = (path.relative_to(folder).as_posix() for path in places(folder))
-    return {name for name in names if is_output(name)}
+    """Return the names and times of change of a run's files in `folder`."""
+    return {(str(path), path.stat().st_mtime_ns) for name in OUTPUTS
+            for path in (folder / name, *(folder / name).rglob("*")) if path.is_file()}
 
 
 @contextlib.contextmanager
-def reserved(run, there):
-    """A context with an --output_dir that no other run enters; held by the main process.
+def reserved(run, files_at_start):
+    """A context in which no other run uses this run's --output_dir; the main process locks it.
 
-    `there` is the listing at the run's start. Raises InputError where another run is writing, or
-    has written since: two would share logs and delete each other's checkpoints.
+    Raises InputError where another run is writing, or has written since `files_at_start`.
     """
     folder = run.args.output_dir
     if not run.accelerator.is_main_process:
         yield
         return
-    # Held until this process ends or dies: never a lock that is but a file, which a kill leaves.
+    # The system releases the lock when this process ends; a soft lock would survive a kill.
     lock = filelock.FileLock(folder / LOCK, blocking=False, fallback_to_soft=False)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     except filelock.Timeout:
-        raise InputError(f"--output_dir {folder}: another run is writing there; let it end, or "
-                         "stop it, first") from None
+        raise InputError(f"--output_dir {folder}: another run is writing there; stop it first, or "
+                         "name another folder") from None
     except OSError as error:
         if error.errno not in NO_LOCKS:
             raise InputError(f"--output_dir {folder} cannot be written: {error.strerror}") from None
         run.print(f"--output_dir {folder}: its file system has no locks ({error.strerror}); start "
                   "no second run there")
     try:
-        if listing(folder) != there:
+        if listing(folder) != files_at_start:
             raise InputError(f"--output_dir {folder}: another run has written there since this "
-                             "one was started")
+                             "one started")
         yield
     finally:
         (folder / LOCK).unlink(missing_ok=True)

@@ -1,22 +1,25 @@
-"""What the parts of one run share, by how long it lives.
+"""The parts of one run, by how long they live, and its logs.
 
-`Setup` is fixed before the first step, `Progress` is what a checkpoint holds, the model comes and
-goes with the stages.
+`Setup` is fixed before the first step, `Progress` is what a checkpoint holds, the model is loaded
+anew for some stages, a `Recorder` logs the steps of one stage.
 """
 
 import argparse
 import contextlib
+import json
+import os
 import time
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
+from tqdm import tqdm
 
 from data import Encoded
+from harness import processes
 from harness.signals import StopSignals
 from inputs.errors import Interrupted, one_line
-from inputs.files import sha256_file
 from inputs.task_files import Task
 from method import Stage, method_of
 
@@ -29,7 +32,7 @@ class Position(NamedTuple):
 
 
 class Seconds:
-    """Seconds by part of a run, with those of the parts under way."""
+    """Seconds by part of a run, including the parts under way."""
 
     def __init__(self):
         self.done, self.started = {}, {}
@@ -42,7 +45,7 @@ class Seconds:
         self.done[part] = self.done.get(part, 0.0) + time.perf_counter() - start
 
     def after(self, before):
-        """These seconds in a run that had come so far {part: seconds} before, and lost the rest."""
+        """Add the seconds {part: seconds} up to the checkpoint; what came later is lost."""
         self.done |= before
         return self
 
@@ -63,11 +66,9 @@ class Setup:
     order: list[str]
     tokenizer: Any
     encoded: Encoded
-    stages: list[Stage]  # none where nothing is trained
-    provenance: dict  # what it is made with: identity.provenance
-    identity: dict  # what makes it this run: identity.identity
-    single: Any  # results_file.SingleTaskScores, or None
-    known_hashes: dict = field(default_factory=dict)  # of the model of the run that is repeated
+    stages: list[Stage]  # empty where nothing is trained
+    provenance: dict  # of identity.provenance
+    identity: dict  # of identity.identity
 
 
 @dataclass
@@ -76,9 +77,9 @@ class Progress:
 
     position: Position = Position(0, 0)
     rows: list = field(default_factory=list)  # of the score matrix, so far
-    files: dict = field(default_factory=dict)  # finished ones, with their checksums
+    files: list = field(default_factory=list)  # finished ones, relative to --output_dir
     hashes: dict = field(default_factory=dict)  # of the base model
-    overruled: set = field(default_factory=set)  # what --allow_other has let differ
+    allowed_differences: set = field(default_factory=set)  # that --allow_other let pass
     seconds: Seconds = field(default_factory=Seconds)
 
 
@@ -115,16 +116,19 @@ class Run:
         self.progress.position = Position(stage, step + 1)
 
     def print(self, text):
-        say(self.accelerator, text)
+        print_main(self.accelerator, text)
+
+    def predictions_file(self, number, name):
+        """Return the path of row `number`'s predictions; file names sort as their numbers."""
+        width = max(2, len(str(len(self.setup.stages))))
+        return self.args.output_dir / "predictions" / f"{number:0{width}d}_{name}.jsonl"
 
     def finish_file(self, path):
         """Note a file that no later step writes again; a resumed run relies on it."""
-        if self.accelerator.is_main_process:
-            name = path.relative_to(self.args.output_dir).as_posix()
-            self.progress.files[name] = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+        self.progress.files.append(path.relative_to(self.args.output_dir).as_posix())
 
     def stop_asked(self):
-        """Whether any process got a signal that asks to stop; all processes get the same answer."""
+        """Return whether any process got a signal to stop; all processes get the same answer."""
         stop = self.setup.stop
         number = torch.tensor([stop.received or 0], device=self.accelerator.device)
         number = int(self.accelerator.gather(number).max())
@@ -138,6 +142,54 @@ class Run:
         raise Interrupted
 
 
-def say(accelerator, text):
+class Recorder:
+    """A context that logs the steps of one stage: log.jsonl, regroup.jsonl, tracker and bar."""
+
+    def __init__(self, run, stage):
+        self.run, self.stage, self.tokens = run, stage.name, 0
+        self.log, self.regroup_log = (self._open(name) for name in ("log.jsonl", "regroup.jsonl"))
+        self.bar = tqdm(total=stage.steps, initial=run.progress.position.step,
+                        desc=f"train {stage.name}", unit="step",
+                        disable=not run.accelerator.is_main_process)
+        self.start = time.perf_counter()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        for part in (self.bar, self.log, self.regroup_log):
+            part.close()
+
+    def add_step(self, line):
+        """Log what one finished optimizer step gave."""
+        self.tokens += line["tokens"]
+        step = self.run.progress.position.step
+        self._write(self.log, {"stage": self.stage} | line | {"step": step})
+        speed = self.tokens / (time.perf_counter() - self.start)
+        self.bar.set_postfix(loss=f"{line['loss']:.3f}", lr=f"{line['learning_rate']:.1e}",
+                             tok_s=f"{speed:.0f}", refresh=False)
+        self.bar.update()
+        self.run.accelerator.log(line, step=self.run.steps)
+
+    def add_regrouping(self, lines):
+        """Log what a method reports about its regrouping, one line per layer."""
+        if lines:
+            state = self.run.method.state_dict()
+            processes.check_equal(self.run.accelerator, state, self.run.steps)
+        for line in lines:
+            place = {"stage": self.stage, "step": self.run.progress.position.step}
+            self._write(self.regroup_log, place | line)
+
+    def _open(self, name):
+        main = self.run.accelerator.is_main_process
+        return open(self.run.args.output_dir / name if main else os.devnull, "a", encoding="utf-8")
+
+    @staticmethod
+    def _write(file, line):
+        file.write(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
+        file.flush()
+
+
+def print_main(accelerator, text):
     """Print on the main process; the text may quote names and data."""
     accelerator.print("\n".join(map(one_line, text.split("\n"))), flush=True)

@@ -1,8 +1,8 @@
-"""A frozen base that the processes share: each holds a part of every block, and all of the adapter.
+"""Shard the frozen base: each process holds a part of every block, and the whole adapter.
 
-PyTorch's `fully_shard` on the decoder blocks; what is trained stays whole on every process, under
-DDP, so that Eq. 8, regroupings, checkpoints and predictions are what they are without. Accelerate
-must not know: its own FSDP would shard the bank, or leave its gradients unreduced.
+PyTorch's `fully_shard` runs on the decoder blocks. Trained weights stay whole on every process,
+under DDP, so Eq. 8, regroupings, checkpoints and predictions equal those without sharding.
+Accelerate's own FSDP would shard the bank, or leave its gradients unreduced.
 """
 
 import contextlib
@@ -18,8 +18,8 @@ from torch.nn.parallel import DistributedDataParallel
 from inputs.errors import InputError
 from method import find_blocks, of_base
 
-TIMEOUT = timedelta(hours=3)  # of a collective: in it the other processes of a node load the model
-# What accelerate launch may ask of FSDP beside this, by its variable: the value, and what to do.
+TIMEOUT = timedelta(hours=3)  # of a collective: the processes of a node load the model in turn
+# FSDP options of accelerate launch that are refused: variable, value, what to do.
 REFUSED = {
     "FSDP_VERSION": ("1", "version 1 of FSDP is not supported: give --fsdp_version 2"),
     "FSDP_OFFLOAD_PARAMS": ("true", "--fsdp_offload_params is not supported: a smaller base is "
@@ -30,9 +30,9 @@ REFUSED = {
 
 
 def take_over(args):
-    """Let --use_fsdp of the launcher mean --shard_base, before Accelerate or transformers obey it.
+    """Turn the launcher's --use_fsdp into --shard_base, before Accelerate or transformers see it.
 
-    Raises InputError for what the launcher asks for beside it.
+    Raises InputError for other FSDP options.
     """
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("true", "1"):
         for variable, (value, advice) in REFUSED.items():
@@ -48,10 +48,10 @@ def take_over(args):
 
 
 @contextlib.contextmanager
-def turn(accelerator, sharded):
-    """A context that the processes of a node enter one after the other, if the base is sharded.
+def one_at_a_time(accelerator, sharded):
+    """A context that the processes of a node enter one after another, if the base is sharded.
 
-    So the host's memory holds one whole model, and not one for each process.
+    Then the host's memory holds one whole model, not one for each process.
     """
     mine = last = 0
     if sharded:
@@ -65,15 +65,15 @@ def turn(accelerator, sharded):
 
 
 def mesh_of(accelerator):
-    """The processes, as `shard` takes them; called by all at once."""
+    """Return the mesh of all processes for `shard`; called by all of them."""
     return init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
 
 
 def shard(model, mesh: DeviceMesh, device):
-    """Share the blocks of a wrapped model, in place; no process waits for another here.
+    """Shard the blocks of a wrapped model in place; no process waits for another here.
 
-    The adapter and all that is outside the blocks stay whole, on `device`: methods read them
-    outside the forward pass, and tied embeddings are one tensor.
+    The adapter and everything outside the blocks stay whole on `device`: methods read them outside
+    the forward pass, and tied embeddings are one tensor.
     """
     blocks = find_blocks(model)
     shared = {tensor for block in blocks.values()
@@ -81,20 +81,20 @@ def shard(model, mesh: DeviceMesh, device):
     whole = {tensor for tensor in model.parameters() if tensor not in shared}
     for tensor in (*whole, *model.buffers()):
         tensor.data = tensor.data.to(device)
-    for module in (*blocks.values(), model):  # the last manages nothing: it orders the blocks
+    for module in (*blocks.values(), model):  # the root shards nothing, it orders the blocks
         fully_shard(module, mesh=mesh, ignored_params=whole)
-    model._is_fsdp_managed_module = True  # transformers: generate until all processes have ended
+    model._is_fsdp_managed_module = True  # transformers: generate until all processes end
 
 
 def shared_tensors(block, method):
-    """What of a decoder block the processes share: all but the adapters in it."""
+    """Return the tensors of a decoder block that are sharded: all but its adapters."""
     kept = {tensor for layer in method.layers.values()
             for name, tensor in layer.named_parameters() if not of_base(layer, name)}
     return [tensor for tensor in block.parameters() if tensor not in kept]
 
 
 def prepare(accelerator, model):
-    """Accelerate's `prepare`, and for a sharded model what it would do: autocast and DDP."""
+    """Prepare a model as Accelerate does; a sharded one gets the same autocast and DDP."""
     sharded = [name for name, weight in model.named_parameters() if isinstance(weight, DTensor)]
     if not sharded:
         return accelerator.prepare(model)

@@ -1,28 +1,26 @@
-"""Signals that ask a run to stop: at once or, once it has something to save, later."""
+"""Signals that stop a run: at once or, when it has something to save, at the next checkpoint."""
 
 import contextlib
 import os
 import signal
-import stat
-import threading
 import time
 
-STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-ECHO = 3  # seconds
+STOPPING = (signal.SIGTERM, signal.SIGINT)
+ECHO = 3  # seconds in which a repeated signal is ignored
 
 
 class StopSignals:
-    """A context in which SIGTERM, SIGHUP and Ctrl-C ask to stop: at once or, if `deferred`, later.
+    """A context in which SIGTERM and Ctrl-C stop the run: at once or, if `deferred`, later.
 
-    A deferred signal is found in `received`. Another stops at once, by KeyboardInterrupt, unless it
-    comes within ECHO seconds: launchers pass on what their processes have got themselves.
+    A deferred signal is kept in `received`. A second one stops at once by KeyboardInterrupt, unless
+    it comes within ECHO seconds: launchers pass on signals that their processes also get directly.
     """
 
     def __init__(self):
         self.received, self.since, self.deferred = None, None, False
 
     def __enter__(self):
-        self.before = receive_stops(self._receive)
+        self.before = {number: signal.signal(number, self._receive) for number in STOPPING}
         return self
 
     def __exit__(self, *_):
@@ -30,7 +28,7 @@ class StopSignals:
             signal.signal(number, handler)
 
     def note(self, number):
-        """Take a signal, of this process or another one of the run, as received now."""
+        """Record a signal that this or another process of the run received."""
         self.received, self.since = signal.Signals(number), time.monotonic()
 
     def _receive(self, number, frame):
@@ -38,29 +36,8 @@ class StopSignals:
         if again and time.monotonic() - self.since < ECHO:
             return
         self.note(number)
-        if number == signal.SIGHUP:
-            leave_terminal()
         if again or not self.deferred:
             raise KeyboardInterrupt
-        with contextlib.suppress(OSError):  # not print: the signal may come in the middle of one
-            os.write(2, f"\n{self.received.name}: stopping at the next checkpoint; another, after "
-                        f"{ECHO} seconds, stops at once\n".encode())
-
-
-def receive_stops(handler):
-    """Let `handler` receive what asks to stop -> the handlers before, by signal.
-
-    In a thread that is not the main one Python has no handlers: what runs there is not asked.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        return {}
-    return {number: signal.signal(number, handler) for number in STOPPING
-            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN}  # by nohup
-
-
-def leave_terminal():
-    """Throw away what would be printed: the terminal, and what reads a pipe there, have gone."""
-    with open(os.devnull, "w") as null:
-        for stream in (1, 2):
-            if not stat.S_ISREG(os.fstat(stream).st_mode):
-                os.dup2(null.fileno(), stream)
+        with contextlib.suppress(OSError):  # not print: the signal may interrupt one
+            os.write(2, f"\n{self.received.name}: stopping at the next checkpoint; another signal "
+                        f"after {ECHO} seconds stops at once\n".encode())

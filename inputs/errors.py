@@ -1,6 +1,8 @@
 """Errors that end a program with one clear line instead of a traceback."""
 
 import contextlib
+import io
+import sys
 
 
 class InputError(ValueError):
@@ -22,6 +24,13 @@ def one_line(text):
     """Return `text` with unprintable characters escaped, so that it is one line."""
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode()
                    for char in text)
+
+
+def escape_output():
+    """Make printing safe: escape what the terminal's encoding lacks, in place of raising."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def error_lines(error):

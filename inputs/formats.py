@@ -56,13 +56,6 @@ class AdapterConfig(Struct, forbid_unknown_fields=True):
     trained_on: dict[str, Any] = {}  # flags that --eval_only takes over
 
 
-class FileSum(Struct, forbid_unknown_fields=True):
-    """A file's length and checksum."""
-
-    bytes: Annotated[int, Meta(ge=0)]
-    sha256: Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
-
-
 class Row(Struct, forbid_unknown_fields=True):
     """Scores per task after one stage, None where not evaluated."""
 
@@ -77,10 +70,11 @@ class CheckpointState(Struct, forbid_unknown_fields=True):
 
     position: tuple[Annotated[int, Meta(ge=0)], Annotated[int, Meta(ge=0)]]
     rows: list[Row]
-    files: dict[str, FileSum]
+    files: list[str]
+    log_bytes: dict[str, Annotated[int, Meta(ge=0)]]
     identity: dict[str, Any]
     hashes: dict[str, str]
-    overruled: list[str]
+    allowed_differences: list[str]
     seconds: dict[str, Annotated[float, Meta(ge=0, lt=1e10)]]
     rng: list[dict[str, Any]]
 
@@ -168,7 +162,6 @@ class Results(ReportedResults, kw_only=True):
     args: dict[str, Any]  # of any flags: what a run repeats, it checks
     config_sha256: str
     read_files: dict[str, str]
-    overruled: list[str]
 
 
 class References(Struct):

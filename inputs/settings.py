@@ -1,6 +1,7 @@
-"""Settings: values declared once, with type, default and meaning; flags and checks follow from it.
+"""Flags and settings, declared once with type, default and help: parsers and checks follow.
 
-A method's settings are a frozen dataclass whose fields are made by `setting`.
+A program's flags are a tuple of `Flag`. A method's settings are a frozen dataclass whose fields are
+made by `setting`; train.py has a flag for each of them.
 """
 
 import argparse
@@ -16,21 +17,21 @@ from inputs.errors import InputError
 from inputs.numbers import from_text
 
 
-def setting(default, help, *, metavar=None, check=None, names_variant=True, table=False):
-    """A field of a settings class; its type is that of its flag.
+def setting(default, help, *, metavar=None, check=None, names_variant=True, same_in_table=False):
+    """Return a field of a settings class; its type is its flag's.
 
-    `check(text)` refuses what the type cannot (it raises argparse.ArgumentTypeError).
-    `names_variant` False: two runs that differ in it are still of one variant of the method.
-    `table`: runs stand in one table of a report only where it is equal; "by setting": only runs of
-    one setting (mixed, sequential) need that.
+    `check(text)` refuses what the type cannot (it raises argparse.ArgumentTypeError). With
+    `names_variant` False the setting does not tell variants of the method apart. `same_in_table`:
+    all runs of one table of a report share it; "by setting": those of one --setting do.
     """
     return dataclasses.field(default=default, metadata=dict(
-        help=help, metavar=metavar, check=check, names_variant=names_variant, table=table))
+        help=help, metavar=metavar, check=check, names_variant=names_variant,
+        same_in_table=same_in_table))
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What a method reads. A subclass adds fields; their names are those of the flags."""
+    """The settings of a method. A subclass adds fields, named as their flags."""
 
     def __post_init__(self):
         self.check()
@@ -38,15 +39,15 @@ class Settings:
     def check(self):
         """Raise InputError for values that contradict each other."""
 
-    def unread(self):
-        """{what makes it so: names of settings} that have no effect beside the others."""
+    def has_no_effect(self):
+        """Return {cause: names of the settings that have no effect because of it}."""
         return {}
 
-    def refuse_unread(self, typed):
-        """Raise InputError where one of the `typed` flags has no effect beside the others."""
-        for cause, names in self.unread().items():
+    def refuse_flags_without_effect(self, typed):
+        """Raise InputError if one of the `typed` flags has no effect with these settings."""
+        for cause, names in self.has_no_effect().items():
             for name in sorted(typed & names):
-                raise InputError(f"--{name} is not read with {cause}")
+                raise InputError(f"--{name} has no effect with {cause}")
 
     @classmethod
     def names(cls):
@@ -54,7 +55,7 @@ class Settings:
 
     @classmethod
     def from_values(cls, values, source):
-        """The settings with `values` {name: value}, which stand in the file `source`.
+        """Return the settings with `values` {name: value}, read from the file `source`.
 
         Raises InputError for a missing or unknown name, a wrong type or value.
         """
@@ -68,7 +69,7 @@ class Settings:
                 read[field.name] = msgspec.convert(values[field.name], field.type)
                 check_each(field, read[field.name])
             except (msgspec.ValidationError, argparse.ArgumentTypeError) as error:
-                raise InputError(f"{source}: {values[field.name]!r:.60} is no value of "
+                raise InputError(f"{source}: {values[field.name]!r:.60} is not a value of "
                                  f"--{field.name} ({error})") from None
         return cls(**read)
 
@@ -94,7 +95,7 @@ class Parser(argparse.ArgumentParser):
 
 
 class Flatten(argparse.Action):
-    """Joins the lists that `comma_separated` makes of several words: `a b` is `a,b`."""
+    """Join the lists that `comma_separated` makes of several words: `a b` equals `a,b`."""
 
     def __call__(self, parser, namespace, values, option_string=None):
         setattr(namespace, self.dest, [part for parts in values for part in parts])
@@ -106,14 +107,14 @@ def comma_separated(read):
 
 
 def check_each(field, value):
-    """Refuse a value of the right type that the field's flag could not have been given.
+    """Check a value of the right type as the command line would.
 
-    Raises argparse.ArgumentTypeError for no words at all, one that looks like a flag, and what the
+    Raises argparse.ArgumentTypeError for an empty list, a word that looks like a flag, and what the
     field's own check refuses.
     """
     check, several = field.metadata["check"], isinstance(value, tuple)
     if several and (not value or any(text.startswith("-") for text in value)):
-        raise argparse.ArgumentTypeError("it takes one word or more, none of which is a flag")
+        raise argparse.ArgumentTypeError("expected one or more words that are not flags")
     for text in value if several else (value,):
         if check is not None and value is not None:
             check(text)

@@ -4,9 +4,12 @@ import errno
 
 import safetensors
 import safetensors.torch
+import torch
 
 from inputs.errors import InputError
 from inputs.files import open_file
+
+FLOATS = {torch.float16, torch.bfloat16, torch.float32, torch.float64}  # each accepts the others
 
 
 def write_tensors(path, tensors):
@@ -26,3 +29,19 @@ def read_tensors(path):
         return safetensors.torch.load_file(path)
     except (OSError, safetensors.SafetensorError) as error:
         raise InputError(f"cannot read {path}: {error}") from None
+
+
+def check_tensors(state, expected, what):
+    """Raise InputError unless `state` is finite with the keys, shapes and types of `expected`."""
+    missing, extra = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
+    if missing or extra:
+        raise InputError(f"{what} does not fit this model: {len(missing)} tensors are missing "
+                         f"{missing[:2]}, {len(extra)} are unknown {extra[:2]}")
+    for key, tensor in state.items():
+        want = expected[key]
+        types = FLOATS if want.is_floating_point() else {want.dtype}
+        if tensor.shape != want.shape or tensor.dtype not in types:
+            raise InputError(f"{what} does not fit this model: {key} is {tensor.dtype} "
+                             f"{list(tensor.shape)}, expected {want.dtype} {list(want.shape)}")
+        if not torch.isfinite(tensor.to(want.dtype)).all():
+            raise InputError(f"{what} is damaged: {key} holds a non-finite number")

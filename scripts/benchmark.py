@@ -28,7 +28,7 @@ import adapter  # noqa: E402
 import data  # noqa: E402
 import grouping  # noqa: E402
 import models  # noqa: E402
-from harness import products  # noqa: E402
+from harness import launch  # noqa: E402
 from inputs.errors import InputError, error_lines  # noqa: E402
 from inputs.numbers import PositiveInt, from_text  # noqa: E402
 from method import Method, Stage  # noqa: E402
@@ -227,8 +227,8 @@ def main(argv=None):
     options.device = torch.device("cuda" if cuda else "cpu")
     options.dtype = torch.bfloat16 if cuda or options.bf16 else torch.float32
     torch.set_num_threads(options.threads)
-    products.avoid_cudnn_attention()  # as train.py
-    onednn = not cuda and products.use_onednn()
+    launch.avoid_cudnn_attention()  # as train.py
+    onednn = not cuda and launch.use_onednn()
     try:
         rows = [row for name in options.only for row in SECTIONS[name](options)]
     except (InputError, OSError) as error:

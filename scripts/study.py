@@ -133,7 +133,7 @@ def flags_of(args, passed_on, method, model, seed, setting, task=None):
              *(["--tasks", *tasks] if tasks else []), "--seed", str(seed)]
     if not METHODS[name].trains:
         return words + without(passed_on, TRAINING_FLAGS)
-    ignored = names(alone="nothing") if task else ()
+    ignored = names(ignored_by_single=True) if task else ()
     return [*words, "--setting", setting, *without(passed_on, ignored)]
 
 

@@ -10,7 +10,6 @@ import json
 import logging
 import os
 import shutil
-import signal
 import tempfile
 import warnings
 from pathlib import Path
@@ -41,7 +40,6 @@ import train  # noqa: E402
 from inputs import embedded  # noqa: E402
 from registry import EMBEDDED, METHODS, method_class  # noqa: E402
 
-signal.signal(signal.SIGHUP, signal.SIG_DFL)  # also where nohup started the tests
 # Tiny models gain nothing from threads, which wait for each other on a busy machine.
 torch.set_num_threads(1)
 STEPS = 90  # of pre-training for the tiny Llama: it knows the suite in part

@@ -1,12 +1,8 @@
-"""Programs that tests start in place of train.py or of a launcher: python programs.py NAME WORDS.
-"""
+"""Programs that tests start in place of train.py: python programs.py NAME WORDS."""
 
-import contextlib
 import json
 import os
-import pty
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -46,7 +42,7 @@ def finish(_, *flags):
     results = {"args": recorded_args(args), "code_sha256": "", "base_sha256": "",
                "config_sha256": "", "variant": "", "precision": "no", "compiler": "no",
                "processes": 1, "global_batch_size": 8, "rows": ["mixed"], "task_order": ["a"],
-               "overruled": [], "regroupings": [],
+               "regroupings": [],
                "parameters": dict.fromkeys(("trainable", "stored", "active", "total"), 0),
                "run": {"device": "cpu", "threads": 1, "seconds": {}},
                **{key: {} for key in ("comparable", "settings", "versions", "read_files", "tasks",
@@ -68,45 +64,6 @@ def save_when_stopped(*flags):
     with filelock.FileLock(folder / ".lock"):  # makes the folder
         (folder / "begun").touch()
         time.sleep(60)
-
-
-def end_with_launcher():
-    """As a run does; says when it is ready, and that it was asked to stop."""
-    from harness import processes  # here, as it takes the seconds that torch takes
-
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("asked to stop"))
-    processes.end_with_launcher()
-    print("ready", flush=True)
-    time.sleep(60)
-
-
-def launch(name, *more):
-    """Start another of these, and end when a signal comes, passing none on."""
-    subprocess.Popen(words(name, *more))
-    time.sleep(60)
-
-
-def train_in_terminal(log, *argv):
-    """A run in a terminal that is closed when the file `log` is there; ends as the run does."""
-    child, terminal = pty.fork()
-    if child == 0:
-        os.execv(sys.executable, [sys.executable, str(ROOT / "train.py"), *argv])
-    os.set_blocking(terminal, False)
-    while not os.path.exists(log):
-        with contextlib.suppress(BlockingIOError):
-            os.read(terminal, 65536)  # or what is printed would be waited for
-        time.sleep(0.01)
-    os.close(terminal)
-    sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
-
-
-def write_first_free_handle(path):
-    """Which number the next file gets that the program opens."""
-    from harness.early import print_anything  # here, as the others need it not
-
-    print_anything()
-    handle = os.open(path, os.O_WRONLY | os.O_CREAT)
-    os.write(handle, str(handle).encode())
 
 
 def train_and_list_modules(path, *argv):

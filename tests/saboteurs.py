@@ -16,8 +16,7 @@ from transformers import LlamaForCausalLM
 import data
 import models
 from harness import checkpoint, sharding
-from harness.recorder import Recorder
-from harness.run import Run
+from harness.run import Recorder, Run
 from inputs.errors import InputError
 from method import find_blocks, of_base
 from regrouping import Regrouper

@@ -1,54 +1,49 @@
-"""What follows from the row of a flag: which sets it is in, and that files and words agree."""
+"""The flags of train.py: their columns, their values in files, hints, and who reads them."""
 
 import ast
 import inspect
-import typing
 from pathlib import Path
-from types import UnionType
+from types import SimpleNamespace
 
 import pytest
 
+from harness import arguments
 from harness.arguments import (
     ALL_FLAGS,
-    RUN_FLAGS,
-    as_argv,
     build_parser,
     comparable,
-    from_values,
     names,
     parse_flags,
+    read_value,
+    trained_on,
 )
 from harness.identity import ROOT, TRAINS
 from inputs.errors import InputError
-from inputs.numbers import Fraction, NonNegative, Positive, PositiveInt, Seed
+from inputs.numbers import PositiveInt
 from inputs.settings import Flag, Parser, add_flags
 from registry import METHODS, method_class
 
 DEFAULTS = vars(build_parser().parse_args([]))
 EVALUATED = "base max_eval_per_task validation max_length max_new_tokens chat_template".split()
-TRAINED = [*EVALUATED, *"epochs learning_rate warmup_ratio max_grad_norm max_train_per_task sample "
+TRAINED = [*EVALUATED, *"epochs learning_rate warmup_ratio max_grad_norm max_train_per_task "
            "target_modules dropout".split()]
 
 
-@pytest.mark.parametrize("kind, flags", [
-    ({"of_training": True}, "setting task_order epochs max_train_per_task sample batch_size "
+@pytest.mark.parametrize("column, flags", [
+    ({"only_training": True}, "setting task_order epochs max_train_per_task batch_size "
      "gradient_accumulation_steps learning_rate warmup_ratio max_grad_norm gradient_checkpointing "
-     "eval_tasks eval_before paper_metrics single_task_results plan"),
-    ({"of_run": True}, "from_results output_dir overwrite resume checkpoint_every allow_other "
-     "report_to shard_base plan"),
-    ({"is_path": True}, "model suite data_dir adapter single_task_results"),
-    ({"of_study": True}, "method model seed setting suite tasks output_dir resume overwrite "
-     "from_results eval_only adapter plan"),
-    ({"needs_setting": ("sequential",)}, "task_order"),
-    ({"needs_setting": ("mixed", "sequential")}, "single_task_results paper_metrics"),
-    ({"alone": "nothing"}, "setting task_order eval_tasks eval_before paper_metrics "
-     "single_task_results"),
-    ({"alone": "differ"}, "suite data_dir tasks eval_batch_size batch_size "
-     "gradient_accumulation_steps"),
+     "eval_tasks eval_before"),
+    ({"not_identity": True}, "output_dir overwrite resume checkpoint_every allow_other report_to "
+     "shard_base"),
+    ({"is_path": True}, "model suite data_dir adapter"),
+    ({"set_by_study": True}, "method model seed setting suite tasks output_dir resume overwrite "
+     "eval_only adapter"),
+    ({"only_setting": "sequential"}, "task_order"),
+    ({"ignored_by_single": True}, "setting task_order eval_tasks eval_before"),
 ], ids=str)
-def test_flags_of_a_kind(kind, flags):
-    """Each property of a row holds for these flags and for no other."""
-    assert names(**kind) == set(flags.split())
+def test_columns_of_the_flags(column, flags):
+    """Each column holds for these flags and for no other."""
+    assert names(**column) == set(flags.split())
 
 
 @pytest.mark.parametrize("words", [["1", "15"], ["1,15"]], ids=str)
@@ -62,7 +57,7 @@ def test_commas_separate_numbers(words):
 
 
 def test_flags_of_methods():
-    """All settings but the seed, which a run reads anyway; most of them tell variants apart."""
+    """All settings have a flag; five of them do not tell variants apart."""
     fields = {field.name: field for entry in METHODS.values()
               for field in entry.settings.__dataclass_fields__.values()}
     assert names(of_method=True) == fields.keys() - {"seed"}
@@ -73,7 +68,7 @@ def test_flags_of_methods():
 @pytest.mark.parametrize("setting", ["mixed", "sequential", "single"])
 @pytest.mark.parametrize("method", METHODS)
 def test_flags_that_runs_of_one_table_share(method, setting):
-    """Those of the evaluation; of trained runs the schedule, and what their method reads of it."""
+    """All runs share the evaluation's flags, trained ones also the schedule's."""
     args = build_parser().parse_args(["--method", method, "--setting", setting])
     assert comparable(args, False) == {f"--{name}": getattr(args, name) for name in EVALUATED}
     if METHODS[method].trains:
@@ -89,7 +84,7 @@ READERS = ("args", "settings", "read")  # variables and attributes that hold fla
 
 
 def flags_read(files):
-    """Flags that some files read as args.x or settings.x, or by name from a tuple of names."""
+    """Yield the flags that files read as args.x or settings.x, or by name from a tuple."""
     for node in (node for file in files for node in ast.walk(ast.parse(file.read_text()))):
         if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
             owner = node.value
@@ -107,50 +102,12 @@ def test_every_flag_is_read():
 
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_reads_what_it_claims(name):
-    """Its settings decide what is refused, so none may be one that the method ignores."""
+    """No setting of a method is ignored by it."""
     files = {Path(inspect.getfile(cls)) for cls in method_class(name).__mro__[:-1]}
     assert set(METHODS[name].settings.names()) <= set(flags_read(files))
 
 
 # --- values in files ----------------------------------------------------------------------------
-
-OTHER = {PositiveInt: 7, Positive: 1e-7, NonNegative: 0.25, Fraction: 0.125, Seed: 9, bool: True,
-         str: "-x y"}
-
-
-def another_value(flag):
-    """A value that the flag takes, other than its default."""
-    kind = flag.type
-    if isinstance(kind, UnionType) or typing.get_origin(kind) is typing.Union:
-        kind = typing.get_args(kind)[0]
-    if flag.name == "balance_types":
-        return ["a=0", "b=1"]
-    if typing.get_origin(kind) is typing.Literal:
-        return next(value for value in typing.get_args(kind) if value != flag.default)
-    if typing.get_origin(kind) is tuple:
-        choices = typing.get_args(typing.get_args(kind)[0])
-        return list(choices[1:3]) or ["a", "b c"]
-    return OTHER[kind]
-
-
-@pytest.mark.parametrize("flag", ALL_FLAGS.values(), ids=lambda flag: flag.name)
-def test_words_and_values_agree(flag):
-    """What is recorded gives the words, and the words what is recorded."""
-    value = another_value(flag)
-    changed = DEFAULTS | {flag.name: value}
-    assert vars(build_parser().parse_args(as_argv({flag.name: value}))) == changed
-    recorded = {name: value for name, value in changed.items() if name not in RUN_FLAGS}
-    recorded = {name: list(value) if isinstance(value, tuple) else value
-                for name, value in recorded.items()}
-    assert vars(from_values(recorded, "results.json")) == recorded
-
-
-def test_defaults_need_no_words():
-    args, typed = parse_flags([])
-    assert typed == set() and as_argv(vars(args) | {"output_dir": None}) == []
-    whole = vars(args) | {"alpha": 8, "output_dir": None}
-    recorded = {name: value for name, value in whole.items() if name not in RUN_FLAGS}
-    assert type(from_values(recorded, "x").alpha) is float  # as typed, also where JSON has 8
 
 
 @pytest.mark.parametrize("name, value", [
@@ -168,21 +125,55 @@ def test_defaults_need_no_words():
     ("balance_types", ["a=0", "b=2"]), ("balance_types", ["a"]), ("balance_types", {"a": 0}),
 ], ids=lambda part: f"{part!r:.12}")
 def test_values_that_no_flag_takes(name, value):
-    """Of another type, out of bounds or without words; in results.json and in an adapter alike."""
-    recorded = {key: list(default) if isinstance(default, tuple) else default
-                for key, default in DEFAULTS.items() if key not in RUN_FLAGS}
-    readers = [lambda: from_values(recorded | {name: value}, "a.json")]
+    """Values of another type, out of bounds or without words, in an adapter's configuration."""
+    readers = [lambda: read_value(name, value, "a.json")]
     for cls in {entry.settings for entry in METHODS.values() if name in entry.settings.names()}:
-        settings = {key: recorded[key] for key in cls.names()} | {name: value}
+        settings = {key: DEFAULTS[key] for key in cls.names()} | {name: value}
         readers.append(lambda cls=cls, settings=settings: cls.from_values(settings, "a.json"))
     for read in readers:
-        with pytest.raises(InputError, match=rf"^a\.json: .* is no value of --{name} \(.+\)$"):
+        with pytest.raises(InputError, match=rf"^a\.json: .* is not a value of --{name} \(.+\)$"):
             read()
 
 
-@pytest.mark.parametrize("change", [{"made_up": 1}, {"output_dir": "x"}], ids=str)
-def test_other_flags_are_of_another_version(change):
-    recorded = {key: value for key, value in DEFAULTS.items() if key not in RUN_FLAGS}
-    for values in (recorded | change, {key: recorded[key] for key in list(recorded)[1:]}, {}):
-        with pytest.raises(InputError, match="another version of this program, with other flags"):
-            from_values(values, "a.json")
+# --- hints --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("words, named", [
+    ("--lr 1e-4", "did you mean --learning_rate?"),
+    ("--learning-rate 1e-4", "did you mean --learning_rate?"),
+    ("--model_name x", "did you mean --model?"), ("--zzz", "--zzz; see"),
+    ("--method badit-energy", "here --method badit --routing energy; allowed"),
+    ("--method lora --num_experts 8", "--num_experts has no effect with --method lora"),
+    ("--task_order a b", "has no effect with --setting mixed, only with --setting sequential"),
+])
+def test_hints(words, named):
+    """An unknown flag names the nearest one, a study's variant its flags."""
+    with pytest.raises(InputError) as caught:
+        parse_flags(words.split())
+    assert named in str(caught.value)
+
+
+def test_default_folders_tell_evaluations_apart(tmp_path, monkeypatch):
+    """By the run that made the adapter, and by the suite."""
+    monkeypatch.setattr(arguments, "take_adapter", lambda *_: None)
+    folders = {str(parse_flags(["--eval_only", "--adapter", adapter, "--suite", suite])[0]
+                   .output_dir)
+               for adapter in ("runs/a/adapter", "runs/b/adapter", "runs/b/adapter/task")
+               for suite in ("mini", "superni")}
+    assert len(folders) == 6 and "runs/eval-a-superni-seed1" in folders
+    assert "runs/eval-b-task-mini-seed1" in folders
+
+
+def test_changed_tasks_of_an_adapter(tmp_path, monkeypatch):
+    """Further training adds the earlier tasks, or under `earlier` those of another suite."""
+    earlier = {"suite": "mini", "data_dir": None, "tasks": ["a"], "max_length": 9,
+               "max_new_tokens": 5}
+    config = SimpleNamespace(trained_on=earlier)
+    monkeypatch.setattr(arguments, "read_adapter_config", lambda _: (config, None))
+    args = build_parser().parse_args(["--adapter", "x"])
+    assert trained_on(args, ["b", "a"])["tasks"] == ["a", "b"]
+    assert trained_on(args, None)["tasks"] is None
+    args.suite = "superni"
+    assert trained_on(args, ["b"]) == {
+        "suite": "superni", "data_dir": None, "tasks": ["b"], "max_length": 1024,
+        "max_new_tokens": 50, "earlier": earlier}

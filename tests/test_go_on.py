@@ -1,4 +1,4 @@
-"""train.py --adapter: to go on from a finished adapter is not to have stopped."""
+"""train.py --adapter: training a finished adapter further equals training without a stop."""
 
 import json
 import shutil
@@ -68,7 +68,7 @@ def test_going_on_is_not_stopping(variant, tiny, first, tmp_path):
     logs = [log_of(tmp_path / name, *ORDER[1:]) for name in ("whole", "rest")]
     assert logs[0] == logs[1] != []
     whole, rest = (results_of(tmp_path / name) for name in ("whole", "rest"))
-    assert [row[1:] for row in whole["score_matrix"][1:]] == rest["score_matrix"]
+    assert [row[1:] for row in whole["scores"]["best"][1:]] == rest["scores"]["best"]
     assert whole["settings"] == rest["settings"] and whole["went_on_from"] is None
     assert rest["went_on_from"] == {"adapter": str(first(variant) / "adapter"),
                                     "sha256": rest["read_files"]["adapter"]}
@@ -77,18 +77,18 @@ def test_going_on_is_not_stopping(variant, tiny, first, tmp_path):
 
 @pytest.mark.parametrize("variant", ["badit", "gainlora"])
 def test_a_run_that_went_on_resumes(variant, tiny, first, tmp_path):
-    """From a checkpoint in its middle, and repeats from its results.json, to the bit."""
+    """From a checkpoint, to the bit; its adapter names all tasks that it was trained on."""
     words = (*tiny, *SMALL[-4:], *sequential(*ORDER[1:]), *NO_EVAL, "--checkpoint_every", 1,
              "--adapter", first(variant) / "adapter")
     succeed(*words, "--output_dir", tmp_path / "whole")
     with failing(checkpoint, "save", 4), pytest.raises(Killed):
         run(*words, "--output_dir", tmp_path / "cut")
     succeed(*words, "--output_dir", tmp_path / "cut", "--resume")
-    succeed("--from_results", tmp_path / "whole" / "results.json", "--output_dir",
-            tmp_path / "again")
-    for name in ("cut", "again"):
-        assert_same(adapter_of(tmp_path / "whole"), adapter_of(tmp_path / name))
-        assert log_of(tmp_path / name, *ORDER) == log_of(tmp_path / "whole", *ORDER)
+    assert_same(adapter_of(tmp_path / "whole"), adapter_of(tmp_path / "cut"))
+    assert log_of(tmp_path / "cut", *ORDER) == log_of(tmp_path / "whole", *ORDER)
+    for name in ("whole", "cut"):
+        config, _ = read_adapter_config(tmp_path / name / "adapter")
+        assert config.trained_on["tasks"] == list(ORDER)
 
 
 def test_another_seed_setting_and_schedule(tiny, first, tmp_path):
@@ -107,8 +107,8 @@ def test_another_seed_setting_and_schedule(tiny, first, tmp_path):
         assert settings.seed == 7 and saved.seed == 1 and settings.rank == saved.rank == 2
     succeed(*tiny, *SMALL[-4:], "--eval_only", "--adapter", source, "--seed", 7, "--output_dir",
             tmp_path / "eval")
-    before = results_of(tmp_path / "mixed")["score_matrix"][0]
-    assert before == results_of(tmp_path / "eval")["score_matrix"][0]
+    before = results_of(tmp_path / "mixed")["scores"]["best"][0]
+    assert before == results_of(tmp_path / "eval")["scores"]["best"][0]
 
 
 def test_settings_are_those_of_the_adapter(first, tiny, tmp_path):
@@ -117,8 +117,9 @@ def test_settings_are_those_of_the_adapter(first, tiny, tmp_path):
     args, _ = parse_flags(["--adapter", source, "--rank", "2", "--epochs", "3"])
     assert (args.method, args.rank, args.alpha, args.epochs) == ("badit", 2, 16.0, 3)
     assert str(args.output_dir) == "runs/badit-mixed-on-llama-seed1"
-    for words, named in ((("--rank", "4"), "here 2"), (("--method", "lora"), "made by badit"),
-                         (("--orth_weight", "1"), "not read"),
+    for words, named in ((("--rank", "4"), "here 2"),
+                         (("--method", "lora"), "trained with --method badit"),
+                         (("--orth_weight", "1"), "has no effect"),
                          (("--target_modules", "up_proj"), "gate_proj")):
         with pytest.raises(InputError, match=named):
             parse_flags(["--adapter", source, *words])

@@ -1,16 +1,13 @@
-"""What a plan says: counted by hand, and near to what real steps take."""
+"""scripts/plan.py: bytes counted by hand, and a plan for every method."""
 
 import shutil
-from pathlib import Path
 
+import plan
 import pytest
 import torch
-from conftest import refused, run
+from conftest import TRAINED
+from suite_files import complaint
 from transformers import Qwen3MoeConfig
-
-from harness import plan
-from harness.arguments import parse_flags
-from registry import METHODS
 
 
 @pytest.fixture
@@ -23,8 +20,8 @@ def bare(wide, tmp_path):
 
 
 def flags_of(folder, *words):
-    return parse_flags(["--model", str(folder), "--rank", "2", "--max_length", "32",
-                        "--max_new_tokens", "4", *words])[0]
+    return plan.parse_flags(["--model", str(folder), "--rank", "2", "--max_length", "32",
+                             "--max_new_tokens", "4", *words])
 
 
 def test_weights_are_those_of_a_count_by_hand(bare):
@@ -49,18 +46,14 @@ def test_weights_are_those_of_a_count_by_hand(bare):
         assert one.checkpointed < one.activations
 
 
-TRAINED = [name for name, method in METHODS.items() if method.trains]
-
-
 @pytest.mark.parametrize("method", TRAINED)
-def test_every_method_has_a_plan(method, bare, monkeypatch):
+def test_every_method_has_a_plan(method, bare, monkeypatch, capsys):
     """From the configuration alone: the folder holds no weights and no tokenizer."""
     monkeypatch.setattr(plan, "BASES", ("dense", "nf4"))
-    outcome = run("--method", method, "--model", bare, "--rank", 2, "--max_length", 32,
-                  "--max_new_tokens", 4, "--batch_size", 1, "--plan")
-    assert outcome.status == 0, outcome.err
-    assert len([line for line in outcome.out if line.startswith(plan.BASES)]) == 8
-    assert not Path(f"runs/{method}-mixed-bare-seed1").exists()
+    assert plan.main(["--method", method, "--model", str(bare), "--rank", "2", "--max_length", "32",
+                      "--max_new_tokens", "4", "--batch_size", "1"]) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert len([line for line in out if line.startswith(plan.BASES)]) == 8
 
 
 def test_a_plan_of_experts(tmp_path):
@@ -74,13 +67,16 @@ def test_a_plan_of_experts(tmp_path):
     assert "its weights and would stay dense" in lines[-1]
 
 
-def test_what_trains_nothing_has_none(bare):
-    refused("--plan is not read by --method zero_shot", "--method", "zero_shot", "--model", bare,
-            "--plan")
+@pytest.mark.parametrize(("words", "named"), [
+    (["--method", "zero_shot"], "for one that trains"), (["--epochs", "2"], "--epochs"),
+    (["--method", "lora", "--top_k", "2"], "--top_k has no effect")], ids=str)
+def test_flags_that_a_plan_refuses(words, named):
+    assert named in complaint(plan.parse_flags, words)
 
 
-def test_a_model_that_is_none_is_refused(tmp_path):
-    refused("is unknown: allowed are", "--model", tmp_path / "none", "--plan")
+def test_an_unknown_model_is_refused(capsys):
+    assert plan.main(["--model", "none"]) == 2
+    assert "is unknown: allowed are" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("total", "words"), [(21e9, "24"), (22e9, "40"), (72e9, "80"),

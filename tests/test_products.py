@@ -1,9 +1,9 @@
-"""harness/products.py: oneDNN multiplies float32 matrices where it does so in float32 alone."""
+"""Matmul backends: oneDNN multiplies float32 matrices only where it keeps their precision."""
 
 import pytest
 import torch
 
-from harness import launch, products
+from harness import launch
 from harness.arguments import parse_flags
 
 
@@ -36,7 +36,7 @@ def rounded(left, right):
 
 def test_they_keep_float32s_digits(matmul):
     """Whatever is chosen on this machine, a product is as near to float64 as float32 is."""
-    chosen = products.use_onednn()
+    chosen = launch.use_onednn()
     assert matmul.fp32_precision == ("bf16" if chosen else "ieee")
     x, W = torch.randn(40, 96), torch.randn(64, 96)
     exact = x.double() @ W.double().T
@@ -49,9 +49,9 @@ def test_bf16_inside_is_refused(matmul, monkeypatch):
     monkeypatch.setattr(torch.Tensor, "__matmul__", lambda left, right: (
         rounded(left, right) if left.dtype == torch.float32 == right.dtype
         and matmul.fp32_precision == "bf16" else multiply(left, right)))
-    assert not products.use_onednn() and matmul.fp32_precision == "ieee"
+    assert not launch.use_onednn() and matmul.fp32_precision == "ieee"
 
 
 def test_nothing_changes_without_onednn(matmul, monkeypatch):
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
-    assert not products.use_onednn() and matmul.fp32_precision == "ieee"
+    assert not launch.use_onednn() and matmul.fp32_precision == "ieee"

@@ -3,23 +3,20 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
-import threading
 from pathlib import Path
 
 import huggingface_hub
 import pytest
 import safetensors.torch
 import torch
-from conftest import BRIEF, SMALL, TRAINED, failing, lines_of, refused, run, succeed, write_json
+from conftest import SMALL, TRAINED, failing, lines_of, refused, succeed, write_json
 from suite_files import complaint
 from transformers import AutoModelForCausalLM, GPT2Config, MixtralConfig
 
 import models
-from harness import checks, early, launch
+from harness import checks, launch
 from harness.arguments import parse_flags
-from harness.recorder import Recorder
+from harness.run import Recorder
 from inputs.files import cache_dir
 from method import find_targets
 from registry import ALL_LINEAR
@@ -53,16 +50,6 @@ def test_memory_that_the_machine_does_not_have():
     assert not launch.is_out_of_memory(RuntimeError("shapes do not fit"))
 
 
-def test_a_run_in_another_thread(tiny, tmp_path):
-    """It has no signal handlers there, and gives what it gives in the main one."""
-    statuses = []
-    argv = [*tiny, *BRIEF, "--method", "zero_shot", "--output_dir", tmp_path / "out"]
-    thread = threading.Thread(target=lambda: statuses.append(run(*argv).status))
-    thread.start()
-    thread.join()
-    assert statuses == [0] and (tmp_path / "out" / "results.json").exists()
-
-
 def test_a_user_without_a_home(monkeypatch):
     """The variables that help are named, and do."""
     monkeypatch.delenv("XDG_CACHE_HOME")
@@ -71,31 +58,6 @@ def test_a_user_without_a_home(monkeypatch):
     assert str(os.getuid()) in message and "HOME" in message and "XDG_CACHE_HOME" in message
     monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
     assert cache_dir() == Path("/somewhere/badit")
-
-
-def test_windows_gets_one_line(monkeypatch):
-    monkeypatch.setattr(sys, "platform", "win32")
-    with pytest.raises(SystemExit, match="^error: badit needs Linux or macOS"):
-        early.end_on_bad_flags([])
-
-
-@pytest.mark.parametrize("content, variables", [
-    ("mixed_precision: fp16", {"ACCELERATE_MIXED_PRECISION": "fp16"}),
-    ("distributed_type: DEEPSPEED", {"ACCELERATE_USE_DEEPSPEED": "true"}),
-])
-@pytest.mark.parametrize("there", [True, False])
-def test_the_launchers_default_file_is_named(tmp_path, content, variables, there):
-    """Where it says what is refused; a file that says otherwise is not."""
-    file = tmp_path / "accelerate" / "default_config.yaml"
-    file.parent.mkdir()
-    file.write_text(f"compute_environment: LOCAL_MACHINE\n{content if there else 'debug: false'}\n")
-    outcome = subprocess.run(
-        [sys.executable, "-c", "from harness import launch; from types import SimpleNamespace\n"
-         "launch.make_accelerator(SimpleNamespace())"], cwd=ROOT, capture_output=True, text=True,
-        env=os.environ | variables | {"HF_HOME": str(tmp_path)}, check=False)
-    last = outcome.stderr.splitlines()[-1]
-    assert "InputError" in last and "is not supported" in last
-    assert (str(file) in last) == there
 
 
 # --- models -------------------------------------------------------------------------------------
@@ -149,7 +111,7 @@ def test_fused_experts_do_not_stay_frozen_in_silence(names, fits):
         checks.check_architecture(model, names)
     else:
         message = complaint(checks.check_architecture, model, names)
-        assert "mixtral" in message and "frozen" in message and "q_proj" in message
+        assert "mixtral" in message and "one tensor" in message and "q_proj" in message
 
 
 def test_a_hub_id_is_asked_for_and_no_code_of_it(monkeypatch):

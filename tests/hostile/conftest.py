@@ -45,7 +45,7 @@ def the_line(err):
         lines, err = lines[:1], err[:-len(LAYOUT)]
     assert len(lines) == 1, lines
     (line,) = lines
-    assert line == err[-1] and line.startswith("error: ") and len(line) > 20
+    assert line == err[-1] and re.match(r"(\[rank 0\] )?error: ", line) and len(line) > 20
     assert line.isprintable(), ascii(line)
     return line
 

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import safetensors.torch
-from conftest import BRIEF, SMALL, results_of, write_json
+from conftest import BRIEF, write_json
 from suite_files import complaint
 
 from harness.adapter_config import read_adapter_config
@@ -56,31 +56,3 @@ def test_no_adapter(no_weights, evaluation):
     rejected(*evaluation, "--adapter", "nowhere", named="no adapter at nowhere")
 
 
-@pytest.mark.parametrize("content", [
-    "{", "[]", "{}", "5", '{"args": [], "task_order": []}',
-    '{"args": {"setting": "single"}, "task_order": 5}'])
-def test_single_task_results_that_are_none(no_weights, llama, suite, tmp_path, content):
-    """Any JSON that is no results.json."""
-    (tmp_path / "single.json").write_text(content)
-    rejected("--model", llama, "--suite", suite, *SMALL, "--single_task_results", "single.json",
-             named="single.json")
-
-
-@pytest.mark.parametrize("key, value, named", [
-    ("args", {"setting": "mixed"}, "mixed"), ("args", {"rank": 3}, "rank"),
-    ("args", {"seed": 2}, "seed"), ("args", {"epochs": 4}, "epochs"),
-    ("code_sha256", "", "code_sha256"), ("precision", "bf16", "precision"),
-    ("global_batch_size", 4, "global_batch_size"), ("compiler", "eager", "compiler"),
-    ("task_order", ["which_is", "say_both"], "colour_name"), ("scores", None, "single.json"),
-    ("scores", {"best": [], "first": []}, "single.json"), ("tasks", {}, "data of colour_name"),
-])
-def test_single_task_results_of_another_run(no_weights, finished, llama, suite, tmp_path, key,
-                                            value, named):
-    """Setting, settings, code and tasks must fit; what differs is named."""
-    single = results_of(finished)
-    single["args"]["setting"] = "single"
-    single["scores"] = {"best": [[1.0] * 3] * 3, "first": [[1.0] * 3] * 3}
-    single[key] = single[key] | value if key == "args" else value
-    write_json(tmp_path / "single.json", single)
-    rejected("--model", llama, "--suite", suite, *SMALL, "--epochs", 1, "--max_train_per_task", 2,
-             "--single_task_results", "single.json", named=named)

@@ -87,9 +87,6 @@ def test_help_tells_every_flag(capsys):
     "--eval_only : --adapter",
     "--task_order T1 : --task_order",
     "--setting single --task_order T1 : --task_order",
-    "--setting single --paper_metrics : --paper_metrics",
-    "--setting sequential --paper_metrics --eval_tasks seen : --paper_metrics",
-    "--setting single --single_task_results x.json : --single_task_results",
     "--routing static --top_k 2 : --top_k",
     "--routing static --router_noise 0.1 : --router_noise",
     "--routing static --inactive drop : --inactive",
@@ -142,7 +139,6 @@ def test_evaluation_reads_no_training_flags(no_weights, finished, flags):
     (["--max_length", "252"], "252 256"),  # with 5 new tokens more than 256 positions
     (["--gradient_accumulation_steps", "3"], "3 8 --batch_size"),
     (["--chat_template"], "--chat_template"),
-    (["--single_task_results", "nowhere.json"], "nowhere.json"),
 ])
 def test_unknown_names_and_impossible_sizes(start, flags, named):
     """What is wrong is named, with what is allowed; of flags given twice the last counts."""

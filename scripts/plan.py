@@ -1,37 +1,49 @@
-"""What a run takes of a device's memory, from the model's configuration alone (--plan).
+"""Print the memory that a training run needs per device, with every --base, on 1 to 8 processes.
 
-Weights are counted, and a training step is run, on fake tensors, which have shapes and no values.
-Bytes are those of tensors; what a library or an allocator keeps besides is not among them.
+    python scripts/plan.py --method badit --model qwen3-8b --mixed_precision bf16
+
+It reads the model's configuration alone. Weights are counted, and a training step runs, on fake
+tensors, which have shapes and no values. Only bytes of tensors are counted, not what libraries and
+allocators need besides.
 """
 
+import argparse
+import sys
 import weakref
-from typing import NamedTuple
+from pathlib import Path
+from typing import Literal, NamedTuple
 from unittest import mock
 
-import torch
-from accelerate import PartialState
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import data
-import models
-from harness.arguments import PAPER_BATCH, settings_of
-from harness.run import say
-from harness.sharding import shared_tensors
-from inputs.errors import InputError
-from method import find_blocks
-from quantized import check_experts, quantise
-from registry import method_class
+import torch  # noqa: E402
+from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+from torch.utils._pytree import tree_leaves  # noqa: E402
 
+import data  # noqa: E402
+import models  # noqa: E402
+from harness import arguments  # noqa: E402
+from harness.sharding import shared_tensors  # noqa: E402
+from inputs.errors import InputError, error_lines  # noqa: E402
+from inputs.settings import Flag, Parser, add_flags  # noqa: E402
+from method import find_blocks  # noqa: E402
+from quantized import check_experts, quantise  # noqa: E402
+from registry import METHODS, method_class  # noqa: E402
+
+READ = ("method", "model", "max_length", "max_new_tokens", "batch_size",
+        "gradient_accumulation_steps", "seed")
+FLAGS = (*(flag for name, flag in arguments.ALL_FLAGS.items() if name in READ or flag.of_method),
+         Flag("mixed_precision", Literal["no", "bf16"], "no", "as given to accelerate launch "
+              "(default: no, which holds the base in float32)"))
 BASES, PROCESSES = ("dense", "int8", "nf4"), (1, 2, 4, 8)
 DEVICES = (24, 40, 80)  # GB
-SPARE = 1.1  # for what is not counted: a device fits that has a tenth more
-GATHERED = 2  # blocks that a process holds whole at a time, of a shared base
+SPARE = 1.1  # a run fits a device that has a tenth more than was counted
+GATHERED = 2  # blocks of a sharded base that a process holds whole at a time
 
 
 class Sizes(NamedTuple):
-    """Bytes of one model; `activations` by (rows, checkpointing)."""
+    """Bytes of one model; `activations` by (rows, gradient checkpointing)."""
 
     outside: int  # embeddings, output layer, norms
     blocks: int  # of the frozen base
@@ -43,7 +55,7 @@ class Sizes(NamedTuple):
 
 
 class Row(NamedTuple):
-    """One line of a plan; all in bytes but the first three."""
+    """One line of the plan, in bytes but for the first three."""
 
     base: str
     processes: int
@@ -62,9 +74,9 @@ class Row(NamedTuple):
 
 
 class Peak(TorchDispatchMode):
-    """A mode that counts the bytes of storages made in it: `now`, and at most, `peak`.
+    """A mode that counts the bytes of new storages: `now`, and at most, `peak`.
 
-    What was there before, in `tensors`, counts nothing.
+    The storages of `tensors`, made before, are not counted.
     """
 
     def __init__(self, tensors):
@@ -95,9 +107,9 @@ def size(tensors):
 
 
 def fake_model(args, base, dtype, layers=None):
-    """A wrapped model without values, on the CPU; in a FakeTensorMode."""
+    """Return a wrapped model without values, on the CPU; called in a FakeTensorMode."""
     model = models.skeleton(args.model, "cpu", dtype, layers)
-    method = method_class(args.method)(settings_of(args))
+    method = method_class(args.method)(arguments.settings_of(args))
     method.base_sha256 = "of no weights"
     method.wrap(model, fresh=False)
     quantise(model, base)
@@ -105,21 +117,21 @@ def fake_model(args, base, dtype, layers=None):
 
 
 def batch_of(args, rows):
-    """A micro-batch of rows as long as --max_length, with answers of --max_new_tokens."""
+    """Return a micro-batch of rows of --max_length tokens, answers of --max_new_tokens."""
     row = {"task": None, "input_ids": [0] * args.max_length,
            "num_targets": min(args.max_new_tokens + 1, args.max_length - 1)}
     return data.collate_micro_batch([data.MicroBatch([row] * rows, 1, 1)], 0)
 
 
 def peak_of_step(args, model, rows):
-    """Peak bytes that one forward and backward pass makes, beside weights and their gradients."""
+    """Return the peak bytes of a forward and backward pass, beside weights and gradients."""
     model.train()
     trained = [weight for weight in model.parameters() if weight.requires_grad]
     for weight in trained:
         weight.grad = torch.zeros_like(weight)
-    there = [*model.parameters(), *model.buffers(), *(weight.grad for weight in trained)]
+    before = [*model.parameters(), *model.buffers(), *(weight.grad for weight in trained)]
     batch = batch_of(args, rows)
-    with Peak(there) as peak:
+    with Peak(before) as peak:
         model.adapted_by.before_forward(batch)
         # Under fake tensors torch's own grouped product of experts accepts bfloat16 only.
         with mock.patch("transformers.integrations.moe._can_use_grouped_mm", return_value=False):
@@ -128,9 +140,9 @@ def peak_of_step(args, model, rows):
 
 
 def measure(args, base, dtype, rows):
-    """The Sizes of a model with one kind of base, for some numbers of `rows` of a micro-batch.
+    """Return the Sizes of a model with one --base, for some numbers of `rows` per micro-batch.
 
-    Every block adds as much to the activations, so they are measured with two blocks and three.
+    Every block adds equally to the activations, so they are measured with two blocks and three.
     """
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = fake_model(args, base, dtype)
@@ -153,15 +165,15 @@ def measure(args, base, dtype, rows):
 
 
 def rows_of(args, processes):
-    """Rows of a micro-batch where a run has so many processes."""
+    """Return the rows of a micro-batch in a run of `processes`."""
     shares = processes * args.gradient_accumulation_steps
-    return args.batch_size or max(1, PAPER_BATCH // shares)
+    return args.batch_size or max(1, arguments.PAPER_BATCH // shares)
 
 
 def plan(args, dtype, bases=None):
-    """The Rows for each kind of base, of `bases` or all, and number of processes.
+    """Yield the Rows for each of `bases` (default: all) and number of processes.
 
-    One process holds all of the base, more share it.
+    One process holds the whole base, several shard it.
     """
     counts = {rows_of(args, processes) for processes in PROCESSES}
     for base in bases or BASES:
@@ -176,15 +188,15 @@ def plan(args, dtype, bases=None):
 
 
 def fits(total):
-    """The smallest of DEVICES with so many bytes and some to SPARE, in words."""
+    """Return the smallest of DEVICES that holds `total` bytes and a tenth more, as text."""
     return next((str(device) for device in DEVICES if total * SPARE <= device * 1e9), "-")
 
 
 def lines(args, dtype):
-    """The plan as a table, in GB of 10^9 bytes."""
-    yield (f"a plan, without weights: {args.method} on {args.model}, {dtype} base, rows of "
+    """Yield the plan as a table, in GB of 10^9 bytes."""
+    yield (f"plan without weights: {args.method} on {args.model}, {dtype} base, rows of "
            f"{args.max_length} tokens, answers of {args.max_new_tokens}; GB (10^9 bytes) on each "
-           "process; one holds all of the base, more share it (--shard_base)")
+           "process; one process holds the whole base, several shard it (--shard_base)")
     yield ("base   processes  rows  weights  adapter   Adam  gradients  Eq. 8  activations  total  "
            "fits | with --gradient_checkpointing: activations  total  fits")
     bases, note = BASES, None
@@ -200,13 +212,39 @@ def lines(args, dtype):
                f"{parts[2]:6.2f} {parts[3]:10.2f} {parts[4]:6.2f} {row.activations / 1e9:12.2f} "
                f"{totals[0] / 1e9:6.2f} {fits(totals[0]):>5} | {row.checkpointed / 1e9:42.2f} "
                f"{totals[1] / 1e9:6.2f} {fits(totals[1]):>5}")
-    yield (f"fits: the smallest of {', '.join(map(str, DEVICES))} GB with a tenth to spare, - for "
-           "none; without loading, evaluation, and what libraries keep")
+    yield (f"fits: the smallest of {', '.join(map(str, DEVICES))} GB with a tenth to spare, or -; "
+           "without loading, evaluation, and what libraries keep")
     if note:
         yield note
 
 
-def show(args, dtype):
-    """Print the plan of a run, which is not started."""
-    for line in lines(args, dtype):
-        say(PartialState(), line)
+def parse_flags(argv):
+    """Return the flags in `argv`. Raises InputError for one that the method ignores."""
+    parser = Parser(prog="scripts/plan.py", allow_abbrev=False, description=__doc__,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_flags(parser, FLAGS)
+    typed = arguments.typed_flags(parser, argv)
+    args = parser.parse_args(argv, arguments.build_parser().parse_args([]))
+    if args.method not in METHODS or not METHODS[args.method].trains:
+        raise InputError(f"--method {args.method!r}: a plan is for one that trains, of "
+                         f"{', '.join(name for name, each in METHODS.items() if each.trains)}")
+    arguments.refuse_flags_without_effect(args, typed & arguments.ALL_FLAGS.keys())
+    arguments.settings_of(args).refuse_flags_without_effect(typed)
+    return args
+
+
+def main(argv=None):
+    """Run with the flags `argv` -> exit status: 0, or 2 on bad input."""
+    try:
+        args = parse_flags(sys.argv[1:] if argv is None else argv)
+        dtype = torch.bfloat16 if args.mixed_precision == "bf16" else torch.float32
+        for line in lines(args, dtype):
+            print(line, flush=True)
+    except InputError as error:
+        print(error_lines(error), file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
