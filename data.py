@@ -12,8 +12,8 @@ from itertools import zip_longest
 from typing import Literal, NamedTuple
 
 import torch
+from tqdm import tqdm
 
-from inputs.bars import Bar
 from inputs.errors import InputError, error_lines, library_errors, one_line
 from inputs.numbers import stable_seed
 from inputs.settings import REQUIRED, Flag, Parser, add_flags
@@ -265,7 +265,7 @@ def encode_suite(suite, tokenizer, max_length, chat_template=False, splits=SPLIT
     framer = Framer(tokenizer, chat_template)
     encoded = Encoded({}, {}, [], *({split: {} for split in SPLITS} for _ in COUNTED), {})
     total = sum(len(getattr(task, split)) for task in suite.tasks.values() for split in splits)
-    with Bar(total=total, desc="tokenise", unit="row", delay=2, leave=False) as bar:
+    with tqdm(total=total, desc="tokenise", unit="row", delay=2, leave=False) as bar:
         for name, task in suite.tasks.items():
             with library_errors(f"the tokenizer fails on {name}"):
                 train, test = (_encode_split(task, split, framer, max_length, bar)

@@ -1,10 +1,10 @@
 """Write analysis.md, the tables of an analysis, and its figures. docs/analyses.md explains them."""
 
 import numpy as np
+from tqdm import tqdm
 
 from analysis import figures
 from analysis.figures import largest_information, measured_units, number
-from inputs.bars import Bar
 from inputs.errors import one_line
 from inputs.files import write_text
 from inputs.formats import load
@@ -19,7 +19,7 @@ def write(folder):
         with np.load(folder / "arrays.npz") as file:
             arrays = dict(file)
     drawn = figures.DRAWN[result["command"]](result, arrays)
-    for name, figure in Bar(drawn, desc="figures", unit="figure", delay=5, leave=False):
+    for name, figure in tqdm(drawn, desc="figures", unit="figure", delay=5, leave=False):
         save(figure, folder / "figures" / name, ("png", "pdf"))
     write_text(folder / "analysis.md", text(folder))
 

@@ -10,13 +10,13 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from accelerate import PartialState
+from tqdm import tqdm
 
 import adapter
 import data
 import models
 from adapter import WEIGHTS_FILE
 from harness import identity
-from inputs.bars import Bar
 from inputs.errors import InputError
 from inputs.files import atomic_path, sha256_file, write_json
 from inputs.numbers import stable_seed
@@ -101,7 +101,7 @@ def by_task(lengths, compute, title):
 
     `lengths` are {task: rows}; `compute` calls count(n) after every n rows.
     """
-    with Bar(total=sum(lengths.values()), desc=title, unit="row") as bar:
+    with tqdm(total=sum(lengths.values()), desc=title, unit="row") as bar:
         return {name: {key: tensor.cpu() for key, tensor in compute(name, bar.update).items()}
                 for name in lengths}
 

@@ -7,6 +7,7 @@ import random
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 import models
 from analysis import session, sharing
@@ -22,7 +23,6 @@ from analysis.probes import (
 )
 from evaluation import row_losses, target_logits
 from harness.adapter_config import read_adapter_config
-from inputs.bars import Bar
 from inputs.errors import InputError
 from inputs.numbers import stable_seed
 
@@ -211,7 +211,7 @@ class Comparison:
                                | self.compare(masks[self.args.share], f"neurons {layer} {place}"))
                 table += self.at_shares(masks.get, f"neurons, {place} tokens", layer)
                 arrays[f"neurons.{layer}.{place}"] = masks[self.args.share][0]
-        for name in Bar(sweep.names, desc="statistics", unit="matrix"):
+        for name in tqdm(sweep.names, desc="statistics", unit="matrix"):
             module, layer = name.rpartition(".")[2], session.layer_number(name)
             shape = sweep.shapes[name]
             main = self.bits(name, self.args.share, shape)

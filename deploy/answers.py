@@ -5,6 +5,7 @@ import json
 
 import torch
 from accelerate import PartialState
+from tqdm import tqdm
 from transformers import TextStreamer
 
 import adapter
@@ -15,7 +16,6 @@ from harness import launch
 from harness.adapter_config import read_adapter_config
 from harness.arguments import refuse_odd_words
 from inputs import formats
-from inputs.bars import Bar
 from inputs.errors import InputError, one_line
 from inputs.files import atomic_path
 
@@ -113,7 +113,7 @@ def answer_file(args):
     for name in ("base", "answer") if args.base else ("answer",):
         if name == "answer":
             model.adapt()
-        for batch in Bar(batches, desc=name, unit="batch", delay=2, leave=False):
+        for batch in tqdm(batches, desc=name, unit="batch", delay=2, leave=False):
             texts = model.answer([prompts[index] for index in batch])
             for index, text in zip(batch, texts, strict=True):
                 rows[index][name] = text

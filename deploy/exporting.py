@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
+from tqdm import tqdm
 
 import adapter
 import data
@@ -15,7 +16,6 @@ import models
 from deploy import low_rank
 from harness.adapter_config import ADAPTER_CONFIG, read_adapter_config
 from inputs import formats
-from inputs.bars import Bar
 from inputs.errors import InputError, one_line
 from inputs.files import fsync, write_json, write_text
 from inputs.model_folders import read_config
@@ -163,7 +163,7 @@ def compare(trained, exported, rows, suite):
     device = next(exported.parameters()).device
     kl = same = tokens = 0
     difference = largest = torch.zeros((), device=device)
-    for row in Bar(rows, desc="compare", unit="prompt", delay=2, leave=False):  # one: no padding
+    for row in tqdm(rows, desc="compare", unit="prompt", delay=2, leave=False):  # one: no padding
         ids = torch.tensor([row["input_ids"]], device=device)  # (1, seq)
         p, q = (model(input_ids=ids, use_cache=False).logits[0].float()
                 for model in (trained, exported))  # (seq, vocabulary)

@@ -8,8 +8,7 @@ Axis names as in decomposition.py, and
 from typing import NamedTuple
 
 import torch
-
-from inputs.bars import Bar
+from tqdm import tqdm
 
 RIDGE = 1e-6  # relative to the mean square of h: unseen directions of h keep the mean factors
 
@@ -93,7 +92,7 @@ def calibrate(model, batches):
 
     handles = [layer.register_forward_pre_hook(hook_of(name))
                for name, layer in model.adapted_by.layers.items() if layer.depends_on_token]
-    for batch in Bar(batches, desc="calibrate", unit="batch", delay=2, leave=False):
+    for batch in tqdm(batches, desc="calibrate", unit="batch", delay=2, leave=False):
         tokens = batch["attention_mask"].bool()  # (batch, seq)
         model(**batch, logits_to_keep=1, use_cache=False)
     for handle in handles:

@@ -183,8 +183,3 @@ def _add_flag(parser, flag):
         parser.add_argument(flag.name, **options)
     else:
         parser.add_argument(flag.name, **{"nargs": "?"} | options)
-
-
-def add_argument(group, name, kind, default, help, metavar=None, check=None):
-    """Add one flag: the form before `Flag`, until every program declares its flags by it."""
-    _add_flag(group, Flag(name, kind, default, help, metavar, check))

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pooch
+from tqdm import tqdm
 
-from inputs.bars import Bar
 from inputs.errors import InputError
 from inputs.files import cache_dir, git_blob_file, sha256_file
 
@@ -99,7 +99,7 @@ class NamedSuite(NamedTuple):
         # The manifest of long_sequence has git's ids, which pooch cannot check.
         manifest = self.manifest()
         fetcher = pooch.create(folder, self.url, registry=dict.fromkeys(manifest))
-        for name, known in Bar(manifest.items(), desc="download", unit="file"):
+        for name, known in tqdm(manifest.items(), desc="download", unit="file"):
             path = folder / name
             if path.is_file() and self.checksum(path) != known:
                 path.unlink()

@@ -13,9 +13,10 @@ from collections import Counter
 from pathlib import Path, PurePath
 from typing import NamedTuple
 
+from tqdm import tqdm
+
 import metrics
 from inputs import formats
-from inputs.bars import Bar
 from inputs.errors import InputError
 from inputs.files import atomic_path, write_json, write_text
 from inputs.suites import SUPERNI
@@ -343,7 +344,7 @@ def collect(paths, free=()):
     records = [record for file in files for record in read_records(file)]
     folders = [path for path in paths if path not in files]
     found = find(folders) if folders else {}
-    for folder, name in Bar(found.items(), desc="read runs", unit="run", delay=2, leave=False):
+    for folder, name in tqdm(found.items(), desc="read runs", unit="run", delay=2, leave=False):
         try:
             records.append(read(folder, name))
         except InputError as error:

@@ -2,7 +2,8 @@
 
 from collections import Counter
 
-from inputs.bars import Bar
+from tqdm import tqdm
+
 from inputs.errors import one_line
 from inputs.files import write_text
 from reporting import figures, runs, tables, verdicts
@@ -28,7 +29,7 @@ def make(records, left_out, out):
         write_text(out / "tables" / f"{table.name}.tex", table.latex())
         write_text(out / "tables" / f"{table.name}.csv", table.csv())
     names = []
-    for name, figure in Bar(figures.of_study(records), desc="figures", unit="figure", delay=5,
+    for name, figure in tqdm(figures.of_study(records), desc="figures", unit="figure", delay=5,
                              leave=False):
         figures.save(figure, out / "figures" / name, ("png", "pdf"))
         names.append(name)

@@ -49,6 +49,8 @@ def test_imports(name):
         assert all(is_of(module, "inputs") for module in own)
     if is_of(name, "harness"):
         assert "train" not in own
+    if name == "evaluation":
+        assert not any(is_of(module, "harness", "adapter") for module in own)
     if is_of(name, "report", "reporting"):
         assert not any(is_of(module, *HEAVY) for module in IMPORTS[name])
     elif not is_of(name, "analysis", "analyze"):  # they draw their own figures
