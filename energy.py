@@ -67,7 +67,8 @@ def measure_energies(model, layers, loader):
     sums = {name: torch.zeros_like(layer.mean_energy) for name, layer in layers.items()}
     count, tokens = torch.zeros((), device=model.device), None  # of the batch, (batch, seq)
 
-    def add(name, layer, x, _):
+    def add(name, x, _):
+        layer = layers[name]
         x = x[tokens].to(layer.lora_A0.dtype)  # (tokens, in)
         with torch.autocast(x.device.type, enabled=False):
             sums[name] += activation_energy(x, layer.lora_A0, layer.lora_B0).sum(0)

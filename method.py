@@ -187,12 +187,12 @@ class Method:
 
 @contextmanager
 def observe(model, layers, hook):
-    """Call hook(name, layer, x, y) on each input and output of `layers` {name: module}.
+    """Call hook(name, x, y) on each input and output of `layers` {name: module}.
 
     Meanwhile the model is in evaluation mode.
     """
-    def call(layer, inputs, y, name):
-        hook(name, layer, inputs[0], y)
+    def call(_, inputs, y, name):
+        hook(name, inputs[0], y)
 
     training = model.training
     handles = [layer.register_forward_hook(partial(call, name=name))

@@ -194,19 +194,10 @@ class GainLoraSettings(BranchPenalty, LowRank):
         "with every task (default: 0.995)", metavar="EPS")
     gate_threshold: Fraction = setting(
         0.995, "the same for what is fed into the gates (default: 0.995)", metavar="EPS")
-    energy: Literal["eig", "eig2"] = setting(
-        "eig", "energies are eigenvalues of the second moments, as in GPM, or their squares, as in "
-        "the authors' code (default: eig)")
-    a_init: Literal["cov_svd", "random_proj"] = setting(
-        "cov_svd", "lora_A from a pass over the task's data, as InfLoRA, or random outside old "
-        "subspaces, as the LLaMA code (default: cov_svd)")
-    chunk: PositiveInt = setting(
-        1, "blocks with a subspace each into which inputs are split; the LLaMA scripts take 4 to "
-        "save memory (default: 1)", metavar="C")
 
     def has_no_effect(self):
-        penalty, memory = set(BranchPenalty.names()), {"threshold", "a_init"}
-        return {f"--branches {self.branches}": penalty if self.branches == "inflora" else memory}
+        ignored = BranchPenalty.names() if self.branches == "inflora" else ("threshold",)
+        return {f"--branches {self.branches}": set(ignored)}
 
 
 class Entry(NamedTuple):

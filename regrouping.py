@@ -205,7 +205,8 @@ def measure(model, batch, layers, new):
     measured, tokens = [], batch["attention_mask"].bool()
     groupings = dict(zip(layers, new, strict=True))
 
-    def look(name, layer, x, y):
+    def look(name, x, y):
+        layer = layers[name]
         if x.shape[:-1] != tokens.shape:
             raise InputError(f"--target_modules: {name} gets an input of shape {list(x.shape)}, "
                              f"not {list(tokens.shape)} tokens: it can be neither regrouped nor "

@@ -6,11 +6,11 @@ and LLaMA code of the authors differ, this follows the LLaMA code unless a comme
 
 Axis names as in decomposition.py, and
     r, t   rank of one branch, number of branches (tasks so far)
-    d, h   a vector space: inputs of a layer, or embeddings; hidden size of a gate
-    c, k   blocks into which d is split (--chunk), and directions in one block's basis
+    d, h   size of a vector space: inputs of a layer, or embeddings; hidden size of a gate
+    k      directions in the basis of a subspace
 
-A subspace of a space d is a list of c orthonormal bases (d/c, k), one for each block; one that is
-larger than half of its block is held by its `Complement`, which is smaller.
+A subspace is held as an orthonormal basis P (d, k), or, where that is more than half of the space,
+as its smaller `Complement`.
 """
 
 import math
@@ -24,7 +24,7 @@ from torch import nn
 
 from baselines.olora import BranchMethod, OloraLinear, branch_penalty
 from inputs.errors import InputError
-from method import find_targets, frozen
+from method import frozen, observe
 from quantized import frozen_linear
 
 MAX_INSTANCES = 1000  # of a task, in one pass over its data; the published code takes 1002 batches
@@ -93,102 +93,77 @@ def gate(p0, W1, W2, k):
 
 
 class Complement(NamedTuple):
-    """A subspace of one block by what is outside of it: N (d, d - k), orthonormal."""
+    """A subspace by what is outside of it: N (d, d - k), orthonormal."""
 
     N: torch.Tensor
 
 
-def room(block):
-    """How many directions of its space a basis, or a Complement, leaves."""
-    return block.N.shape[1] if isinstance(block, Complement) else block.shape[0] - block.shape[1]
+def free_directions(space):
+    """Return how many directions of its space a basis, or a Complement, leaves."""
+    return space.N.shape[1] if isinstance(space, Complement) else space.shape[0] - space.shape[1]
 
 
-def size(block):
-    """d, of the space of a basis or a Complement."""
-    return len(block.N if isinstance(block, Complement) else block)
+def second_moment(v):
+    """Return the sum of v v' over the rows of v (n, d): (d, d), in float32 or better."""
+    v = v.to(torch.promote_types(v.dtype, torch.float32))
+    return torch.einsum("ni,nj->ij", v, v)
 
 
-def outside(v, block):
-    """(I - P P') v for vectors v (..., d) in float64, with P or with its Complement: N N' v."""
-    if isinstance(block, Complement):
-        N = block.N.double()
-        return (v @ N) @ N.T
-    P = block.double()
-    return v - (v @ P) @ P.T
+def project_out(v, space):
+    """Return (I - P P') v for vectors v (..., d), with P or with its Complement: N N' v.
 
-
-def second_moment(v, c):
-    """Sum of v v' over the rows of v (n, d), by block: (c, d/c, d/c), in float32 or better."""
-    v = v.to(torch.promote_types(v.dtype, torch.float32)).unflatten(1, (c, -1))  # (n, c, d/c)
-    return torch.einsum("nci,ncj->cij", v, v)
-
-
-def project_out(v, bases):
-    """(I - P P') v for each vector in the last axis of v (..., d); P the `bases` of a subspace.
-
-    Computed in float64: the keys and rows that it makes are as orthogonal as their type allows.
+    Computed in float64, so that keys and rows are as orthogonal as their type allows.
     """
-    parts = v.double().split([size(block) for block in bases], dim=-1)
-    left = [outside(part, block) for part, block in zip(parts, bases, strict=True)]
-    return torch.cat(left, dim=-1).to(v.dtype)
+    if isinstance(space, Complement):
+        N = space.N.double()
+        return ((v.double() @ N) @ N.T).to(v.dtype)
+    P = space.double()
+    return (v.double() - (v.double() @ P) @ P.T).to(v.dtype)
 
 
-def constrain_update(W, W_start, bases):
+def constrain_update(W, W_start, space):
     """GainLoRA's updating constraint: W_start + (W - W_start)(I - P P'), W (..., d)."""
     # Deviation: W_start is the task's first W, not the last step's: equal but for rounding, which
     # would add up. And rows are not rescaled, as T5's code does: that undoes the constraint.
-    return W_start + project_out(W - W_start, bases)
+    return W_start + project_out(W - W_start, space)
 
 
-def directions_outside(E, block):
-    """Eigenvectors of E (d, d) within what `block`, a basis P (d, k) or a Complement, leaves.
+def directions_outside(E, space):
+    """Return the eigenvectors of E (d, d) within what `space`, P (d, k) or a Complement, leaves.
 
     Returns eigenvalues (d - k,), descending, and orthonormal columns (d, d - k), in float64. They
     are the singular vectors of (I - P P') H where E = H H', but orthogonal to P even for a singular
     value of zero.
     """
-    if isinstance(block, Complement):
-        N = block.N.double()
+    if isinstance(space, Complement):
+        N = space.N.double()
     else:
-        N = torch.linalg.qr(block.double(), mode="complete").Q[:, block.shape[1]:]  # (d, d - k)
+        N = torch.linalg.qr(space.double(), mode="complete").Q[:, space.shape[1]:]  # (d, d - k)
     values, V = torch.linalg.eigh(N.T @ E.double() @ N)
     return values.flip(0).clamp_min(0), (N @ V).flip(1)
 
 
-def energy_matrix(C, energy):
-    """E (d, d) whose trace GPM's threshold shares out, for second moments C (d, d).
+def new_directions(C, space, eps):
+    """GPM: the directions outside `space` (d, d - k), and how many C (d, d) needs to keep `eps`.
 
-    "eig": C, the paper's ||H||_F^2; "eig2": C C', since the code squares C's singular values.
+    eps is the share of the energy, the trace of the second moments C, to be inside the new basis.
+    Deviation: the code squares C's singular values; GPM and the paper, whose energy is ||H||_F^2,
+    do not. The first task's rule differs from the later ones', as in the code: it stops before the
+    share is reached, but keeps one at least.
     """
     C = C.double()
-    return C if energy == "eig" else C @ C.T
-
-
-def new_directions(C, block, eps, energy):
-    """GPM: the directions outside `block` (d, d - k), and how many C (d, d) needs to keep `eps`.
-
-    eps is the share of the energy to be inside the new basis. The first task's rule differs from
-    the later ones', as in the code: it stops before the share is reached, but keeps one at least.
-    """
-    E = energy_matrix(C, energy)
-    values, U = directions_outside(E, block)
-    gained = values.cumsum(0) / E.trace()  # (d - k,)
-    if len(values) == len(E):
+    values, U = directions_outside(C, space)
+    gained = values.cumsum(0) / C.trace()  # (d - k,)
+    if len(values) == len(C):
         return U, max(1, int((gained < eps).sum()))
-    inside = 1 - values.sum() / E.trace()
+    inside = 1 - values.sum() / C.trace()
     return U, int((inside + F.pad(gained, (1, 0))[:-1] < eps).sum())
 
 
-def extend_basis(C, P, eps, energy):
-    """P (d, k) with its `new_directions` (d, k + q)."""
-    U, q = new_directions(C, P, eps, energy)
-    return torch.cat([P, U[:, :q].to(P.dtype)], dim=1)
-
-
-def extend_block(C, block, eps, energy):
-    """`extend_basis` of a basis or a Complement, as whichever is the smaller afterwards."""
-    U, q = new_directions(C, block, eps, energy)
-    held = block.N if isinstance(block, Complement) else block
+def extend(C, space, eps):
+    """Return `space` with its `new_directions`, as the smaller of a basis and a Complement."""
+    U, q = new_directions(C, space, eps)
+    held = space.N if isinstance(space, Complement) else space
     if 2 * (U.shape[1] - q) < len(U):
         return Complement(U[:, q:].to(held.dtype).contiguous())
     return torch.cat([held, U[:, :q].to(held.dtype)], dim=1)  # never more than half: a basis
@@ -200,78 +175,61 @@ def scheduled_threshold(eps, t):
     return eps + (1 - eps) * min(t - 1, SCHEDULE_TASKS - 1) / SCHEDULE_TASKS
 
 
-def rows_from_moment(C, bases, r):
-    """InfLoRA's A_t (r, d): leading left singular vectors of (I - P P') C, by block, / sqrt(3).
+def rows_from_moment(C, space, r):
+    """InfLoRA's A_t (r, d): the r leading left singular vectors of (I - P P') C, / sqrt(3).
 
-    C (c, d/c, d/c). Rows for which a block has no direction left are zero there.
+    C (d, d). Rows for which no direction is left are zero.
     """
-    blocks = []
-    for C_block, block in zip(C, bases, strict=True):
-        _, U = directions_outside(energy_matrix(C_block, "eig2"), block)
-        rows = U[:, :r].T / math.sqrt(3 * len(C))  # (<= r, d/c)
-        blocks.append(F.pad(rows, (0, 0, 0, r - len(rows))))
-    return torch.cat(blocks, dim=1)
+    # Deviation: the LLaMA code takes random rows outside the subspace, not InfLoRA's.
+    C = C.double()
+    _, U = directions_outside(C @ C.T, space)
+    rows = U[:, :r].T / math.sqrt(3)  # (<= r, d)
+    return F.pad(rows, (0, 0, 0, r - len(rows)))
 
 
-def rows_from_random(A, bases):
-    """The LLaMA code's A_t: rows A (r, d) outside the subspace, each of norm 1 / sqrt(3)."""
-    if not any(map(room, bases)):
-        return torch.zeros_like(A)  # no direction is left
-    return F.normalize(project_out(A, bases), dim=1) / math.sqrt(3)
-
-
-def key_outside(k, bases):
+def key_outside(k, space):
     """GainLoRA's initialisation constraint: k (d,) outside the subspace, of norm sqrt(d / 3)."""
-    if not any(map(room, bases)):
+    if not free_directions(space):
         raise InputError("gainlora: what old tasks gave their gates fills all of its space, so a "
                          "new one would be shut on everything: lower --gate_threshold")
-    return F.normalize(project_out(k, bases), dim=0) * math.sqrt(len(k) / 3)
+    return F.normalize(project_out(k, space), dim=0) * math.sqrt(len(k) / 3)
 
 
 class Subspace(nn.Module):
-    """c bases or complements as frozen parameters: `0` or `outside_0`, and so on.
+    """A subspace of d dimensions as a frozen parameter: `0`, its basis, or `outside_0`.
 
     Empty at first, of the type and device of `like`.
     """
 
-    def __init__(self, d, c, like):
+    def __init__(self, d, like):
         super().__init__()
-        self.c = c
-        for index in range(c):
-            self[index] = like.new_zeros(d // c, 0)
+        self.put(like.new_zeros(d, 0))
 
-    def __len__(self):
-        return self.c
+    def get(self):
+        """Return the basis (d, k), or the Complement."""
+        held = self._parameters.get("outside_0")
+        return self._parameters["0"] if held is None else Complement(held)
 
-    def __getitem__(self, index):
-        if not 0 <= index < self.c:
-            raise IndexError(index)  # what ends an iteration
-        held = self._parameters.get(f"outside_{index}")
-        return self._parameters[f"{index}"] if held is None else Complement(held)
-
-    def __setitem__(self, index, block):
-        for name in (f"{index}", f"outside_{index}"):
-            self._parameters.pop(name, None)
-        if isinstance(block, Complement):
-            self.register_parameter(f"outside_{index}", frozen(block.N))
+    def put(self, space):
+        """Hold another basis or Complement."""
+        self._parameters.clear()
+        if isinstance(space, Complement):
+            self.register_parameter("outside_0", frozen(space.N))
         else:
-            self.register_parameter(f"{index}", frozen(block))
+            self.register_parameter("0", frozen(space))
 
     @torch.no_grad()
-    def extend(self, C, eps, energy):
-        """`extend_block` for each; C (c, d/c, d/c)."""
-        for index, (block, C_block) in enumerate(zip(list(self), C, strict=True)):
-            self[index] = extend_block(C_block, block, eps, energy)
+    def extend(self, C, eps):
+        """Extend the subspace by second moments C (d, d)."""
+        self.put(extend(C, self.get(), eps))
 
     def resize(self, state, prefix):
-        """Take the form and the columns of the tensors in `state`, as far as they make sense."""
-        for index, block in enumerate(list(self)):
-            like = block.N if isinstance(block, Complement) else block
-            for name, kind in ((f"{index}", torch.Tensor), (f"outside_{index}", Complement)):
-                saved = state.get(f"{prefix}.{name}", torch.empty(()))
-                if saved.dim() == 2 and saved.shape[1] <= len(like):
-                    zeros = like.new_zeros(len(like), saved.shape[1])
-                    self[index] = Complement(zeros) if kind is Complement else zeros
+        """Take the form and the columns of the tensor in `state`, as far as they make sense."""
+        (like,) = self.parameters()
+        for name, form in (("0", torch.Tensor.contiguous), ("outside_0", Complement)):
+            saved = state.get(f"{prefix}.{name}", torch.empty(()))
+            if saved.dim() == 2 and saved.shape[1] <= len(like):
+                self.put(form(like.new_zeros(len(like), saved.shape[1])))
 
 
 # --- layers and gates ---------------------------------------------------------------------------
@@ -281,18 +239,18 @@ class GainLinear(OloraLinear):
     """y = base(x) + s sum_i a_i B_i A_i dropout(x), where a_i is the gate of task i.
 
     `gain` (batch, t) holds the a_i of the sequences in x (batch, seq, in); GainLora sets it before
-    the forward pass, and a decode step finds that of its prompt. With `chunk` the branches are
+    the forward pass, and a decode step finds that of its prompt. With `memory` the branches are
     InfLoRA's, which train B only, and `basis` is the subspace of old inputs; else O-LoRA's.
     """
 
     constant_update = None  # gates differ from prompt to prompt
 
-    def __init__(self, base, rank=4, alpha=32, dropout=0.05, chunk=None):
-        self.trains_A = chunk is None
+    def __init__(self, base, rank=4, alpha=32, dropout=0.05, memory=True):
+        self.trains_A = not memory
         super().__init__(base, rank, alpha, dropout)
         self.gain = None
-        if chunk is not None:
-            self.basis = Subspace(base.in_features, chunk, self.lora_A[0])
+        if memory:
+            self.basis = Subspace(base.in_features, self.lora_A[0])
 
     def add_branch(self):
         super().add_branch()
@@ -325,13 +283,12 @@ class Gates(nn.Module):
     P1, P2 and P3 hold what old tasks fed into W1, W2 and the comparison with k.
     """
 
-    def __init__(self, d, h, chunk, like):
+    def __init__(self, d, h, like):
         super().__init__()
         W1, W2 = (GATE_STD * torch.randn(*shape, dtype=like.dtype, device=like.device)
                   for shape in ((h, d), (d, h)))
         self.tasks = nn.ModuleList([Gate(W1, W2, self.random_key(W1))])
-        self.P1, self.P3 = (Subspace(d, chunk, like) for _ in range(2))
-        self.P2 = Subspace(h, 1, like)  # never split
+        self.P1, self.P2, self.P3 = (Subspace(size, like) for size in (d, h, d))
 
     @staticmethod
     def random_key(W1):
@@ -342,7 +299,7 @@ class Gates(nn.Module):
         """Freeze the gates so far and append a trainable one: their last, with a key of its own."""
         self.requires_grad_(False)
         last = self.tasks[-1]
-        k = key_outside(self.random_key(last.W1), self.P3)
+        k = key_outside(self.random_key(last.W1), self.P3.get())
         self.tasks.append(Gate(last.W1.clone(), last.W2.clone(), k))
 
     def forward(self, p0):
@@ -360,9 +317,9 @@ class Gates(nn.Module):
         if len(self.tasks) == 1:
             return
         *_, old, new = self.tasks
-        new.W1.copy_(constrain_update(new.W1, old.W1, self.P1))
-        new.W2.copy_(constrain_update(new.W2, old.W2, self.P2))
-        new.k.copy_(project_out(new.k, self.P3))  # k starts outside P3
+        new.W1.copy_(constrain_update(new.W1, old.W1, self.P1.get()))
+        new.W2.copy_(constrain_update(new.W2, old.W2, self.P2.get()))
+        new.k.copy_(project_out(new.k, self.P3.get()))  # k starts outside P3
 
 
 class GainLora(BranchMethod):
@@ -378,32 +335,18 @@ class GainLora(BranchMethod):
         """Whether layers keep the subspace of old inputs, as InfLoRA's branches do."""
         return self.settings.branches == "inflora"
 
-    def check_model(self, model):
-        super().check_model(model)
-        chunk, rank = self.settings.chunk, self.settings.rank
-        sizes = {model.get_input_embeddings().weight.shape[1]}
-        if self.has_memory:
-            targets = find_targets(model, self.settings.target_modules).values()
-            sizes |= {linear.in_features for linear in targets}
-        for size in sorted(sizes):
-            if size % chunk or self.has_memory and rank > size // chunk:
-                raise InputError(f"--chunk {chunk} does not split {size} inputs into equal blocks "
-                                 f"of at least --rank {rank}")
-
     def wrap(self, model, fresh=True):
         super().wrap(model, fresh)
         embeddings = model.get_input_embeddings().weight
         like = embeddings.new_empty(0, dtype=torch.promote_types(embeddings.dtype, torch.float32))
-        self.gates = Gates(embeddings.shape[1], self.settings.gate_hidden,
-                           self.settings.chunk, like)
+        self.gates = Gates(embeddings.shape[1], self.settings.gate_hidden, like)
         model.add_module("gainlora_gates", self.gates)  # among the parameters that DDP sees
         self.gated = None  # the input_ids (batch, seq) that before_forward has seen last
         model.register_forward_pre_hook(self._before_model, with_kwargs=True)
 
     def build_layer(self, linear, fresh):
         return GainLinear(linear, self.settings.rank, self.settings.alpha,
-                          self.settings.dropout,
-                          self.settings.chunk if self.has_memory else None)
+                          self.settings.dropout, self.has_memory)
 
     def add_branch(self):
         super().add_branch()
@@ -420,19 +363,13 @@ class GainLora(BranchMethod):
     @torch.no_grad()
     def _start_rows(self, loader):
         """Set the new branch's frozen lora_A."""
-        if self.settings.a_init == "cov_svd":
-            moments = self._observe(loader, with_gates=False)
-            for name, layer in self.layers.items():
-                rows = rows_from_moment(moments[name], layer.basis, layer.rank)
-                layer.lora_A[-1].copy_(rows)
-        elif len(self.gates.tasks) > 1:  # the first task's rows stay as they were drawn
-            for layer in self.layers.values():
-                layer.lora_A[-1].copy_(rows_from_random(layer.lora_A[-1], layer.basis))
+        moments = self._observe(loader, with_gates=False)
+        for name, layer in self.layers.items():
+            layer.lora_A[-1].copy_(rows_from_moment(moments[name], layer.basis.get(), layer.rank))
 
     def _warn_if_full(self):
         rank, layers = self.settings.rank, self.layers.values()
-        over = min if self.settings.a_init == "cov_svd" else sum  # the blocks of a row
-        full = sum(over(map(room, layer.basis)) < rank for layer in layers)
+        full = sum(free_directions(layer.basis.get()) < rank for layer in layers)
         if full:
             PartialState().print(f"gainlora: old inputs leave a new branch less than rank {rank} "
                                  f"in {full} of {len(layers)} layers: lower --threshold")
@@ -494,52 +431,46 @@ class GainLora(BranchMethod):
         for name, layer in self.layers.items():
             if self.has_memory:
                 eps = scheduled_threshold(read.threshold, t)
-                layer.basis.extend(moments[name], eps, read.energy)
+                layer.basis.extend(moments[name], eps)
         for name in ("P1", "P2", "P3"):
             eps = scheduled_threshold(read.gate_threshold, t)
-            getattr(self.gates, name).extend(moments[name], eps, read.energy)
+            getattr(self.gates, name).extend(moments[name], eps)
 
     @torch.no_grad()
     def _observe(self, loader, with_gates):
         """One pass over a task's data: second moments of what layers, and gates, are given.
 
-        By name of layer and subspace, (c, d/c, d/c), summed over all processes and not divided by
-        their number: only directions and shares of energy are read from them.
+        By name of layer and subspace, (d, d), summed over all processes and not divided by their
+        number: only directions and shares of energy are read from them.
         """
-        bases = {name: layer.basis for name, layer in self.layers.items() if self.has_memory}
+        layers = self.layers if self.has_memory else {}
+        spaces = {name: layer.basis for name, layer in layers.items()}
         if with_gates:
-            bases |= {name: getattr(self.gates, name) for name in ("P1", "P2", "P3")}
+            spaces |= {name: getattr(self.gates, name) for name in ("P1", "P2", "P3")}
         like = self.gates.tasks[0].k
-        sums = {name: torch.stack([like.new_zeros(size(block), size(block)) for block in each])
-                for name, each in bases.items()}
-        tokens = None  # (batch, seq) of the batch under way
+        sizes = {name: len(next(space.parameters())) for name, space in spaces.items()}
+        sums = {name: like.new_zeros(d, d) for name, d in sizes.items()}
+        tokens = None  # (batch, seq) of the current batch
 
-        def add(name, v):
-            sums[name] += second_moment(v, len(sums[name]))
+        def add(name, x, _):
+            sums[name] += second_moment(x[tokens])
 
-        # Deviation: the code counts padding as well, and runs in whatever mode it was left in.
-        handles = [layer.register_forward_pre_hook(
-                       lambda _, inputs, name=name: add(name, inputs[0][tokens]))
-                   for name, layer in self.layers.items() if self.has_memory]
-        training = self.model.training
-        self.model.eval()
         left = math.ceil(MAX_INSTANCES / PartialState().num_processes)
-        for batch in loader:  # to its end: Accelerate's loaders must not be left half-way
-            tokens = batch["attention_mask"].bool()
-            if left <= 0:
-                continue
-            left -= len(tokens)  # with fillers: as many passes in every process
-            if self.has_memory:
-                self.before_forward(batch)
-                self.model(**{key: batch[key] for key in DATA_KEYS}, logits_to_keep=1,
-                           use_cache=False)
-            if with_gates:
-                # Fillers have no prompt: their zeros add nothing.
-                for name, v in self.gates.features(self._pool(batch)).items():
-                    add(name, v)
-        self.model.train(training)
-        for handle in handles:
-            handle.remove()
+        # Deviation: the code counts padding as well, and runs in whatever mode it was left in.
+        with observe(self.model, layers, add):
+            for batch in loader:  # to its end: Accelerate's loaders must not be left half-way
+                tokens = batch["attention_mask"].bool()
+                if left <= 0:
+                    continue
+                left -= len(tokens)  # with fillers, so that all processes stop at the same batch
+                if self.has_memory:
+                    self.before_forward(batch)
+                    self.model(**{key: batch[key] for key in DATA_KEYS}, logits_to_keep=1,
+                               use_cache=False)
+                if with_gates:
+                    # Fillers have no prompt: their zeros add nothing.
+                    for name, v in self.gates.features(self._pool(batch)).items():
+                        sums[name] += second_moment(v)
         for name in sums:  # in place, since all layers' together are large
             sums[name] = reduce(sums[name], "sum")
         return sums

@@ -38,7 +38,6 @@ from registry import method_class
 ROOM = dict(threshold=0.7, gate_threshold=0.7)
 VARIANTS = {
     "inflora": ROOM,
-    "random_proj": ROOM | dict(a_init="random_proj", energy="eig2", chunk=2),
     "gain_olora": dict(branches="olora", gate_threshold=0.7),
 }
 
@@ -59,6 +58,13 @@ def variant(request):
 def orthonormal(seed, d, k):
     """A fixed basis (d, k) in float64."""
     return torch.linalg.qr(randn(seed, d, k)).Q
+
+
+def projector(space):
+    """P P' (d, d) of a subspace's basis P, or of its Complement."""
+    if isinstance(space, gainlora.Complement):
+        return torch.eye(len(space.N)).to(space.N) - space.N @ space.N.T
+    return space @ space.T
 
 
 def moment(seed, d, samples=60):
@@ -251,10 +257,10 @@ def test_prompt_is_pooled_without_padding_and_targets():
 def filled_gates(d=24, h=10, q=5):
     """Gates after one task whose q prompts are known exactly -> (gates, the prompts (q, d))."""
     torch.manual_seed(1)
-    gates = gainlora.Gates(d, h, 1, torch.zeros(()))
+    gates = gainlora.Gates(d, h, torch.zeros(()))
     old = randn(2, q, d).float()
     for name, inputs in gates.features(old).items():
-        getattr(gates, name)[0] = gainlora.frozen(torch.linalg.qr(inputs.double().T).Q.float())
+        getattr(gates, name).put(torch.linalg.qr(inputs.double().T).Q.float())
     return gates, old
 
 
@@ -287,7 +293,7 @@ def test_a_new_gate_starts_from_the_last_one():
     old, new = gates.tasks
     assert torch.equal(new.W1, old.W1) and torch.equal(new.W2, old.W2)
     assert new.W1.data_ptr() != old.W1.data_ptr()
-    assert (new.k @ gates.P3[0]).abs().max() <= 1e-6
+    assert (new.k @ gates.P3.get()).abs().max() <= 1e-6
     assert_close(new.k.norm().item(), math.sqrt(24 / 3), rtol=1e-5, atol=0)
     assert not any(weight.requires_grad for weight in old.parameters())
     assert all(weight.requires_grad for weight in new.parameters())
@@ -297,19 +303,19 @@ def test_a_new_gate_starts_from_the_last_one():
 def test_a_gate_without_any_room_is_refused():
     """A key in no free direction would be shut on everything."""
     gates, _ = filled_gates()
-    gates.P3[0] = gainlora.frozen(torch.eye(24))
+    gates.P3.put(torch.eye(24))
     with pytest.raises(InputError, match="lower --gate_threshold"):
         gates.add_gate()
 
 
 def test_update_constraint_against_its_formula():
-    """W_start + (W - W_start)(I - P P'), block by block; nothing for an empty subspace."""
-    W, W_start = randn(1, 5, 12), randn(2, 5, 12)
-    bases = [orthonormal(3, 6, 2), orthonormal(4, 6, 3)]
-    P = torch.block_diag(*bases)
+    """W_start + (W - W_start)(I - P P'), from P or its complement; all for an empty subspace."""
+    W, W_start, Q = randn(1, 5, 12), randn(2, 5, 12), orthonormal(3, 12, 12)
+    P = Q[:, :4]
     expected = W_start + (W - W_start) @ (torch.eye(12) - P @ P.T)
-    assert_close(gainlora.constrain_update(W, W_start, bases), expected)
-    assert torch.equal(gainlora.project_out(W, [W.new_zeros(12, 0)]), W)
+    for space in (P, gainlora.Complement(Q[:, 4:])):
+        assert_close(gainlora.constrain_update(W, W_start, space), expected)
+    assert torch.equal(gainlora.project_out(W, W.new_zeros(12, 0)), W)
 
 
 # --- GainLoRA: subspaces ------------------------------------------------------------------------
@@ -337,62 +343,22 @@ def naive_gpm(H, M, eps):
     return torch.stack([*M.T, *columns], dim=1)[:, :d]
 
 
-@pytest.mark.parametrize("energy", ["eig", "eig2"])
 @pytest.mark.parametrize("eps", [0.05, 0.6, 0.9, 0.995])
-def test_basis_grows_by_gpms_rule(energy, eps):
-    """"eig" is GPM on the vectors, "eig2" on their second moments; over three tasks."""
-    d = 12
-    P, M = torch.zeros(d, 0, dtype=torch.float64), torch.zeros(d, 0, dtype=torch.float64)
-    sizes = []
+def test_a_subspace_grows_by_gpms_rule(eps):
+    """Over three tasks, in the smaller of a basis and its complement, which is orthonormal."""
+    d, sizes = 12, []
+    space = M = torch.zeros(d, 0, dtype=torch.float64)
     for task in range(3):
         H, C = moment(10 * task, d)
-        P = gainlora.extend_basis(C, P, eps, energy)
-        M = naive_gpm(H if energy == "eig" else C, M, eps)
-        assert P.shape == M.shape
-        assert_close(P @ P.T, M @ M.T, atol=1e-8, rtol=0)
-        sizes.append(P.shape[1])
+        space, M = gainlora.extend(C, space, eps), naive_gpm(H, M, eps)
+        held = space.N if isinstance(space, gainlora.Complement) else space
+        assert held.shape[1] <= d // 2
+        assert_close(held.T @ held, torch.eye(held.shape[1]).double(), atol=1e-10, rtol=0)
+        assert gainlora.free_directions(space) == d - M.shape[1]
+        assert_close(projector(space), M @ M.T, atol=1e-8, rtol=0)
+        sizes.append(M.shape[1])
     assert 1 <= sizes[0] <= sizes[1] <= sizes[2] <= d
     assert sizes[0] < sizes[2] or eps == 0.05
-
-
-def test_the_two_energies_differ():
-    """Squared eigenvalues keep fewer directions at the same threshold."""
-    _, C = moment(0, 12)
-    empty = torch.zeros(12, 0)
-    kept = {energy: gainlora.extend_basis(C, empty, 0.95, energy).shape[1]
-            for energy in ("eig", "eig2")}
-    assert kept["eig2"] < kept["eig"] < 12
-
-
-@pytest.mark.parametrize("energy", ["eig", "eig2"])
-def test_the_smaller_of_basis_and_complement_is_held(energy):
-    """Through several tasks: the same subspace as the basis alone, in at most half of the room."""
-    d = 40
-    P, block, forms = torch.zeros(d, 0, dtype=torch.float64), None, set()
-    block = P
-    for task, eps in enumerate((0.3, 0.6, 0.8, 0.95, 0.999, 1.0)):
-        C = moment(task, d)[1]
-        P = gainlora.extend_basis(C, P, eps, energy)
-        block = gainlora.extend_block(C, block, eps, energy)
-        forms.add(type(block))
-        held = block.N if isinstance(block, gainlora.Complement) else block
-        assert held.shape[0] == d and held.shape[1] <= d // 2
-        assert gainlora.room(block) == d - P.shape[1] and gainlora.size(block) == d
-        v = randn(task, 3, d)
-        assert_close(gainlora.outside(v, block), v - v @ P @ P.T)
-    assert gainlora.Complement in forms and len(forms) == 2
-
-
-def test_bases_stay_orthonormal():
-    """P'P = I to 1e-5 after 5 updates in float32; more than d columns are impossible."""
-    P = torch.zeros(40, 0)
-    for task in range(5):
-        P = gainlora.extend_basis(moment(task, 40)[1].float(), P, 0.8 + 0.04 * task, "eig")
-        assert_close(P.T @ P, torch.eye(P.shape[1]), atol=1e-5, rtol=0)
-    for task in range(5, 8):
-        P = gainlora.extend_basis(moment(task, 40)[1].float(), P, 1.0, "eig")
-        assert_close(P.T @ P, torch.eye(P.shape[1]), atol=1e-5, rtol=0)
-    assert P.shape == (40, 40)
 
 
 def test_thresholds_rise_as_published():
@@ -402,60 +368,34 @@ def test_thresholds_rise_as_published():
     assert found[2] == found[3] == found[4] < 1
 
 
-def test_second_moment_by_blocks():
-    """Against a loop over rows."""
+def test_second_moment():
+    """Against a loop over rows, and in float32 from bf16."""
     v = randn(1, 7, 12)
-    for c in (1, 3):
-        expected = torch.zeros(c, 12 // c, 12 // c, dtype=torch.float64)
-        for row in v:
-            for b, block in enumerate(row.split(12 // c)):
-                expected[b] += torch.outer(block, block)
-        assert_close(gainlora.second_moment(v, c), expected)
-    assert gainlora.second_moment(v.bfloat16(), 1).dtype == torch.float32
+    assert_close(gainlora.second_moment(v), sum(torch.outer(row, row) for row in v))
+    assert gainlora.second_moment(v.bfloat16()).dtype == torch.float32
 
 
-@pytest.mark.parametrize("c", [1, 2])
-@pytest.mark.parametrize("k", [0, 7])
-def test_rows_from_moments(c, k):
-    """InfLoRA's rows are the leading left singular vectors of (I - M M') C / sqrt(3 c)."""
-    d, r = 24 // c, 3
-    C = torch.stack([moment(b, d)[1] for b in range(c)])
-    bases = [orthonormal(20 + b, d, k) for b in range(c)]
-    A = gainlora.rows_from_moment(C, bases, r)
-    M = torch.block_diag(*bases) if k else torch.zeros(24, 0, dtype=torch.float64)
-    assert_close(A @ A.T, torch.eye(r, dtype=torch.float64) / 3, atol=1e-4, rtol=0)
-    assert_close(A.norm(dim=1), torch.full((r,), 3**-0.5, dtype=torch.float64), atol=1e-5, rtol=0)
-    for b, rows in enumerate(A.split(d, dim=1)):
-        U = torch.linalg.svd(C[b] - bases[b] @ (bases[b].T @ C[b])).U[:, :r]
-        assert_close((rows @ U).abs(), torch.eye(r, dtype=torch.float64) / math.sqrt(3 * c))
+@pytest.mark.parametrize("k", [0, 7, 24])
+def test_rows_from_moments(k):
+    """InfLoRA's rows are the leading left singular vectors of (I - M M') C / sqrt(3).
+
+    Without a free direction they are zero.
+    """
+    C, M = moment(0, 24)[1], orthonormal(20, 24, k)
+    A = gainlora.rows_from_moment(C, M, 3)
+    if k == 24:
+        assert not A.any()
+        return
+    U = torch.linalg.svd(C - M @ (M.T @ C)).U[:, :3]
+    assert_close((A @ U).abs(), torch.eye(3, dtype=torch.float64) / math.sqrt(3))
     assert k == 0 or (A @ M).abs().max() <= 1e-5
-
-
-def test_rows_from_random():
-    """A_t M = 0 to 1e-5, for any number of old directions."""
-    for k in (1, 25, 39):
-        M = orthonormal(1, 40, k).float()
-        A = gainlora.rows_from_random(randn(3, 4, 40).float(), [M])
-        assert (A @ M).abs().max() <= 1e-5
-        assert_close(A.norm(dim=1), torch.full((4,), 3**-0.5), atol=1e-5, rtol=0)
-
-
-def test_rows_in_a_full_space_are_zero():
-    """Nothing but zero is orthogonal to everything; half a space still gives its share."""
-    full, part = torch.eye(6, dtype=torch.float64), orthonormal(1, 6, 5)
-    C = torch.stack([moment(0, 6)[1]] * 2)
-    assert not gainlora.rows_from_random(randn(1, 2, 6), [full]).any()
-    assert not gainlora.rows_from_moment(C[:1], [full], 2).any()
-    A = gainlora.rows_from_moment(C, [full, part], 2)
-    assert not A[:, :6].any() and not A[1].any() and A[0, 6:].any()
-    assert (A[:, 6:] @ part).abs().max() <= 1e-12
 
 
 # --- GainLoRA: the layer ------------------------------------------------------------------------
 
 
 def gain_layer(dtype=torch.float64, dropout=0.0):
-    layer = branches_of(gainlora.GainLinear(base_layer(dtype=dtype), 2, 6, dropout, chunk=1))
+    layer = branches_of(gainlora.GainLinear(base_layer(dtype=dtype), 2, 6, dropout))
     layer.gain = randn(9, 4, 3).sigmoid().to(dtype)
     return layer
 
@@ -484,7 +424,8 @@ def test_gradients_flow_through_old_branches():
               for i in range(2))
     assert old.abs().max() > 1
     assert_close(x.grad, (base + old).detach())
-    frozen = [*layer.lora_A, *list(layer.lora_B)[:-1], *layer.basis, layer.residual]
+    frozen = [*layer.lora_A, *list(layer.lora_B)[:-1], layer.basis.get(),
+              layer.residual]
     assert all(weight.grad is None for weight in frozen)
     assert layer.lora_B[-1].grad.any()
 
@@ -513,10 +454,10 @@ def test_the_update_of_a_gate_is_outside_old_inputs(variant):
     assert {weight.dtype for weight in method.model.parameters()} == {torch.float64}
     gates = method.gates
     old, new = gates.tasks
-    for update, bases in ((new.W1 - old.W1, gates.P1), (new.W2 - old.W2, gates.P2),
+    for update, space in ((new.W1 - old.W1, gates.P1), (new.W2 - old.W2, gates.P2),
                           (new.k, gates.P3)):
-        P = torch.block_diag(*bases)
-        assert P.shape[1] >= 1 and (update @ P).abs().max() <= 1e-5
+        P = projector(space.get())
+        assert P.any() and (update @ P).abs().max() <= 1e-5
         assert update.abs().max() > 1e-2
 
 
@@ -605,10 +546,7 @@ def test_pass_over_the_data(variant):
     assert_same(method.state_dict(), before)
     assert found.keys() == expected.keys()
     for name, total in found.items():
-        c = len(total)
-        blocks = expected[name].unflatten(1, (c, -1)).unflatten(0, (c, -1))
-        for b in range(c):
-            assert_close(total[b].double(), blocks[b, :, b], rtol=1e-4, atol=1e-4)
+        assert_close(total.double(), expected[name], rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()
@@ -649,7 +587,7 @@ def test_a_pass_stops_looking_after_its_share_of_instances(monkeypatch):
     found = method._observe(loader(), with_gates=True)
     expected = naive_moments(method, rows[:4])  # the batch in which the limit is reached is used
     assert len(read) == 4
-    assert_close(found["P1"][0].double(), expected["P1"], rtol=1e-4, atol=1e-5)
+    assert_close(found["P1"].double(), expected["P1"], rtol=1e-4, atol=1e-5)
 
 
 def test_a_pass_sums_over_all_processes(monkeypatch):
@@ -716,20 +654,16 @@ def test_gates_that_cannot_be_computed_are_refused(options, named):
     one_line(caught)
 
 
-@pytest.mark.parametrize("variant", ["inflora", "random_proj"])
-def test_new_rows_are_outside_old_inputs(variant):
+def test_new_rows_are_outside_old_inputs():
     """The second branch's A against the first task's subspace."""
-    method = adapt(variant)
-    drawn = {name: layer.lora_A[0].clone() for name, layer in method.layers.items()}
+    method = adapt()
     learn(method, 0)
     start(method, 1)
-    for name, layer in method.layers.items():
-        M = torch.block_diag(*layer.basis)
-        assert M.shape[1] >= 1
+    for layer in method.layers.values():
+        M = projector(layer.basis.get())
+        assert M.any()
         assert (layer.lora_A[1] @ M).abs().max() <= 1e-5
         assert_close(layer.lora_A[1].norm(dim=1), torch.full((2,), 3**-0.5), atol=1e-5, rtol=0)
-        # The first task's rows are from its data, or as they were drawn.
-        assert torch.equal(layer.lora_A[0], drawn[name]) == (variant == "random_proj")
 
 
 def test_first_rows_are_the_leading_directions_of_the_data():
@@ -747,7 +681,7 @@ def test_a_full_subspace_is_said(capsys):
     method = adapt()
     learn(method, 0, steps=1)
     for layer in method.layers.values():
-        layer.basis[0] = gainlora.frozen(torch.eye(32)[:, :31])
+        layer.basis.put(torch.eye(32)[:, :31])
     capsys.readouterr()
     learn(method, 1, steps=1)
     (line,) = capsys.readouterr().out.splitlines()

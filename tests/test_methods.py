@@ -53,7 +53,6 @@ NUMBERS = {
     "balanced": dict(balance_weight=0.7, balance_delta=0.3,
                      balance_types=("task0=0", "task1=1", "task2=0")),
     "l2": dict(orth_norm="fro2", l2_weight=0.1),
-    "chunks": dict(a_init="random_proj", energy="eig2", chunk=2),
 }
 
 
@@ -223,19 +222,13 @@ def words_for(flag):
     ("loramoe --balance_weight 1 --balance_types qa=0 --num_experts 5", "5 must be even"),
     ("olora --orth_norm l2", "invalid choice: 'l2'"),
     ("gainlora --orth_weight 1", "--orth_weight has no effect with --branches inflora"),
-    ("gainlora --branches olora --a_init cov_svd", "--a_init has no effect with --branches olora"),
+    ("gainlora --branches olora --threshold 0.9",
+     "--threshold has no effect with --branches olora"),
     ("gainlora --threshold 1", "'1' is not a number from 0 to below 1"),
 ])
 def test_flags_that_do_not_fit_each_other_are_refused(flags, message):
     with pytest.raises(InputError, match=message):
         parse_flags(["--method", *flags.split()])
-
-
-@pytest.mark.parametrize("chunk", [5, 32])
-def test_chunks_that_do_not_split_a_layer_are_refused(chunk):
-    settings = replace(CASES["gainlora"][1], chunk=chunk)
-    with pytest.raises(InputError, match=f"--chunk {chunk} does not split 32 inputs"):
-        method_class("gainlora")(settings).check_model(base_model())
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES
@@ -367,7 +360,6 @@ KEPT = {
     "olora_qr": ("lora_A lora_B", 192, "lora_A0 lora_B0"),
     "loramoe": ("lora_A lora_B router", 1792, "expert_of"),
     "gainlora": ("lora_B.1", 128, f"{FIRST} lora_A.1 basis.0"),
-    "gainlora chunks": ("lora_B.1", 128, f"{FIRST} lora_A.1 basis.0 basis.1"),
     "gainlora branches=olora": ("lora_A.1 lora_B.1", 192, FIRST),
     "badit": ("lora_A lora_B router", 1792, BANK),
     "badit routing=static": ("lora_A lora_B alpha", 1544, BANK),
@@ -385,11 +377,9 @@ def test_an_adapter_keeps_what_a_fresh_base_needs(case):
     kept = trains | {f"{layer}.{part}" for layer in method.layers for part in frozen.split()}
     count *= len(method.layers)
     if case.startswith("gainlora"):
-        chunk = method.settings.chunk
         trains |= {f"gainlora_gates.tasks.1.{part}" for part in GATE}
         kept |= {f"gates.tasks.{task}.{part}" for part in GATE for task in range(2)}
-        kept |= {f"gates.{space}.{i}" for space in ("P1", "P3") for i in range(chunk)}
-        kept |= {"gates.P2.0"}
+        kept |= {f"gates.{space}.0" for space in ("P1", "P2", "P3")}
         count += sum(GATE.values())
     assert trains == trainable(method.model).keys()
     assert sum(weight.numel() for weight in trainable(method.model).values()) == count
