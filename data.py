@@ -332,6 +332,9 @@ def _describe_task(task, encoded, unread, max_length, max_new_tokens):
     known = sum(row["input"] in seen for row in task.test)
     if known:
         yield f"{task.name}: {known} of {len(test)} test inputs are in its training data too"
+    blank = sum(row["num_targets"] == 1 for row in train)  # EOS alone
+    if blank:
+        yield f"{task.name}: {blank} of {len(train)} training items have an empty answer"
     empty = sum(not any(counts_anything(text, task.metric) for text in row["references"])
                 for row in test)
     if empty:

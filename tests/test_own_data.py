@@ -174,6 +174,14 @@ def test_references_that_no_answer_can_reach_are_counted(tmp_path):
     assert described(root, max_new_tokens=99)[1:] == []
 
 
+def test_empty_answers_are_counted(tmp_path):
+    root = write_task(tmp_path / "s", "alpha", [item("a", ""), item("b")],
+                      [item("c"), item("d", "")])
+    assert described(root)[1:] == [
+        "alpha: 1 of 2 training items have an empty answer",
+        "alpha: 1 of 2 test items have no reference with anything that rouge_l counts"]
+
+
 def word_tokenizer(unknown="?"):
     """A tokenizer of four words; `unknown` stands for all others, or they are dropped."""
     words = [EOS, "?", "red", "Now"]
