@@ -171,7 +171,7 @@ def test_match_parameters_gives_badit_s_count_and_scaling(name, flags, alpha):
 def test_match_parameters_reads_no_rank_and_no_default_alpha():
     """Saved settings of a matched rank keep the scaling that they were trained with."""
     for flag, value in (("--rank", 4), ("--alpha", 32)):
-        with pytest.raises(InputError, match=f"{flag} is not read with --match_parameters"):
+        with pytest.raises(InputError, match=f"{flag} has no effect with --match_parameters"):
             parse_flags(["--method=lora", "--match_parameters=badit", f"{flag}={value}"])
     saved = LoraSettings(rank=34, alpha=32.0, match_parameters="badit")
     assert match_badit(saved, smollm2_sizes()) == saved
