@@ -74,6 +74,10 @@ def test_overlap_by_loops():
     J = sharing.jaccard(M, M)
     for t, u in itertools.product(range(4), repeat=2):
         assert J[t, u] == pytest.approx(len(sets[t] & sets[u]) / len(sets[t] | sets[u]))
+    halves = rng(2).random((2, 4, 30)) < 0.3
+    own = [(a & b).sum() / (a | b).sum() for a, b in zip(*halves, strict=True)]
+    assert sharing.own_jaccard(halves) == pytest.approx(own)
+    assert measured(M, halves)["ceiling"] == pytest.approx(np.mean(own))
     n = M.sum(0)
     pairs = sum(len(sets[t] & sets[u]) for t, u in itertools.combinations(range(4), 2))
     assert pairs == (n * (n - 1) // 2).sum() == sharing.off_diagonal(sharing.common(M, M)).sum()
