@@ -14,8 +14,8 @@ LOCK = ".lock"
 NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}  # of file systems without locks
 LOGS = ("log.jsonl", "regroup.jsonl")
 SIGNS = ("results.json", "log.jsonl", "checkpoints")  # a folder with a run has one of these
-OUTPUTS = ("results.json", *LOGS, "figure.png", "report.html", "predictions", "adapter",
-           "tracking", "checkpoints")
+OUTPUTS = ("results.json", "regroup.jsonl", "figure.png", "report.html", "predictions", "adapter",
+           "tracking", "checkpoints", "log.jsonl")  # in the order in which they are deleted
 
 
 def check(args, path_flags):
@@ -40,7 +40,10 @@ def check(args, path_flags):
 
 
 def clear(folder):
-    """Delete what a run wrote into `folder`: first its results, as a kill may leave the rest."""
+    """Delete what a run wrote into `folder`.
+
+    If it is killed meanwhile, the rest is still a run, but does not look finished.
+    """
     for path in (folder / name for name in OUTPUTS):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)

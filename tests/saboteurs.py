@@ -42,7 +42,7 @@ def slow_steps(rank):
 def stop_while_loading(rank):
     """A signal before the run has touched its folder."""
     @replace(models, "load")
-    def load(real, *_):
+    def load(real, *_, **__):
         os.kill(os.getpid(), signal.SIGTERM)
 
 
@@ -54,8 +54,8 @@ def small_files(rank):
 def double_precision(rank):
     """The base model in float64, where sums in another order are nearly equal."""
     @replace(models, "load")
-    def load(real, name, dtype=None):
-        return real(name, torch.float64)
+    def load(real, name, dtype=None, **more):
+        return real(name, torch.float64, **more)
 
 
 def slow_writing(rank):
@@ -127,9 +127,9 @@ def by_fsdp(rank):
                    "FSDP_ACTIVATION_CHECKPOINTING": "false", "ACCELERATE_MIXED_PRECISION": "bf16"}
 
     @replace(models, "load")
-    def load(real, *args):
+    def load(real, *args, **more):
         print("left:", [name for name in os.environ if "FSDP" in name], flush=True)
-        return real(*args)
+        return real(*args, **more)
 
 
 def expecting_gpus(rank):

@@ -41,7 +41,8 @@ def test_two_processes_are_one(method, flags, two, tmp_path, monkeypatch):
     noise = QUIET if method == "badit" else QUIET[:2]
     argv = (*flags[:-1], tmp_path / "one", *noise, "--method", *method.split())
     real = models.load
-    monkeypatch.setattr(models, "load", lambda name, dtype=None: real(name, torch.float64))
+    monkeypatch.setattr(models, "load", lambda name, dtype=None, **more: real(
+        name, torch.float64, **more))
     succeed(*argv)
     answer = two(*argv, "--output_dir", tmp_path / "two", sabotage="double_precision")
     assert answer["statuses"] == [0, 0], answer["lines"][-20:]

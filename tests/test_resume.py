@@ -552,10 +552,10 @@ def test_a_folder_that_another_run_has_filled_is_refused(argv, monkeypatch):
     """While this one was being prepared; the other's files stay."""
     real, file = models.load, argv[-1] / "results.json"
 
-    def load(*args):
+    def load(*args, **more):
         file.parent.mkdir()
         file.write_text("theirs")
-        return real(*args)
+        return real(*args, **more)
 
     monkeypatch.setattr(models, "load", load)
     refused("another run has written there", *argv)
