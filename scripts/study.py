@@ -18,9 +18,10 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import filelock
+from msgspec import Struct
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -34,7 +35,7 @@ from inputs.suites import NAMED, suite_folder  # noqa: E402
 from inputs.task_files import resolve_names, task_folders  # noqa: E402
 from registry import EMBEDDED, METHODS, MODELS, VARIANTS  # noqa: E402
 
-PAPER_METHODS = ("lora", "pissa", "olora", "loramoe", "gainlora", "badit")
+PAPER_METHODS = ("lora", "pissa", "olora_qr", "loramoe", "gainlora", "badit")
 PAPER_MODELS = tuple(name for name in MODELS if name != EMBEDDED)
 RATE = "learning_rate"  # the only training flag that a method may set for itself
 
@@ -248,14 +249,21 @@ class Runner:
         return status
 
 
+class Finished(Struct):
+    """What a study reads of a results.json, also of one that an earlier version wrote."""
+
+    args: dict[str, Any]
+
+
 def finished(run):
     """Return whether the run has its results. Raise InputError if they come from other flags."""
     path = run.folder / "results.json"
     if not path.exists():
         return False
-    saved, wanted = formats.read(path, formats.Results)[1].args, vars(run.flags())
-    different = sorted(name for name, value in saved.items()
-                       if name != "batch_size" and wanted.get(name) != value)  # of one process
+    saved, wanted = formats.read(path, Finished)[1].args, vars(run.flags())
+    # The batch size is that of one process. A record may have flags that no longer exist.
+    different = sorted(name for name in (saved.keys() & wanted.keys()) - {"batch_size"}
+                       if wanted[name] != saved[name])
     if different:
         raise InputError(f"{path} was made with another --{different[0]} "
                          f"({saved[different[0]]!r}): give another --runs")

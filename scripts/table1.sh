@@ -3,4 +3,4 @@
 # Arguments as for scripts/sweep.sh. Then: python report.py runs/study --out report
 set -euo pipefail
 exec bash "$(dirname "$0")/sweep.sh" \
-  --methods zero_shot lora pissa olora loramoe gainlora badit "$@"
+  --methods zero_shot lora pissa olora_qr loramoe gainlora badit "$@"
