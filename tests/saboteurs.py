@@ -76,9 +76,9 @@ def slow_writing(rank):
 
 def nan_in_the_loss(rank):
     @replace(LlamaForCausalLM, "forward")
-    def forward(real, *args, **more):
-        output = real(*args, **more)
-        if rank:
+    def forward(real, model, *args, **more):
+        output = real(model, *args, **more)
+        if rank and model.training:
             output.loss = output.loss * torch.nan
         return output
 

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
@@ -14,7 +15,7 @@ from suite_files import complaint
 from transformers import AutoModelForCausalLM, GPT2Config, MixtralConfig
 
 import models
-from harness import checks, launch
+from harness import arguments, checks, launch
 from harness.arguments import parse_flags
 from harness.run import Recorder
 from inputs.files import cache_dir
@@ -144,6 +145,17 @@ def test_evaluation_takes_what_the_adapter_was_trained_on(tiny, tmp_path):
     other = refused("another base model", "--eval_only", "--adapter", run / "adapter", "--model",
                     shutil.copytree(tiny[1], tmp_path / "model") and changed(tmp_path / "model"))
     assert str(tiny[1]) in other
+
+
+@pytest.mark.parametrize("name", ["suite", "data_dir"])
+def test_moved_data_of_an_adapter_is_named(name, tiny, tmp_path, monkeypatch):
+    """An adapter remembers where its data was; one line says what to give if it is gone."""
+    config = SimpleNamespace(model=None, chat_template=False, trained_on={
+        "suite": "superni", "data_dir": None, "tasks": None} | {name: str(tmp_path / "gone")})
+    args = SimpleNamespace(adapter="a", eval_only=True)
+    message = complaint(arguments.take_prompts, args, set(), config)
+    assert f"--{name} {tmp_path / 'gone'}, which is not there: give --{name}" in message
+    arguments.take_prompts(args, {name}, config)
 
 
 def test_an_adapter_of_one_task_alone_names_that_task(tiny, tmp_path):
