@@ -141,12 +141,6 @@ def test_a_task_name_that_files_of_a_run_cannot_have(tmp_path, name):
     assert repr(name) in complaint(data.load_suite, str(write_task(tmp_path / "s", name)))
 
 
-@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
-def test_a_task_named_as_a_file_of_an_adapter(no_weights, llama, tmp_path, name):
-    write_task(tmp_path / "suite", name)
-    rejected("--model", llama, "--suite", "suite", *SMALL, named=name)
-
-
 def test_no_suite(tmp_path):
     """A name that is neither a shipped suite nor a folder with tasks."""
     (tmp_path / "hollow").mkdir()
