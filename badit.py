@@ -137,6 +137,12 @@ class Badit(ExpertMethod):
             return EnergyLinear(*bank, read.top_k, svd)
         return BaditLinear(*bank, read.top_k, read.inactive, read.router_noise, svd)
 
+    def export_obstacle(self):
+        read = self.settings
+        if not read.no_bad and (read.routing == "energy" or read.inactive == "initial"):
+            return "experts that a token does not select act on it as pre-trained"
+        return None
+
     def wrap(self, model, fresh=True):
         super().wrap(model, fresh)
         read = self.settings
