@@ -104,7 +104,8 @@ class BankLinear(nn.Module):
 
     base_tensors = ("residual", "bias")
     depends_on_token = True
-    inactive = "keep"  # what unselected experts do: "keep" acting, "drop", or act as "initial"ly
+    # Unselected experts act as trained ("keep"), not at all ("drop") or as pre-trained ("initial").
+    inactive = "keep"
 
     def __init__(self, base, num_experts, rank, alpha, dropout, top_k):
         super().__init__()
@@ -143,8 +144,7 @@ class BankLinear(nn.Module):
         return add_to(y, u, A, B, weight, active)
 
     def add_inactive(self, y, x, routing, expert_of):
-        """Add the initial components of unselected experts to y (tokens, out), if `inactive` says.
-        """
+        """Add the initial components of unselected experts to y (tokens, out) for "initial"."""
         if self.inactive != "initial" or routing.active is None:
             return y
         left_out = ~routing.active.reshape(-1, self.num_experts).index_select(1, expert_of)

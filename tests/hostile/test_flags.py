@@ -133,7 +133,7 @@ def test_evaluation_reads_no_training_flags(no_weights, finished, flags):
     (["--top_k", "9"], "9 8"),
     (["--num_experts", "2"], "4 2"),  # top_k stays at 4
     (["--target_modules", "gate"], "gate gate_proj up_proj down_proj q_proj k_proj v_proj o_proj"),
-    (["--target_modules", "lm_head"], "lm_head gate_proj"),
+    (["--target_modules", "lm_head"], "lm_head output gate_proj"),
     (["--target_modules", "gate_proj", "mlp.up_proj"], "mlp.up_proj up_proj"),
     (["--target_modules", "norm"], "norm gate_proj"),
     (["--max_length", "252"], "252 256"),  # with 5 new tokens more than 256 positions
