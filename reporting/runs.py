@@ -458,7 +458,8 @@ def with_forward(record, others):
         raise InputError("Forward needs runs with --setting single of the same method, model and "
                          f"seed; there is none on {', '.join(missing)} (for a report of several "
                          "runs, give --out DIR)")
-    changed = {"metrics": metrics.continual_metrics(record.matrix("best"), record.order, single)}
+    forward = metrics.continual_metrics(record.matrix("best"), record.order, single)["forward"]
+    changed = {"metrics": record.results["metrics"] | {"forward": forward}}
     if record.losses():
         changed["loss_metrics"] = metrics.loss_metrics(
             record.losses(), record.order, on_one_task(record, kept, losses_alone))
