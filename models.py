@@ -44,10 +44,12 @@ def load(name_or_path, dtype=torch.float32, padded=True):
         check_signature(model)
         check_forward(name_or_path, model, tokenizer, padded)
         stops = model.generation_config.eos_token_id
-        stops = {*(stops if isinstance(stops, list) else [stops]), tokenizer.eos_token_id}
+        stops = {*(stops if isinstance(stops, list) else [stops]), tokenizer.eos_token_id} - {None}
+        if not all(isinstance(stop, int) and 0 <= stop < 2**31 for stop in stops):
+            raise ValueError(f"eos_token_id is {model.generation_config.eos_token_id!r}")
         model.generation_config = GenerationConfig(
             bos_token_id=tokenizer.bos_token_id, pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=sorted(stops - {None}) or None)
+            eos_token_id=sorted(stops) or None)
     return model, tokenizer
 
 

@@ -106,12 +106,13 @@ def find_experts(model):
 def check_experts(model, kind):
     """Raise InputError where a quantised base would leave most of a bare model dense."""
     experts = find_experts(model)
-    share = sum(weight.numel() for weight in experts.values()) / sum(
-        weight.numel() for weight in model.parameters())
-    if kind != "dense" and share > 0.5:
+    inside, total = (sum(weight.numel() for weight in weights)
+                     for weights in (experts.values(), model.parameters()))
+    if kind != "dense" and 2 * inside > total:
         raise InputError(f"--base {kind} quantises linear layers only: the experts of model type "
                          f"{model.config.model_type}, such as {next(iter(experts))}, hold "
-                         f"{share:.0%} of its weights and would stay dense; give --base dense")
+                         f"{inside / total:.0%} of its weights and would stay dense; give --base "
+                         "dense")
 
 
 @torch.no_grad()

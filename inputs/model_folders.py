@@ -3,6 +3,7 @@
 import contextlib
 import inspect
 import logging
+import warnings
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,7 @@ LFS_POINTER = b"version https://git-lfs"
 ATTENTION = (None, "eager", "sdpa")  # other names may make transformers download and run code
 # Names of a multimodal checkpoint's weights -> names in its text model.
 TEXT_MODEL = {r"^language_model\.": "", r"^model\.language_model\.": "model."}
+LAYERS = 1000
 PREFIX, OTHERS = 8, 24  # tokens of a row in check_forward
 # Largest relative difference of logits that is rounding. Measured on tiny models of 130 types: at
 # most 1e-6 and 6e-3 by rounding, at least 5e-2 where padding or later tokens count.
@@ -28,7 +30,7 @@ def one_line_errors(what, advice):
     verbosity = hf_logging.get_verbosity()
     hf_logging.set_verbosity(logging.CRITICAL)  # what matters is raised
     try:
-        with library_errors(what, f"; {advice}"):
+        with library_errors(what, f"; {advice}"), warnings.catch_warnings(action="ignore"):
             yield
     finally:
         hf_logging.set_verbosity(verbosity)
@@ -64,6 +66,8 @@ def read_config(source):
         text = f"its text model {config.model_type} is" if multimodal else "it is"
         raise ValueError(f"model type {whole.model_type}: {text} not a causal language model of "
                          "transformers")
+    if getattr(config, "num_hidden_layers", 1) > LAYERS:  # a damaged file would never be built
+        raise ValueError(f"num_hidden_layers is {config.num_hidden_layers}, more than {LAYERS}")
     if config._attn_implementation not in ATTENTION:
         raise ValueError(f"attn_implementation is {config._attn_implementation!r}; allowed: "
                          f"{', '.join(map(str, ATTENTION))}")

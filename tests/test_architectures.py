@@ -11,7 +11,8 @@ import adapter
 import models
 from harness import checks
 from inputs.errors import InputError
-from quantized import check_experts, find_experts
+from method import find_targets
+from quantized import check_experts, find_experts, quantise
 
 STATE = dict(state_size=8, mamba_d_state=8, mamba_n_heads=4, mamba_d_head=16, mamba_n_groups=1,
              mamba_d_ssm=64, mamba_chunk_size=16, num_heads=4, n_groups=1, expand=1,
@@ -125,6 +126,16 @@ def test_the_text_model_of_a_multimodal_checkpoint(suite, tmp_path):
     with pytest.raises(InputError) as caught:
         models.load(str(tmp_path / "model"))
     assert "no place for the weights model.layers.1." in one_line(caught)
+
+
+def test_layers_whose_weight_is_read():
+    """Mamba's mixer passes it to a kernel, which would bypass an adapter and cannot read codes."""
+    model = AutoModelForCausalLM.from_config(config_of("mamba2", hidden_size=64, head_dim=16))
+    with pytest.raises(InputError) as caught:
+        find_targets(model, ("out_proj",))
+    assert "reads the weight of this layer" in one_line(caught)
+    left = quantise(wrapped(model, "lora", target_modules=("all-linear",)), "int8")
+    assert left == [f"backbone.layers.{i}.mixer.out_proj" for i in range(2)]
 
 
 def test_experts_in_one_tensor():

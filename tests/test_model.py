@@ -1,4 +1,4 @@
-"""BADIT on whole models, adapters in damaged files, and the embedded model."""
+"""BADIT on whole models, damaged adapters, and the embedded model."""
 
 import json
 import pickle
@@ -41,14 +41,14 @@ def architecture(request):
 
 
 def badit(architecture="llama", **changed):
-    """A tiny model with a fresh BADIT -> its method."""
+    """Return the method of a tiny model with a fresh BADIT adapter."""
     return method_of(wrapped(base_model(architecture), regroup_every=1, **changed))
 
 
 def regroup(method, *batches, spoil=lambda layer: None):
-    """One optimizer step of some micro-batches -> what is logged of each layer."""
+    """Take an optimizer step over some micro-batches; return the log line of each layer."""
     method.model.train()
-    start(method, 0, steps=2)  # nothing is regrouped after the last step
+    start(method, 0, steps=2)  # the last step never regroups
     for rows in batches:
         batch = batch_of(rows, targets=13)
         backward(method, batch)
@@ -64,7 +64,7 @@ def regroup(method, *batches, spoil=lambda layer: None):
 
 
 def test_a_regrouping_after_a_batch_of_fillers(architecture):
-    """The last micro-batch of a process may hold no token: gradients come from the earlier ones."""
+    """The last micro-batch of a process may hold no token; earlier ones give the gradients."""
     lines = regroup(badit(architecture), rows_of(0), [None, None])
     assert sum(line["moved"] for line in lines) > 0
 
@@ -75,7 +75,7 @@ def test_a_regrouping_after_a_batch_of_fillers(architecture):
     ("token", lambda layer: layer.lora_A.grad[2].fill_(torch.nan)),
     ("static", lambda layer: layer.lora_B.grad[0].fill_(torch.inf))])
 def test_a_layer_that_cannot_be_regrouped_is_skipped(architecture, routing, spoil):
-    """It stays as it was and is reported; the other layers are regrouped."""
+    """It is reported and unchanged; the other layers are regrouped."""
     method, before = badit(architecture, routing=routing), []
 
     def spoil_and_look(layer):
@@ -91,7 +91,7 @@ def test_a_layer_that_cannot_be_regrouped_is_skipped(architecture, routing, spoi
 
 
 def test_a_layer_whose_input_is_flattened():
-    """Its tokens cannot be told from padding; the layer is named, and what it would need."""
+    """Its tokens cannot be told from padding: refused, with its name and the shape needed."""
     method, shapes = badit(), []
     mlp = method.model.model.layers[1].mlp
 
@@ -110,7 +110,7 @@ def test_a_layer_whose_input_is_flattened():
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("step", [0, 3])
 def test_logits_that_are_not_finite(llama, bad, step):
-    """Neither an empty answer nor token 0 in one row of a batch: refused, also in a later step."""
+    """Non-finite logits in one row of a batch are refused, also in a later step."""
     model, tokenizer = models.load(llama)
     model.generation_config.eos_token_id = None
     steps = []
@@ -135,14 +135,14 @@ def test_logits_that_are_not_finite(llama, bad, step):
 
 @pytest.fixture(scope="module")
 def bf16_checkpoint(tmp_path_factory):
-    """A checkpoint stored in bf16, as the paper's are."""
+    """A checkpoint stored in bf16, as those of the paper."""
     return save_checkpoint(tmp_path_factory.mktemp("bf16"), "llama", BF16)
 
 
 @pytest.mark.parametrize("made", [FP32, BF16])
 @pytest.mark.parametrize("used", [FP32, BF16])
 def test_one_checkpoint_in_two_precisions(bf16_checkpoint, tmp_path, made, used):
-    """An adapter made on a bf16 load fits an fp32 load of the same checkpoint, and reversed."""
+    """An adapter made on a bf16 load fits an fp32 load of the same checkpoint, and vice versa."""
     model = wrapped(models.load(bf16_checkpoint, made)[0], regroup_every=1)
     learn(method_of(model), 0)
     adapter.save(model, tmp_path)
@@ -152,7 +152,7 @@ def test_one_checkpoint_in_two_precisions(bf16_checkpoint, tmp_path, made, used)
 
 
 class Payload:
-    """Unpickling this would leave a file behind."""
+    """Unpickling this creates a file."""
 
     def __init__(self, path):
         self.path = path
@@ -162,7 +162,7 @@ class Payload:
 
 
 def assert_refused(folder, named):
-    """In one line, without a traceback, and nothing is written."""
+    """Assert that loading is refused in one line that names the fault, and writes nothing."""
     before = snapshot(folder)
     with pytest.raises(InputError) as caught:
         adapter.load(base_model(), folder)
@@ -170,37 +170,30 @@ def assert_refused(folder, named):
     assert snapshot(folder) == before
 
 
-@pytest.mark.parametrize("content", [b"", None, "half", "pickle"])
-def test_a_damaged_file_of_tensors_is_refused(tmp_path, content):
-    """Empty, lost or torn; and a pickle under its name never runs."""
+@pytest.mark.parametrize("name, content", [
+    (WEIGHTS_FILE, b""), (WEIGHTS_FILE, None), (WEIGHTS_FILE, "half"), (WEIGHTS_FILE, "pickle"),
+    (ADAPTER_CONFIG, None), (ADAPTER_CONFIG, "half"), (ADAPTER_CONFIG, b"\xff\xfe{}"),
+    (ADAPTER_CONFIG, b"[{}]")])
+def test_a_damaged_file_is_refused(tmp_path, name, content):
+    """Empty, missing, truncated or of another format; a pickle is never executed."""
     adapter.save(badit().model, tmp_path)
-    file = tmp_path / WEIGHTS_FILE
-    whole = file.read_bytes()
-    file.unlink()
+    whole = (tmp_path / name).read_bytes()
+    (tmp_path / name).unlink()
     if content is not None:
-        file.write_bytes({b"": b"", "half": whole[:len(whole) // 2],
-                          "pickle": pickle.dumps(Payload(tmp_path / "executed"))}[content])
-    assert_refused(tmp_path, WEIGHTS_FILE)
+        content = {"half": whole[:len(whole) // 2],
+                   "pickle": pickle.dumps(Payload(tmp_path / "executed"))}.get(content, content)
+        (tmp_path / name).write_bytes(content)
+    assert_refused(tmp_path, name)
 
 
 @pytest.mark.parametrize("grouping", [torch.arange(16), torch.zeros(16, dtype=torch.int64)])
-def test_a_grouping_that_is_none_is_refused(tmp_path, grouping):
+def test_an_invalid_grouping_is_refused(tmp_path, grouping):
     """Experts out of range, or of unequal sizes."""
     adapter.save(badit().model, tmp_path)
     state = safetensors.torch.load_file(tmp_path / WEIGHTS_FILE)
     state["model.layers.0.mlp.gate_proj.expert_of"] = grouping
     safetensors.torch.save_file(state, tmp_path / WEIGHTS_FILE, metadata={"format": "pt"})
     assert_refused(tmp_path, "expert_of")
-
-
-@pytest.mark.parametrize("content", [None, b'{"method": ', b"\xff\xfe{}", b"[{}]"])
-def test_a_damaged_configuration_is_refused(tmp_path, content):
-    """Lost, torn, not UTF-8, or a list."""
-    adapter.save(badit().model, tmp_path)
-    (tmp_path / ADAPTER_CONFIG).unlink()
-    if content is not None:
-        (tmp_path / ADAPTER_CONFIG).write_bytes(content)
-    assert_refused(tmp_path, ADAPTER_CONFIG)
 
 
 @pytest.mark.parametrize(("change", "named"), [
@@ -223,7 +216,7 @@ def test_a_configuration_that_does_not_fit_is_refused(tmp_path, change, named):
 
 
 def test_a_bare_model_has_no_adapter_to_save(tmp_path):
-    """Saving what was never wrapped is refused, and leaves no file."""
+    """Saving a model that was never wrapped is refused and leaves no file."""
     with pytest.raises(InputError):
         adapter.save(base_model(), tmp_path / "adapter")
     assert not (tmp_path / "adapter").exists()
@@ -234,7 +227,7 @@ def test_a_bare_model_has_no_adapter_to_save(tmp_path):
 
 @pytest.mark.parametrize("failure", [RuntimeError("disk full"), KeyboardInterrupt()])
 def test_an_incomplete_conversion_leaves_no_folder(tmp_path, monkeypatch, failure):
-    """The converted folder is whole or absent; the next call starts again."""
+    """The folder is complete or absent; the next call starts again."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(embedded, "sha256_file", lambda path: embedded.SHA256)
 
@@ -254,7 +247,7 @@ def test_an_incomplete_conversion_leaves_no_folder(tmp_path, monkeypatch, failur
 
 
 def test_another_gguf_is_not_converted(tmp_path, monkeypatch):
-    """The source is checked by its SHA-256 before anything is written."""
+    """The SHA-256 of the source is checked before anything is written."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(embedded, "sha256_file", lambda path: "0" * 64)
     outcome = run("--output_dir", tmp_path / "out")
@@ -264,7 +257,7 @@ def test_another_gguf_is_not_converted(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_the_embedded_model_loads_fast_and_whole(smollm2):
-    """3 seconds of work from its cache; finite weights, an EOS, and sensible greedy English."""
+    """It loads from the cache in 3 seconds of CPU time, and answers in English."""
     seconds = []
     for _ in range(2):  # the first may import; and other processes may hold the cores
         start = time.process_time()
@@ -284,7 +277,7 @@ def assert_close_to_base(logits, base):
 
 @pytest.fixture(scope="module")
 def smollm2_adapter(smollm2, tmp_path_factory):
-    """A fresh adapter of the embedded model on disk; on the way, its logits at init."""
+    """A saved fresh adapter of the embedded model, prompts, and the base logits on them."""
     folder = tmp_path_factory.mktemp("smollm2")
     model, tokenizer = models.load(smollm2)
     tasks = list(data.load_suite("mini").tasks.values())
@@ -302,9 +295,9 @@ def smollm2_adapter(smollm2, tmp_path_factory):
 
 @pytest.mark.slow
 def test_smollm2_starts_as_it_was(smollm2, smollm2_adapter):
-    """Logits at init with a static router; the fixture has seen to token routing."""
+    """Logits at initialisation under static routing; the fixture checks token routing."""
     folder, prompts, base = smollm2_adapter
-    # The static form has the same bank and residual, and `alpha` where the router was.
+    # Static routing has the same tensors, with `alpha` in place of the router.
     state = safetensors.torch.load_file(folder / WEIGHTS_FILE)
     state = {key.replace(".router", ".alpha"): torch.ones(8) if key.endswith("router") else value
              for key, value in state.items()}
@@ -319,10 +312,7 @@ def test_smollm2_starts_as_it_was(smollm2, smollm2_adapter):
 
 @pytest.mark.slow
 def test_smollm2_starts_as_it_was_in_bf16(smollm2, smollm2_adapter):
-    """An adapter made on an fp32 load is about as far from fp32 as bf16 itself is.
-
-    Largest differences say little here: bf16 alone moves the largest by 3 to 5 %.
-    """
+    """In bf16 the adapter adds at most a quarter to the mean rounding error of the base."""
     folder, prompts, exact = smollm2_adapter
     model = models.load(smollm2, BF16)[0].eval()
     plain = (logits_of(model, prompts) - exact).abs().mean()

@@ -1,10 +1,10 @@
-"""A base in few bits: its codes, what stays exact, its gradients, and every program on it."""
+"""A quantised base: its codes, its gradients, what stays exact, and whole runs on it."""
 
 import json
 
 import pytest
 import torch
-from conftest import NO_EVAL, refused, results_of, run, succeed, wrapped, write_json
+from conftest import NO_EVAL, refused, results_of, run, succeed, wrapped
 from tiny import PROMPTS, assert_same, base_model, continuations, learn, logits_of, one_line, randn
 
 import adapter
@@ -16,24 +16,24 @@ from registry import METHODS
 
 KINDS = ("nf4", "int8")
 TRAINED = [name for name, method in METHODS.items() if method.trains]
-# Of a Gaussian weight, relative.
+# Largest relative error on a Gaussian weight.
 ERROR = {"nf4": 0.10, "int8": 0.012}
 
 
 def model_of():
-    """A random Llama whose layers have whole blocks of 64 inputs, the same at every call."""
+    """Return the same random Llama at every call; all its layers have multiples of 64 inputs."""
     return base_model("wide")
 
 
 @pytest.fixture
 def flags(wide, suite, tmp_path):
-    """The flags of a short run on it, its folder last."""
+    """The flags of a short run on that model, its folder last."""
     return ("--model", wide, "--suite", suite, "--rank", 2, "--alpha", 16, "--max_length", 64,
             "--max_new_tokens", 3, "--epochs", 1, "--output_dir", tmp_path / "out")
 
 
 def quantised(method, kind, **changed):
-    """A wrapped model on a quantised base."""
+    """Return a wrapped model on a quantised base."""
     model = wrapped(model_of(), method, **changed)
     quantise(model, kind)
     return model
@@ -43,7 +43,7 @@ def quantised(method, kind, **changed):
 
 
 def test_nf4_codes_by_hand():
-    """Each of the 16 values is its own code, whatever the scale; the first is in the high bits."""
+    """The 16 values have the codes 0 to 15 at any scale; the first of two is in the high bits."""
     row = torch.cat([NF4, NF4.flip(0), NF4, NF4])[None]  # (1, 64)
     codes, scale = to_nf4(3.5 * row)
     assert scale.tolist() == [[3.5]]
@@ -53,7 +53,7 @@ def test_nf4_codes_by_hand():
 
 
 def test_nf4_takes_the_nearest_value():
-    """Against a loop over the 16 values; a block of zeros stays zero."""
+    """Equal to a loop over the 16 values; a block of zeros stays zero."""
     weight = randn(1, 6, 128).float()
     weight[2, 64:] = 0
     values = dequantise(*to_nf4(weight), torch.float32)
@@ -84,7 +84,7 @@ def test_int8_is_within_half_a_step():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_error_and_size(kind):
-    """A Gaussian weight within the bound, in 4.5 or 8 bits a weight."""
+    """A Gaussian weight has an error within the bound, and 4.5 or 8 bits a weight."""
     weight = randn(4, 256, 512).float()
     held = Quantised(weight, kind)
     found = dequantise(held.codes, held.scale, torch.float32)
@@ -99,7 +99,7 @@ def test_error_and_size(kind):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", KINDS)
 def test_product_and_gradient_are_those_of_the_dense_weight(kind, dtype):
-    """To the bit, in training, after an evaluation, and under autocast."""
+    """Bitwise, after an evaluation, with and without autocast."""
     weight, bias = randn(5, 96, 128).to(dtype), randn(6, 96).to(dtype)
     held = Quantised(weight, kind)
     dense = dequantise(held.codes, held.scale, dtype)
@@ -120,7 +120,7 @@ def test_product_and_gradient_are_those_of_the_dense_weight(kind, dtype):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("method", TRAINED)
 def test_a_model_is_its_dense_twin(method, kind):
-    """Equal logits, and equal gradients after an evaluation pass, as if dequantised by hand."""
+    """Logits and training equal those of a model with the dequantised weights, bitwise."""
     model, twin = quantised(method, kind, dropout=0.0), wrapped(model_of(), method, dropout=0.0)
     for name, module in model.named_modules():
         if isinstance(module, Quantised):
@@ -135,7 +135,7 @@ def test_a_model_is_its_dense_twin(method, kind):
 
 
 def test_the_bank_stays_exact():
-    """The layer is its quantised residual and W0's leading directions; its error is the smaller."""
+    """Only the residual is quantised, so the error is smaller than that of a quantised W0."""
     bare = model_of()
     model, plain = quantised("badit", "nf4"), model_of()
     shares = []
@@ -152,7 +152,7 @@ def test_the_bank_stays_exact():
 
 
 def test_layers_without_whole_blocks_stay_dense():
-    """They are named; a second call changes nothing."""
+    """Their names are returned; a second call changes nothing."""
     model = wrapped(base_model())
     left = quantise(model, "int8")
     assert {name.rpartition(".")[2] for name in left} == {
@@ -173,7 +173,7 @@ def test_a_model_without_blocks_is_refused():
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("method", TRAINED)
 def test_saved_and_loaded(method, kind, tmp_path):
-    """On the dense base, which is quantised again: equal logits and tokens to the bit."""
+    """Loaded on a dense base, which is quantised again: bitwise equal logits and tokens."""
     model = quantised(method, kind)
     learn(model.adapted_by, 0, 1)
     model.adapted_by.base_sha256 = fingerprint(model_of())
@@ -190,7 +190,7 @@ def test_saved_and_loaded(method, kind, tmp_path):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_train_resume_evaluate(kind, flags, forks, tmp_path):
-    """A killed run goes on to the same bytes; its adapter alone has the same answers."""
+    """A killed and resumed run gives equal bytes, and its adapter alone equal predictions."""
     more = ("--base", kind, "--checkpoint_every", 1, "--regroup_every", 2)
     succeed(*flags, *more)
     killed = (*flags[:-1], tmp_path / "killed", *more)
@@ -218,7 +218,7 @@ def test_another_base_is_another_run(flags, tmp_path):
 
 
 def test_zero_shot_names_its_base(flags, tmp_path):
-    """Its row, its predictions and its losses are those of the quantised model."""
+    """Row name and losses are those of the quantised model."""
     argv = ("--method", "zero_shot", *flags[:4], "--max_length", 64, "--max_new_tokens", 3,
             "--eval_loss")
     losses = {}
@@ -231,15 +231,3 @@ def test_zero_shot_names_its_base(flags, tmp_path):
         losses[kind] = results["losses"][0]
     assert losses["dense"] != losses["nf4"] != losses["int8"]
     assert losses["int8"] == pytest.approx(losses["dense"], rel=0.05)
-
-
-def test_a_quantised_checkpoint_is_refused(wide, suite, tmp_path):
-    folder = tmp_path / "stored"
-    folder.mkdir()
-    for file in wide.iterdir():
-        (folder / file.name).write_bytes(file.read_bytes())
-    config = json.loads((folder / "config.json").read_text())
-    write_json(folder / "config.json", config | {"quantization_config": {
-        "quant_method": "bitsandbytes", "load_in_4bit": True}})
-    refused("give the unquantised checkpoint", "--model", folder, "--suite", suite,
-            "--output_dir", tmp_path / "out")

@@ -1,4 +1,4 @@
-"""Adapters and results.json of other runs, damaged ones, and what is none."""
+"""Damaged adapters, and adapters of other models or prompts."""
 
 import json
 import shutil
@@ -20,7 +20,7 @@ from hostile.conftest import rejected
     ({"base_sha256": None}, "base_sha256"), ({"chat_template": "yes"}, "chat_template"),
 ], ids=str)
 def test_a_broken_adapter(finished, tmp_path, change, named):
-    """One line, whatever its configuration holds."""
+    """A damaged configuration is refused in one line."""
     content = json.loads((finished / "adapter" / "adapter_config.json").read_text())
     text = change if isinstance(change, str) else json.dumps(content | change)
     (tmp_path / "adapter_config.json").write_text(text)
@@ -30,13 +30,13 @@ def test_a_broken_adapter(finished, tmp_path, change, named):
 
 @pytest.fixture
 def evaluation(finished, llama, suite, tmp_path):
-    """Flags that evaluate a copy of an adapter."""
+    """The flags that evaluate a copy of an adapter."""
     shutil.copytree(finished / "adapter", tmp_path / "adapter")
     return ("--eval_only", "--adapter", "adapter", "--model", llama, "--suite", suite, *BRIEF)
 
 
 def test_an_adapter_of_another_base(evaluation, llama, tmp_path):
-    """Refused when the weights are compared, and nothing is written."""
+    """The weights are compared; nothing is written."""
     shutil.copytree(llama, tmp_path / "model")
     file = tmp_path / "model" / "model.safetensors"
     state = safetensors.torch.load_file(file)
@@ -46,7 +46,7 @@ def test_an_adapter_of_another_base(evaluation, llama, tmp_path):
 
 
 def test_an_adapter_remembers_its_chat_template(evaluation, tmp_path):
-    """Prompts of another form than in training are refused."""
+    """Another --chat_template than in training is refused."""
     file = tmp_path / "adapter" / "adapter_config.json"
     write_json(file, json.loads(file.read_text()) | {"chat_template": True})
     rejected(*evaluation, named="--chat_template")

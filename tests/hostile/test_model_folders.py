@@ -20,12 +20,12 @@ WEIGHT = "model.layers.1.mlp.up_proj.weight"
 
 @pytest.fixture
 def model(llama, tmp_path):
-    """A copy of the tiny model, in the current folder."""
+    """A copy of the tiny model in the current folder."""
     return shutil.copytree(llama, tmp_path / "model")
 
 
 def setting(**changed):
-    """A change of keys in a JSON file."""
+    """Return a function that changes keys of a JSON file."""
     return lambda file: write_json(file, json.loads(file.read_text()) | changed)
 
 
@@ -34,7 +34,7 @@ def writing(text):
 
 
 def unloadable(model):
-    """What is said where tokenizer and configuration are read, but no weights."""
+    """Return the refusal from reading tokenizer and configuration, without weights."""
     def read(name):
         models.load_tokenizer(name)
         models.skeleton(name)
@@ -55,6 +55,9 @@ def unloadable(model):
     ("model.safetensors", writing("version https://git-lfs.github.com/spec/v1\noid sha256:0\n"),
      ("model.safetensors", "git lfs pull")),
     ("config.json", setting(model_type="t5"), ("t5", "not a causal language model")),
+    ("config.json", setting(quantization_config={"quant_method": "bitsandbytes"}),
+     "give the unquantised checkpoint"),
+    ("config.json", setting(num_hidden_layers=2**31), "num_hidden_layers is"),
     # Another attention may be downloaded as code.
     *(("config.json", setting(**{name: value}), f"attn_implementation is {shown!r}")
       for name, value, shown in [
@@ -64,7 +67,7 @@ def unloadable(model):
           ("attn_implementation", "flash_attention_2", "flash_attention_2")]),
 ])
 def test_a_folder_that_cannot_be_loaded(model, name, change, named):
-    """The folder, and what is wrong in it."""
+    """The message names the folder and the fault."""
     change(model / name)
     line = unloadable(model)
     assert line.startswith("cannot load model model from model (")
@@ -77,7 +80,7 @@ def test_an_empty_folder(tmp_path):
 
 
 def test_a_library_that_panics(no_weights, llama, suite, monkeypatch):
-    """Its Rust code raises what is no Exception; all lines of a reason become one."""
+    """Panics of Rust code are not Exceptions; all lines of the message become one."""
     class PanicException(BaseException):
         pass
 
@@ -91,7 +94,7 @@ def test_a_library_that_panics(no_weights, llama, suite, monkeypatch):
 
 
 def test_code_in_a_checkpoint_never_runs(model, tmp_path, monkeypatch):
-    """trust_remote_code is never on, and nobody is asked."""
+    """trust_remote_code is never on, and the user is not asked."""
     (model / "cfg.py").write_text(
         "from transformers import LlamaConfig\nopen('executed', 'w').close()\n"
         "class Config(LlamaConfig):\n    model_type = 'abacus'\n")
@@ -102,7 +105,7 @@ def test_code_in_a_checkpoint_never_runs(model, tmp_path, monkeypatch):
 
 
 def test_a_damaged_copy_of_the_embedded_model(no_weights, suite, tmp_path, monkeypatch):
-    """The advice is to delete it, not to accept a licence."""
+    """The message says to delete it, not to accept a licence."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     folder = tmp_path / "badit" / f"{models.EMBEDDED}-{embedded.SHA256[:12]}"
     folder.mkdir(parents=True)
@@ -111,13 +114,13 @@ def test_a_damaged_copy_of_the_embedded_model(no_weights, suite, tmp_path, monke
 
 
 def test_a_tokenizer_without_an_end(no_weights, model, suite):
-    """Nothing would end an answer."""
+    """Without an EOS token no answer would end."""
     setting(eos_token=None)(model / "tokenizer_config.json")
     rejected("--model", "model", "--suite", suite, *SMALL, named="EOS")
 
 
 def test_token_ids_beyond_the_embedding(model, suite):
-    """Unused ones harm nothing; padding, which is in no row of the data, would."""
+    """An unused id is accepted, the pad token's is refused."""
     content = json.loads((model / "tokenizer.json").read_text())
     content["model"]["vocab"]["never"] = 305
     write_json(model / "tokenizer.json", content)
@@ -132,7 +135,7 @@ def test_token_ids_beyond_the_embedding(model, suite):
 
 
 def change_weights(change):
-    """A change of a checkpoint's tensors."""
+    """Return a function that changes the tensors of a checkpoint folder."""
     def apply(folder):
         state = safetensors.torch.load_file(folder / "model.safetensors")
         change(state)
@@ -141,7 +144,7 @@ def change_weights(change):
 
 
 def halve(folder):
-    """The second half of the weights' file is lost."""
+    """Truncate the file of weights to its first half."""
     file = folder / "model.safetensors"
     os.truncate(file, file.stat().st_size // 2)
 
@@ -163,7 +166,7 @@ BAD_WEIGHTS = {
 
 @pytest.mark.parametrize("case", BAD_WEIGHTS)
 def test_bad_weights(model, suite, tmp_path, case):
-    """A non-finite weight is named; damage is no traceback; an old run's files stay."""
+    """A non-finite weight is named; the files of an earlier run stay."""
     change, named = BAD_WEIGHTS[case]
     change(model)
     write_json(tmp_path / "out" / "results.json", {"old": True})
@@ -172,7 +175,7 @@ def test_bad_weights(model, suite, tmp_path, case):
 
 
 def test_buffers_of_older_checkpoints(model):
-    """What every version of the architecture computes for itself may stand in the file."""
+    """Buffers that newer versions compute themselves are allowed in the file."""
     change_weights(lambda state: state.update(
         {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}))(model)
     models.load(str(model))
