@@ -1,4 +1,4 @@
-"""Adapters on disk: a folder with adapter_model.safetensors and adapter_config.json."""
+"""Save and load adapters: folders with adapter_model.safetensors and adapter_config.json."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -34,11 +34,10 @@ def save(model, path):
 def load(model, path, settings=None, device=None):
     """Wrap the bare base `model` with the adapter saved in `path` and return it.
 
-    Nothing is decomposed again: the saved initial bank gives the residual. Where the adapter was
-    made on a quantised base, this one is quantised so. `settings` take the place of the saved ones,
-    with another seed, to train on. The adapter, and what is quantised, end up on `device`, by
-    default where the model is. Raises InputError for a damaged adapter
-    and for any base model but the one that it was made on.
+    The saved initial bank gives the residual, without a decomposition. The base is quantised as the
+    adapter's was. `settings` replace the saved ones, to train further with another seed. The
+    adapter and quantised weights are moved to `device` (default: the model's). Raises InputError
+    for a damaged adapter, and for any base model but the one it was made on.
     """
     if hasattr(model, "adapted_by"):
         raise InputError("this model has an adapter already: load its base anew")
@@ -61,7 +60,7 @@ def load(model, path, settings=None, device=None):
 
 
 def restore(method, state):
-    """Put the tensors of an adapter into a wrapped model. Raises InputError unless they fit."""
+    """Load the tensors of an adapter into a wrapped model. Raises InputError unless they fit."""
     method.grow(state)
     check_tensors(state, method.state_dict(), "the adapter")
     method.load_state_dict(state)

@@ -1,4 +1,4 @@
-"""adapter_config.json: what an adapter on disk is of, read without torch."""
+"""Read adapter_config.json, without torch."""
 
 from pathlib import Path
 
@@ -8,21 +8,21 @@ from registry import METHODS, MODELS
 
 ADAPTER_CONFIG, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 ADAPTER_FORMATS = (1, 2, 3)  # the last is written
-# PEFT has a file of that name, too, and quotes what it does not know of this key.
+# PEFT has a file of that name too, and quotes an unknown value of this key.
 NOT_OF_PEFT = "BADIT: no adapter of PEFT's; `python export.py FOLDER --out OTHER` makes one of it"
 
 
 def read_adapter_config(path):
-    """The configuration of a saved adapter, and its settings. Raises InputError for none."""
+    """Return (configuration, settings) of a saved adapter. Raises InputError."""
     file = Path(path) / ADAPTER_CONFIG
     if not file.exists():
         raise InputError(f"no adapter at {path}: there is no {file}{nearest_adapter(Path(path))}")
     content = formats.load(file)
     kind = content.get("peft_type", NOT_OF_PEFT) if isinstance(content, dict) else NOT_OF_PEFT
     if kind != NOT_OF_PEFT:
-        raise InputError(f"{path} is an adapter of PEFT's (peft_type {kind!r:.40}): PEFT and "
-                         "transformers load it; what this program loads is the folder adapter/ of "
-                         "a run, of which export.py made it")
+        raise InputError(f"{path} is an adapter of PEFT's (peft_type {kind!r:.40}): load it "
+                         "with PEFT or transformers; this program loads the folder adapter/ of a "
+                         "run")
     config = formats.convert(content, formats.AdapterConfig, file)
     if config.format not in ADAPTER_FORMATS:
         raise InputError(f"{file} has format {config.format}, this code reads "
@@ -34,17 +34,16 @@ def read_adapter_config(path):
 
 
 def base_name(path, config):
-    """The base model that an adapter names, or None. Raises InputError for a folder that has moved.
-    """
+    """Return the base model that an adapter names, or None. Raises InputError if it has moved."""
     name = config.model
     if name is not None and "/" not in name and name not in MODELS and not Path(name).is_dir():
-        raise InputError(f"{path} names its base model {name!r}, a folder that is not here: give "
+        raise InputError(f"{path} names its base model {name!r}, a folder that is missing: give "
                          "--model")
     return name
 
 
 def nearest_adapter(path):
-    """Words that name the adapter one level below `path`, or above, where there is one."""
+    """Return words that name the adapter one level below `path`, or above, or ''."""
     for near in (path / "adapter", *sorted(path.glob("*")), path.parent):
         if (near / ADAPTER_CONFIG).is_file():
             return f"; there is one at {near}"

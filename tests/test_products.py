@@ -18,7 +18,7 @@ def matmul():
 
 
 def test_cudnn_has_no_part_in_a_run():
-    """Its backward pass gives NaN on Hopper; the switch exists where there is no GPU as well."""
+    """Its backward pass gives NaN on Hopper; the switch also exists without a GPU."""
     cudnn, before = torch.backends.cuda, torch.backends.cuda.cudnn_sdp_enabled()
     cudnn.enable_cudnn_sdp(True)
     try:

@@ -197,7 +197,7 @@ def test_twenty_kills(argv, whole, forks, tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("moment", ["checkpoints/000002", "predictions/*.partial"])
 def test_a_signal_saves_and_stops(number, moment, argv, whole, forks, tmp_path):
-    """One line with the command that goes on, a status of its own, and an exact resume."""
+    """One line with the command that continues, its own exit status, and an exact resume."""
     answer = forks(*argv, out=tmp_path / "a", signal=number, seen=f"{tmp_path}/out/{moment}")
     assert answer["statuses"] == [128 + number], answer["lines"][-5:]
     last = answer["lines"][-1]
@@ -573,7 +573,7 @@ FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     (adapter, "write_tensors", 1), (results_file, "write_json", 1), (evaluation, "scored", 3)])
 def test_a_full_disk_costs_nothing(owner, name, count, argv, whole):
     """A checkpoint, a step's line, an adapter, results, a prediction: one line each, and the
-    checkpoints before it stay whole; it goes on when there is room."""
+    checkpoints before it stay whole; it continues when there is room."""
     with failing(owner, name, count, FULL):
         line = refused("No space left on device", *argv)
     assert "--resume" in line

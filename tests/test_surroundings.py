@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parents[1]
                                    RuntimeError("DefaultCPUAllocator: can't allocate memory")],
                          ids=lambda error: type(error).__name__)
 def test_out_of_memory_is_one_line_and_keeps_the_checkpoint(tiny, tmp_path, error):
-    """It names what takes memory; the run goes on from its checkpoint where there is more."""
+    """It names what takes memory; the run resumes where there is more."""
     argv = [*tiny, *SMALL, "--epochs", 1, "--checkpoint_every", 2, "--output_dir", tmp_path / "out"]
     with failing(Recorder, "add_step", 4, error):
         line = refused("out of memory", *argv)

@@ -173,7 +173,7 @@ def test_tokens_in_the_log(trained, llama):
 
 
 def test_results_json(trained, flags, llama):
-    """All flags, and what a run was made with; what equal runs do not share stands under `run`."""
+    """All flags and what a run was made with; what differs between equal runs is under `run`."""
     folder = trained(*MIXED)
     results = results_of(folder)
     recorded = results["args"] | {name: results["run"][name] for name in NOT_IDENTITY}
@@ -265,7 +265,7 @@ def test_task_orders(trained, more, order):
 
 
 def test_a_task_may_be_called_before(flags, suite, tmp_path):
-    """The name of row 0 is no reserved word."""
+    """The name of row 0 is not reserved."""
     for task, name in zip(TASKS, ("before", "mixed", "after"), strict=True):
         shutil.copytree(suite / task, tmp_path / "suite" / name)
     succeed(*flags, "--suite", tmp_path / "suite", "--setting", "sequential", "--eval_before",

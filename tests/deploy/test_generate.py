@@ -98,7 +98,7 @@ def test_the_newest_run_is_found_and_named(runs, capsys, monkeypatch):
 
 @pytest.mark.parametrize("name, named", [
     (None, "give --model"),
-    ("moved", "names its base model 'moved', a folder that is not here: give --model")])
+    ("moved", "names its base model 'moved', a folder that is missing: give --model")])
 def test_a_base_that_is_not_found_is_asked_for(runs, capsys, wide, name, named):
     shutil.copytree(runs / "badit" / "adapter", "old")
     file = Path("old/adapter_config.json")

@@ -172,7 +172,7 @@ def test_an_output_folder_in_use(finished, start, tmp_path):
 @pytest.mark.parametrize("flags", [[], ["--overwrite"]])
 @pytest.mark.parametrize("folder", ["file", "file/below", "file/deep/below"])
 def test_an_output_folder_that_cannot_be(start, tmp_path, folder, flags):
-    """A file stands in the way."""
+    """A file is in the way."""
     (tmp_path / "file").write_text("mine")
     rejected(*start, "--output_dir", folder, *flags, named="file")
 
@@ -208,7 +208,7 @@ def test_a_tracker_that_is_not_installed(start, monkeypatch, tracker):
         {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "some"})),
 ], ids=str)
 def test_what_the_launcher_cannot_ask_for(start, variables, named):
-    """Another precision, accumulation or sharding, whatever is installed; and what is no value."""
+    """Another precision, accumulation or sharding, whatever is installed; and invalid values."""
     before = dict(os.environ)  # to which Accelerate adds
     os.environ.update(variables)
     try:
