@@ -116,6 +116,7 @@ def check_forward(name, model, tokenizer, padded):
     draws = torch.randperm(vocabulary, generator=torch.Generator().manual_seed(0)).tolist()
     special = {tokenizer.pad_token_id, *tokenizer.all_special_ids}
     ids = [token for token in draws[:1000] if token not in special]
+    ids = ids * (PREFIX + 2 * OTHERS)  # for a vocabulary of fewer tokens
     shared, others = ids[:PREFIX], ids[PREFIX:PREFIX + 2 * OTHERS]
     rows = [shared + others[:OTHERS], shared + others[OTHERS:]]
     rows += [[tokenizer.pad_token_id] * OTHERS + shared] * padded
@@ -128,19 +129,19 @@ def check_forward(name, model, tokenizer, padded):
                    logits_to_keep=torch.arange(1, input_ids.shape[1]), use_cache=False)
     logits = answer.logits.float()  # (rows, width - 1, vocabulary)
     first, second = logits[:2, :PREFIX - 1]
-    tolerance = ROUNDING[model.dtype]
+    tolerance = max(ROUNDING[weight.dtype] for weight in model.parameters())
     if distance(first, second) > tolerance:
         raise InputError(f"{kind}: its logits depend on later tokens; only causal language models "
                          "are trained")
-    if padded and distance(first, logits[2, 1 - PREFIX:]) > tolerance:
-        raise InputError(f"{kind}: padding changes its logits, so results would depend on the "
-                         "batch size; give --batch_size 1 --eval_batch_size 1, which need no "
-                         "padding (--gradient_accumulation_steps N keeps the global batch)")
     expected = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(),
                                reduction="sum") / 2  # num_items_in_batch
     if not abs(answer.loss - expected) <= tolerance * expected:
         raise InputError(f"{kind}: its loss is {answer.loss:.4f}, but the cross-entropy of the "
                          f"next tokens is {expected:.4f}")
+    if padded and distance(first, logits[2, 1 - PREFIX:]) > tolerance:
+        raise InputError(f"{kind}: padding changes its logits, so results would depend on the "
+                         "batch size; give --batch_size 1 --eval_batch_size 1, which need no "
+                         "padding (--gradient_accumulation_steps N keeps the global batch)")
 
 
 def distance(logits, others):
