@@ -165,7 +165,7 @@ def little_memory():
 @pytest.fixture
 def until_weights(monkeypatch):
     """A run ends where it would load weights, or make those of the embedded model."""
-    def load(*_):
+    def load(*_, **__):
         raise Loaded
 
     monkeypatch.setattr(models, "load", load)
@@ -207,7 +207,7 @@ def attempt(*argv, watched=()):
     status = outcome and outcome.status
     line = the_line(outcome.err) if status == 2 else ""
     if status != 0:
-        if "logits that are NaN or infinite" in line:
+        if "NaN or infinite" in line:
             shutil.rmtree("out")
         assert [contents(folder) for folder in watched] == before, "the disk was changed"
     if outcome:
