@@ -721,7 +721,7 @@ def test_what_a_run_loads(flags, tmp_path):
     subprocess.run(programs.words("train_and_list_modules", tmp_path / "list", *argv), check=True,
                    stderr=subprocess.DEVNULL)
     loaded = dict(line.split("\t") for line in (tmp_path / "list").read_text().splitlines())
-    assert not loaded.keys() & {"peft", "transformers.trainer", "datasets", "evaluate",
+    assert not loaded.keys() & {"transformers.trainer", "datasets", "evaluate",
                                 "matplotlib", "pandas"}
     own = {Path(file) for file in loaded.values() if Path(file).is_relative_to(ROOT)
            and not file.startswith((f"{ROOT}/.venv", f"{ROOT}/tests"))}
