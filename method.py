@@ -59,6 +59,7 @@ class Method:
     device = None  # where layers are decomposed and adapters are; None: where the model is
     base = "dense"  # how the frozen base is stored: see quantized.py; kept, too
     trained_on = {}  # the run's flags that say on which prompts, {name: value}; kept, too
+    reached_by_loss = False  # whether every adapted layer is known to get a gradient
 
     def __init__(self, settings):
         self.settings = settings
@@ -144,7 +145,13 @@ class Method:
         return 0.0
 
     def after_backward(self):
-        """Called once per optimizer step: gradients are synchronised and not yet clipped."""
+        """Called once per optimizer step: gradients are synchronised and not yet clipped.
+
+        The first call raises InputError for an adapted layer without a gradient.
+        """
+        if not self.reached_by_loss:
+            self.reached_by_loss = True
+            refuse_dead_layers(self.layers)
 
     def after_step(self, batch) -> Iterable[dict]:
         """Called after every optimizer step, with its last micro-batch.
@@ -187,16 +194,28 @@ class Method:
 
 @contextmanager
 def observe(model, layers, hook):
-    """Call hook(name, x, y) on each input and output of `layers` {name: module}.
+    """Call hook(name, x, y) on each input (batch, seq, in) and output of `layers` {name: module}.
 
-    Meanwhile the model is in evaluation mode.
+    The model is called with attention_mask (batch, seq), and is in evaluation mode meanwhile.
+    Raises InputError for an input of another shape.
     """
+    tokens = None  # shape of the current batch
+
+    def begin(_, __, batch):
+        nonlocal tokens
+        tokens = batch["attention_mask"].shape
+
     def call(_, inputs, y, name):
+        if inputs[0].shape[:-1] != tokens:  # such as a pooler, which gets one token of a row
+            raise InputError(f"--target_modules: {name} gets an input of shape "
+                             f"{list(inputs[0].shape)}, not {list(tokens)} tokens: it can be "
+                             "neither regrouped nor measured")
         hook(name, inputs[0], y)
 
     training = model.training
-    handles = [layer.register_forward_hook(partial(call, name=name))
-               for name, layer in layers.items()]
+    handles = [model.register_forward_pre_hook(begin, with_kwargs=True)]
+    handles += [layer.register_forward_hook(partial(call, name=name))
+                for name, layer in layers.items()]
     model.eval()
     try:
         yield
@@ -261,6 +280,18 @@ def find_targets(model, target_modules):
                              f"{', '.join(sorted(existing)) or 'none'}")
     return {name: linear for name, linear in linears.items()
             if name.rpartition(".")[2] in target_modules}
+
+
+def refuse_dead_layers(layers):
+    """Raise InputError for adapted layers {full name: module} that got no gradient."""
+    reached = {name: any(weight.grad is not None for weight in layer.parameters())
+               for name, layer in layers.items()}
+    dead = [name for name in reached if not reached[name]]
+    if dead:
+        alive = {name.rpartition(".")[2] for name in reached if reached[name]}
+        raise InputError(f"--target_modules: the loss does not depend on {', '.join(dead[:3])} "
+                         f"({len(dead)} of {len(layers)} layers); allowed: "
+                         f"{', '.join(sorted(alive)) or 'none of these'}")
 
 
 def fingerprint(model):

@@ -17,7 +17,6 @@ from grouping import (
     membership,
     relabel,
 )
-from inputs.errors import InputError
 from inputs.numbers import stable_seed
 from method import Method, observe
 
@@ -145,6 +144,7 @@ class ExpertMethod(Method):
         return sum(layer.active_parameters() for layer in self.layers.values())
 
     def after_backward(self):
+        super().after_backward()
         self.regrouper.accumulate()
 
     def after_step(self, batch):
@@ -207,10 +207,6 @@ def measure(model, batch, layers, new):
 
     def look(name, x, y):
         layer = layers[name]
-        if x.shape[:-1] != tokens.shape:
-            raise InputError(f"--target_modules: {name} gets an input of shape {list(x.shape)}, "
-                             f"not {list(tokens.shape)} tokens: it can be neither regrouped nor "
-                             "measured")
         x, y = x[tokens], y[tokens].float()  # (tokens, in), (tokens, out)
         now, then = (layer.add_bank(torch.zeros_like(y), x, bank)
                      for bank in (layer.bank, layer.regrouped(groupings[name])))  # (tokens, out)

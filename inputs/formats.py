@@ -23,7 +23,7 @@ class Instance(Struct):
 
     input: str
     output: str | Annotated[list[str], Meta(min_length=1)]
-    id: str | int | UnsetType = UNSET
+    id: str | int | None = None  # None: it is numbered
 
 
 class TaskHead(Struct):

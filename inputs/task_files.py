@@ -148,14 +148,15 @@ def showing_layout():
 
 
 def _instances(rows, file):
-    """Return {"id", "input", "outputs"} of every row; a missing id is made of the row's index."""
+    """Return {"id", "input", "outputs"} of every row; a missing or null id is made of its index."""
     found, seen = [], set()
     for index, row in enumerate(rows):
-        named = f" (id {row['id']!r:.60})" if isinstance(row, dict) and "id" in row else ""
+        given = row.get("id") if isinstance(row, dict) else None
+        named = "" if given is None else f" (id {given!r:.60})"
         where = f"{file}, instance {index}{named}"
         instance = formats.convert(row, formats.Instance, where, verdict="")
         name = str(instance.id)
-        if instance.id is UNSET:
+        if instance.id is None:
             name = f"{file.parent.name}-{file.stem}-{index}"
         outputs = [instance.output] if isinstance(instance.output, str) else instance.output
         if name in seen:

@@ -4,7 +4,7 @@ import pytest
 import torch
 import transformers
 from conftest import BRIEF, SHAPE, SMALL, make_tokenizer, refused, run, succeed, wrapped
-from tiny import PROMPTS, continuations, learn, logits_of, one_line
+from tiny import PROMPTS, base_model, continuations, learn, logits_of, one_line
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import adapter
@@ -134,6 +134,25 @@ def test_layers_whose_weight_is_read():
     assert "reads the weight of this layer" in one_line(caught)
     left = quantise(wrapped(model, "lora", target_modules=("all-linear",)), "int8")
     assert left == [f"backbone.layers.{i}.mixer.out_proj" for i in range(2)]
+
+
+@pytest.mark.parametrize("called", [True, False])
+@pytest.mark.parametrize("method, settings", [
+    ("lora", {}), ("badit", {}), ("badit", dict(routing="energy")), ("gainlora", {})], ids=str)
+def test_a_layer_that_the_loss_does_not_reach(method, settings, called):
+    """It is named at the first step, as BigBird's pooler is, whether the model calls it or not."""
+    model = base_model()
+    model.model.pooler = torch.nn.Linear(32, 32)
+
+    def call(inner, _, output):
+        inner.pooler(output.last_hidden_state[:, 0])
+
+    if called:
+        model.model.register_forward_hook(call)
+    wrapped(model, method, target_modules=("all-linear",), **settings)
+    with pytest.raises(InputError) as caught:
+        learn(model.adapted_by, 0)
+    assert "--target_modules: " in one_line(caught) and "model.pooler" in one_line(caught)
 
 
 def test_experts_in_one_tensor():

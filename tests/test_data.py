@@ -114,11 +114,12 @@ def test_superni_names_carry_metric_and_category(tmp_path):
 
 
 def test_ids(tmp_path):
-    """A missing one is made of the row's index; a number becomes text, so 1 and "1" are one id."""
-    train = [item("a"), item("b", id="kept"), item("c", id=10**12)]
+    """A missing or null one is made of the row's index; a number becomes text: 1 is "1"."""
+    train = [item("a"), item("b", id="kept"), item("c", id=10**12), item("d", id=None)]
     write_task(tmp_path / "s", "alpha", train)
     first, second = (load(tmp_path / "s").tasks["alpha"] for _ in range(2))
-    assert [row["id"] for row in first.train] == ["alpha-train-0", "kept", str(10**12)]
+    assert [row["id"] for row in first.train] == [
+        "alpha-train-0", "kept", str(10**12), "alpha-train-3"]
     assert (first.train, first.test) == (second.train, second.test)
     write_task(tmp_path / "s", "alpha", [item("a", id=1), item("b", id="1")])
     assert "the same id" in complaint(load, tmp_path / "s")

@@ -102,7 +102,7 @@ def test_a_bad_instance_among_good_ones(file, key, value):
     assert "instance 4 (id 'odd')" in message and key in message
 
 
-@pytest.mark.parametrize("row", ["text", None, 5, ["a", "b"], item("a", id=5.5), item("a", id=None),
+@pytest.mark.parametrize("row", ["text", None, 5, ["a", "b"], item("a", id=5.5),
                                  item("a", id="good-b")], ids=str)
 def test_a_bad_instance_without_an_id(file, row):
     """Not an object, with a malformed id, or with the id of another; named by its index."""
