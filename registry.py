@@ -131,15 +131,10 @@ class OloraQrSettings(LoraSettings):
 
 @dataclass(frozen=True)
 class BranchPenalty(Settings):
-    """Of O-LoRA's penalty on a new branch."""
+    """O-LoRA's penalty on a new branch."""
 
     orth_weight: NonNegative = setting(
         0.5, "weight of the orthogonality penalty (default: 0.5)", metavar="LAMBDA1")
-    l2_weight: NonNegative = setting(
-        0.0, "weight of the new branch's size (default: 0)", metavar="LAMBDA2")
-    orth_norm: Literal["l1", "fro2"] = setting(
-        "l1", "of the products of branches: sum of magnitudes, as the authors' code runs it, or "
-        "of squares, as in the paper (default: l1)")
 
 
 @dataclass(frozen=True)
@@ -188,16 +183,12 @@ class GainLoraSettings(BranchPenalty, LowRank):
 
     branches: Literal["inflora", "olora"] = setting(
         "inflora", "what the gates integrate (default: inflora)")
-    gate_hidden: PositiveInt = setting(50, "hidden size of a gate (default: 50)", metavar="H")
     threshold: Fraction = setting(
-        0.995, "share of the energy of layer inputs that the first task's subspace keeps; rises "
-        "with every task (default: 0.995)", metavar="EPS")
-    gate_threshold: Fraction = setting(
-        0.995, "the same for what is fed into the gates (default: 0.995)", metavar="EPS")
+        0.995, "share of the energy of the inputs of layers and gates that the first task's "
+        "subspaces keep; rises with every task (default: 0.995)", metavar="EPS")
 
     def has_no_effect(self):
-        ignored = BranchPenalty.names() if self.branches == "inflora" else ("threshold",)
-        return {f"--branches {self.branches}": set(ignored)}
+        return {"--branches inflora": {"orth_weight"}} if self.branches == "inflora" else {}
 
 
 class Entry(NamedTuple):

@@ -29,6 +29,7 @@ from quantized import frozen_linear
 
 MAX_INSTANCES = 1000  # of a task, in one pass over its data; the published code takes 1002 batches
 SCHEDULE_TASKS = 15  # over which the published thresholds rise towards 1
+GATE_HIDDEN = 50  # hidden size of a gate in the published scripts for LLaMA
 GATE_STD = 0.02  # of a new linear layer in transformers' LLaMA
 DATA_KEYS = ("input_ids", "attention_mask", "position_ids")
 
@@ -191,7 +192,7 @@ def key_outside(k, space):
     """GainLoRA's initialisation constraint: k (d,) outside the subspace, of norm sqrt(d / 3)."""
     if not free_directions(space):
         raise InputError("gainlora: what old tasks gave their gates fills all of its space, so a "
-                         "new one would be shut on everything: lower --gate_threshold")
+                         "new one would be shut on everything: lower --threshold")
     return F.normalize(project_out(k, space), dim=0) * math.sqrt(len(k) / 3)
 
 
@@ -339,7 +340,7 @@ class GainLora(BranchMethod):
         super().wrap(model, fresh)
         embeddings = model.get_input_embeddings().weight
         like = embeddings.new_empty(0, dtype=torch.promote_types(embeddings.dtype, torch.float32))
-        self.gates = Gates(embeddings.shape[1], self.settings.gate_hidden, like)
+        self.gates = Gates(embeddings.shape[1], GATE_HIDDEN, like)
         model.add_module("gainlora_gates", self.gates)  # among the parameters that DDP sees
         self.gated = None  # the input_ids (batch, seq) that before_forward has seen last
         model.register_forward_pre_hook(self._before_model, with_kwargs=True)
@@ -417,9 +418,7 @@ class GainLora(BranchMethod):
     def penalty(self, batch):
         if self.has_memory:
             return 0.0
-        read = self.settings
-        return branch_penalty(self.layers.values(), read.orth_weight, read.l2_weight,
-                              read.orth_norm)
+        return branch_penalty(self.layers.values(), self.settings.orth_weight)
 
     def after_step(self, batch):
         self.gates.constrain()
@@ -427,13 +426,11 @@ class GainLora(BranchMethod):
 
     def end_stage(self, stage, loader):
         moments = self._observe(loader, with_gates=True)
-        t, read = len(self.gates.tasks), self.settings
+        eps = scheduled_threshold(self.settings.threshold, len(self.gates.tasks))
         for name, layer in self.layers.items():
             if self.has_memory:
-                eps = scheduled_threshold(read.threshold, t)
                 layer.basis.extend(moments[name], eps)
         for name in ("P1", "P2", "P3"):
-            eps = scheduled_threshold(read.gate_threshold, t)
             getattr(self.gates, name).extend(moments[name], eps)
 
     @torch.no_grad()

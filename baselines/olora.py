@@ -17,18 +17,13 @@ from method import Method, frozen
 from quantized import frozen_linear
 
 
-def orthogonality(A_t, A_old, norm):
-    """Sec. 3.2: how far the current branch is from orthogonal to all past ones, a scalar.
+def orthogonality(A_t, A_old):
+    """Sec. 3.2: return sum |O_jk| of O = A_old A_t', for A_t (r, in) and A_old (r * past, in).
 
-    O = A_old A_t' of A_t (r, in), A_old (r * past, in); "l1": sum |O_jk|, "fro2": sum O_jk^2.
+    It is 0 where the current branch is orthogonal to all past ones.
     """
-    O_t = A_old @ A_t.T  # (r * past, r)
-    return O_t.abs().sum() if norm == "l1" else O_t.square().sum()
-
-
-def size(A_t, B_t):
-    """The code's L2 term, ||A_t||_F + ||B_t||_F, not squared; its gradient at zero is zero."""
-    return torch.linalg.vector_norm(A_t) + torch.linalg.vector_norm(B_t)
+    # Deviation: the paper sums O_jk^2; this is what its code runs.
+    return (A_old @ A_t.T).abs().sum()
 
 
 def mean_cosine(A_t, A_old):
@@ -39,16 +34,13 @@ def mean_cosine(A_t, A_old):
     return (F.normalize(A_old, dim=1) @ F.normalize(A_t, dim=1).T).abs().mean()
 
 
-def branch_penalty(layers, orth_weight, l2_weight, orth_norm):
-    """lambda1 * orthogonality + lambda2 * size, summed over `layers`; 0.0 without any."""
+def branch_penalty(layers, orth_weight):
+    """Return lambda1 * orthogonality, summed over `layers`; 0.0 without past branches."""
     total = 0.0
     for layer in layers:
         *past, A_t = layer.lora_A
         if past and orth_weight:
-            # Deviation: the paper's formula is "fro2", its code runs "l1"; the default is "l1".
-            total = total + orth_weight * orthogonality(A_t, torch.cat(past), orth_norm)
-        if l2_weight:
-            total = total + l2_weight * size(A_t, layer.lora_B[-1])
+            total = total + orth_weight * orthogonality(A_t, torch.cat(past))
     return total
 
 
@@ -161,9 +153,7 @@ class Olora(BranchMethod):
 
     def penalty(self, batch):
         # Deviation: the loop divides this among micro-batches; the code adds it to each in full.
-        read = self.settings
-        return branch_penalty(self.layers.values(), read.orth_weight, read.l2_weight,
-                              read.orth_norm)
+        return branch_penalty(self.layers.values(), self.settings.orth_weight)
 
     @torch.no_grad()
     def end_stage(self, stage, loader):

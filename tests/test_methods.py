@@ -41,7 +41,7 @@ from registry import METHODS, method_class
 
 NAMES = [name for name, entry in METHODS.items() if entry.trains]
 # By name of setting. The thresholds leave room in 32 dimensions for several tasks.
-SMALL = dict(rank=2, alpha=16.0, regroup_every=2, threshold=0.7, gate_threshold=0.7)
+SMALL = dict(rank=2, alpha=16.0, regroup_every=2, threshold=0.7)
 # What follows from the size of a real layer fits no tiny one.
 TOO_LARGE = {"match_parameters"}
 # Other numbers, for every method that reads them.
@@ -52,7 +52,6 @@ NUMBERS = {
     "two_targets": dict(target_modules=("gate_proj", "down_proj")),
     "balanced": dict(balance_weight=0.7, balance_delta=0.3,
                      balance_types=("task0=0", "task1=1", "task2=0")),
-    "l2": dict(orth_norm="fro2", l2_weight=0.1),
 }
 
 
@@ -220,10 +219,7 @@ def words_for(flag):
     ("loramoe --balance_weight 1", "--balance_weight needs --balance_types"),
     ("loramoe --balance_weight 1 --balance_types qa=2", "'qa=2' is not TASK=0 or TASK=1"),
     ("loramoe --balance_weight 1 --balance_types qa=0 --num_experts 5", "5 must be even"),
-    ("olora --orth_norm l2", "invalid choice: 'l2'"),
     ("gainlora --orth_weight 1", "--orth_weight has no effect with --branches inflora"),
-    ("gainlora --branches olora --threshold 0.9",
-     "--threshold has no effect with --branches olora"),
     ("gainlora --threshold 1", "'1' is not a number from 0 to below 1"),
 ])
 def test_flags_that_do_not_fit_each_other_are_refused(flags, message):

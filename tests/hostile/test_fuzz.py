@@ -260,7 +260,7 @@ SENSIBLE = [
     *(f"--method={name}" for name in METHODS),
     *"""--epochs=1 --rank=1 --rank=64 --top_k=1 --top_k=8 --top_k=9 --num_experts=1 --num_experts=8
     --num_experts=33 --seed=0 --tasks=say_both --tasks=which_is --task_order=say_both
-    --gate_hidden=3 --threshold=0.5 --orth_weight=0.1 --gradient_accumulation_steps=3
+    --threshold=0.5 --orth_weight=0.1 --gradient_accumulation_steps=3
     --gradient_accumulation_steps=8 --adapter=file --adapter=. --suite=superni --suite=.
     --data_dir=. --output_dir=. --output_dir=out --output_dir=file/x --max_length=1 --max_length=8
     --max_length=255 --max_length=256 --target_modules=q_proj --target_modules=lm_head
