@@ -2,7 +2,6 @@
 
 import functools
 import math
-import string
 import types
 import unicodedata
 
@@ -44,9 +43,6 @@ _UNSPACED = (r"[\p{L}&&[\p{scx=Han}\p{scx=Hiragana}\p{scx=Katakana}"
              r"\p{Line_Break=Complex_Context}]]")
 _SPACED = rf"[[\p{{L}}\p{{N}}]--{_UNSPACED}]"
 _WORD = regex.compile(rf"(?V1){_UNSPACED}\p{{M}}*+|(?:{_SPACED}++\p{{M}}*+)++")
-
-_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
-
 
 def rouge_l(prediction, reference):
     """Return Rouge-L F1 over words of any script, English ones Porter-stemmed, 0 to 100.
@@ -98,21 +94,7 @@ def _bare(text):
     return _RIGHT_EDGE.sub("", _LEFT_EDGE.sub("", text)) or text
 
 
-def exact_match_paper(prediction, reference):
-    """Return 100.0 if both are equal in lower case without ASCII punctuation, else 0.0.
-
-    This is the rule of the released scripts. It takes "+" for "-", "1.5" for "15" and "C#" for
-    "C++".
-    """
-    return 100.0 if _without_punctuation(prediction) == _without_punctuation(reference) else 0.0
-
-
-def _without_punctuation(text):
-    return " ".join(text.lower().translate(_NO_PUNCTUATION).split())
-
-
 SCORERS = {"rouge_l": rouge_l, "accuracy": exact_match}
-PAPER_SCORERS = SCORERS | {"accuracy": exact_match_paper}  # of the released scripts
 _COUNTED = {"rouge_l": _words, "accuracy": _bare}
 
 
@@ -125,16 +107,16 @@ def counts_anything(reference, metric):
     return bool(_COUNTED[metric](reference))
 
 
-def scorer(metric, scorers=SCORERS):
+def scorer(metric):
     """Return the function of a metric's name. Raises ValueError for an unknown name."""
-    if metric not in scorers:
-        raise ValueError(f"metric {metric!r} is unknown; allowed: {', '.join(scorers)}")
-    return scorers[metric]
+    if metric not in SCORERS:
+        raise ValueError(f"metric {metric!r} is unknown; allowed: {', '.join(SCORERS)}")
+    return SCORERS[metric]
 
 
-def score(prediction, references, metric, scorers=SCORERS):
+def score(prediction, references, metric):
     """Return the scores against the best and the first of several references, 0 to 100."""
-    scores = [scorer(metric, scorers)(prediction, reference) for reference in references]
+    scores = [scorer(metric)(prediction, reference) for reference in references]
     return {"best": max(scores), "first": scores[0]}
 
 
