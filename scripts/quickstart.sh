@@ -15,15 +15,19 @@ flags=(--model smollm2-135m --suite mini --setting mixed --epochs 2 --max_train_
   --learning_rate 5e-4 --max_new_tokens 20 --eval_before)
 "${launch[@]}" --method badit "${flags[@]}" --output_dir "$output"
 python report.py "$output" | tail -n 2  # the table is printed above
-question="Which word means the opposite of cheap?"
-asked="Answer with one word that means the opposite."
-echo "asked the base model and the trained one: $asked $question"
-python generate.py --adapter "$output/adapter" --definition "$asked" "$question" --base \
-  --max_new_tokens 20
-echo "adapter: $output/adapter
-next, after \`source .venv/bin/activate\`:
+ask=
+if [ -e generate.py ]; then  # generate.py and export.py may be deleted, see README.md
+  question="Which word means the opposite of cheap?"
+  asked="Answer with one word that means the opposite."
+  echo "asked the base model and the trained one: $asked $question"
+  python generate.py --adapter "$output/adapter" --definition "$asked" "$question" --base \
+    --max_new_tokens 20
+  ask="
   python generate.py --adapter $output/adapter --chat                  # ask it something else
-  python export.py $output/adapter --approximate --out exported        # for PEFT, transformers, vLLM
+  python export.py $output/adapter --approximate --out exported        # for PEFT, transformers, vLLM"
+fi
+echo "adapter: $output/adapter
+next, after \`source .venv/bin/activate\`:$ask
   python train.py --eval_only --adapter $output/adapter                # score the adapter again
   python train.py --method badit --setting sequential --eval_before    # the tasks one after the other
 
