@@ -50,16 +50,16 @@ def show_run(paths):
         record = runs.read(folder)
         if paths[1:]:
             record = runs.with_forward(record, runs.collect(paths[1:])[0])
-        answers, regroupings = runs.read_answers(folder), runs.read_regroupings(folder)
+        answers = runs.read_answers(folder)
     except InputError as error:
         raise InputError(f"{folder}: {error}") from None
     lines = "\n".join(metrics.score_table(record.results)).split("\n")
     print("\n".join(map(one_line, lines)), flush=True)
     from reporting import figures, page  # not above: the table need not wait for matplotlib
-    write_text(folder / "report.html", page.render(record, answers, regroupings))
+    write_text(folder / "report.html", page.render(record, answers))
     print(one_line(f"page: {folder / 'report.html'}"))
     if record.log:
-        figures.save(figures.run_figure(record.results, record.log), folder / "figure", ("png",))
+        figures.save(figures.run_figure(record), folder / "figure", ("png",))
         print(one_line(f"figure: {folder / 'figure.png'}"))
 
 

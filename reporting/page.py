@@ -13,33 +13,25 @@ from reporting import figures
 PROMPT_END = 600  # characters of a prompt that are shown
 
 
-def render(record, answers, regroupings):
-    """Return the page as HTML.
-
-    `answers` are the predictions after all training, `regroupings` the lines of regroup.jsonl;
-    both may be [].
-    """
+def render(record, answers):
+    """Return the page as HTML; `answers` are the predictions after all training, or []."""
     results = record.results
     pictures = {}
     if len(results["rows"]) > 1:
         pictures["matrix"] = image(figures.matrix_figure(
             results["scores"]["best"], record.order, results["rows"], "Score by stage"))
     if record.log:
-        pictures["training"] = image(figures.run_figure(results, record.log))
-    if regroupings:
-        pictures["layers"] = image(figures.layers_figure(regroupings))
+        pictures["training"] = image(figures.run_figure(record))
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True)
     environment.filters["shown"] = shown
     return environment.get_template("page.html.jinja").render(
-        title=f"{record.variant}, {record.setting}, {record.model}, seed {record.seed}",
-        scores=scores(record), over_tasks=[
+        title=record.title, scores=scores(record), over_tasks=[
             (name, "not measured" if value is None else value)
             for name, value in metrics.named_metrics(results)],
         examples=list(examples(record, answers)), flags=[
             (name, None if value is None else str(value))  # all digits of a learning rate
-            for name, value in sorted(results["args"].items())],
-        made_with=made_with(results), **pictures)
+            for name, value in sorted(results["args"].items())], **pictures)
 
 
 def shown(value):
@@ -82,14 +74,3 @@ def examples(record, answers):
             yield best | {"verdict": "right"}
         if worst["score"] < 100:
             yield worst | {"verdict": "wrong"}
-
-
-def made_with(results):
-    """Yield versions, checksums, numbers of weights and seconds."""
-    yield from sorted(results["versions"].items())
-    for key in ("precision", "processes", "global_batch_size", "base_sha256", "code_sha256"):
-        yield key, results[key]
-    for key, value in results["parameters"].items():
-        yield f"parameters, {key}", f"{value:,}"
-    for key, value in results["run"]["seconds"].items():
-        yield f"seconds, {key}", value

@@ -3,6 +3,7 @@
 from inputs.errors import InputError
 from inputs.files import read_text, write_text
 from reporting import verdicts
+from reporting.tables import markdown_table
 
 START, END = "<!-- results -->", "<!-- /results -->"
 SETTINGS = ("mixed", "sequential")
@@ -34,9 +35,7 @@ def claims_table(studies):
             found.setdefault((verdict.claim, path, verdict.setting), verdict)
     found = dict(zip(found, verdicts.corrected(list(found.values())), strict=True))
     columns = [(path, setting) for path in studies for setting in SETTINGS]
-    lines = [["claim", *(f"{names[path]}, {setting}" for path, setting in columns)],
-             ["---"] * (1 + len(columns))]
-    for claim in verdicts.README:
-        cells = [found.get((claim, *column)) for column in columns]
-        lines.append([claim.text, *(cell.cell() if cell else "not run" for cell in cells)])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return markdown_table(
+        ["claim", *(f"{names[path]}, {setting}" for path, setting in columns)],
+        [[claim.text, *(found[claim, *column].brief() if (claim, *column) in found else "not run"
+                        for column in columns)] for claim in verdicts.README])

@@ -36,7 +36,6 @@ NEEDED = ("args", "base_sha256", "code_sha256", "comparable", "compiler", "globa
           "metrics", "parameters", "precision", "processes", "regroupings", "rows", "run",
           "scores", "settings", "task_order", "tasks", "variant", "versions")
 NEEDED_FLAGS = ("eval_before", "eval_only", "method", "model", "seed", "setting", "suite")
-UNREAD = ("score_matrix", "metrics_first_reference", "forward_needs")  # not packed
 
 
 class Record(NamedTuple):
@@ -73,6 +72,10 @@ class Record(NamedTuple):
     def rate(self):
         """The peak learning rate, or None if nothing was trained."""
         return self.results["comparable"].get(RATE)
+
+    @property
+    def title(self):
+        return f"{self.variant}, {self.setting}, {self.model}, seed {self.seed}"
 
     @property
     def order(self):
@@ -130,32 +133,28 @@ def read(folder, name=None):
     check_keys(record)
     if record.setting != "single":
         record = record._replace(items=_read_items(folder))
+        missing = sorted(set(record.order) - set(record.items))
+        if missing:
+            raise InputError("incomplete: it has no scores per item (predictions/) of "
+                             f"{', '.join(missing[:3])}")
     if record.setting != "eval":
         record = record._replace(log=_read(folder / "log.jsonl", formats.LogLine, lines=True))
-    check_whole(record)
+    if None in record.final("first").values():
+        raise InputError("it was not evaluated on all of its tasks at its end")
     return record
 
 
 def check_keys(record):
     """Raise InputError unless results.json has all keys that a report reads."""
-    missing = [key for key in NEEDED if key not in record.results] or [
-        f"args.{flag}" for flag in NEEDED_FLAGS if flag not in record.results["args"]]
+    results = record.results
+    missing = [key for key in NEEDED if key not in results] or [
+        f"args.{flag}" for flag in NEEDED_FLAGS if flag not in results["args"]]
     if missing:
         raise InputError(f"its results.json has no {missing[0]!r}: it is damaged, or of another "
                          "version of this program")
-    method = record.results["args"]["method"]
-    if method not in METHODS:
-        raise InputError(f"its method {method!r} is unknown; allowed: {', '.join(METHODS)}")
-
-
-def check_whole(record):
-    """Raise InputError unless every task has a final score, with scores per item."""
-    if None in record.final("first").values():
-        raise InputError("it was not evaluated on all of its tasks at its end")
-    missing = sorted(set(record.order) - set(record.items))
-    if missing and record.setting != "single":
-        raise InputError("incomplete: it has no scores per item (predictions/) of "
-                         f"{', '.join(missing[:3])}")
+    if results["args"]["method"] not in METHODS:
+        raise InputError(f"its method {results['args']['method']!r} is unknown; allowed: "
+                         f"{', '.join(METHODS)}")
 
 
 def _read(path, shape, lines=False):
@@ -184,12 +183,6 @@ def read_answers(folder):
     paths = list((folder / "predictions").glob("[0-9]*.jsonl"))
     last = max(paths, key=lambda path: int(path.name.split("_")[0]), default=None)
     return _read(last, formats.Prediction, lines=True) if last else []
-
-
-def read_regroupings(folder):
-    """Return the lines of regroup.jsonl, one a layer and regrouping, or [] without one."""
-    path = folder / "regroup.jsonl"
-    return _read(path, formats.RegroupLine, lines=True) if path.exists() else []
 
 
 def find(folders):
@@ -226,19 +219,15 @@ def write_records(records, path):
 
     Raises InputError if two runs have one name.
     """
-    names = Counter(record.name for record in records)
-    if max(names.values()) > 1:
-        raise InputError(f"two runs have the name {max(names, key=names.get)!r}: export them to "
-                         "two files")
-    with (atomic_path(path) as temporary, open(temporary, "wb") as file,
-          gzip.GzipFile("", "wb", 9, file, mtime=0) as packed):
-        for record in records:
-            line = {"name": record.name, "items": record.items,
-                    "log": [{"loss": step["loss"]} for step in record.log],
-                    "results": {key: value for key, value in record.results.items()
-                                if key not in UNREAD}}
-            text = json.dumps(line, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-            packed.write(text.encode() + b"\n")
+    (name, count), = Counter(record.name for record in records).most_common(1)
+    if count > 1:
+        raise InputError(f"two runs have the name {name!r}: export them to two files")
+    lines = [{"name": record.name, "items": record.items, "results": record.results,
+              "log": [{"loss": step["loss"]} for step in record.log]} for record in records]
+    text = "".join(json.dumps(line, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+                   + "\n" for line in lines)
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(gzip.compress(text.encode(), 9, mtime=0))
 
 
 def read_records(path):
@@ -388,9 +377,6 @@ def scores_of(record, records):
 
     `records` hold the single-task runs that Forward needs.
     """
-    if record.setting == "eval":
-        return {"rouge": metrics.mean(record.final("first").values()), "forward": None,
-                "forget_rate": None, "backward": None}
     single = on_one_task(record, records, lambda run: run.final("first"))
     return metrics.continual_metrics(record.matrix("first"), record.order, single, record.without)
 
@@ -461,6 +447,6 @@ def with_forward(record, others):
     forward = metrics.continual_metrics(record.matrix("best"), record.order, single)["forward"]
     changed = {"metrics": record.results["metrics"] | {"forward": forward}}
     if record.losses():
-        changed["loss_metrics"] = metrics.loss_metrics(
-            record.losses(), record.order, on_one_task(record, kept, losses_alone))
+        alone = on_one_task(record, kept, losses_alone)
+        changed["loss_metrics"] = metrics.loss_metrics(record.losses(), record.order, alone)
     return record._replace(results=record.results | changed)

@@ -2,8 +2,6 @@
 
 from collections import Counter
 
-from tqdm import tqdm
-
 from inputs.errors import one_line
 from inputs.files import write_text
 from reporting import figures, runs, tables, verdicts
@@ -28,13 +26,11 @@ def make(records, left_out, out):
     for table in made:
         write_text(out / "tables" / f"{table.name}.tex", table.latex())
         write_text(out / "tables" / f"{table.name}.csv", table.csv())
-    names = []
-    for name, figure in tqdm(figures.of_study(records), desc="figures", unit="figure", delay=5,
-                             leave=False):
+    drawn = figures.of_study(records)
+    for name, figure in drawn.items():
         figures.save(figure, out / "figures" / name, ("png", "pdf"))
-        names.append(name)
     write_text(out / "figures.md", "\n\n".join(
-        ["# Figures", *(f"![{name}](figures/{name}.png)" for name in names)]) + "\n")
+        ["# Figures", *(f"![{name}](figures/{name}.png)" for name in drawn)]) + "\n")
     single = sum(record.setting == "single" for record in records)
     parts = ["# Report", f"{len(records) - single} runs, {single} single-task runs, "
              f"{len(left_out)} left out. All figures are in figures.md beside this file."]
@@ -51,12 +47,8 @@ def make(records, left_out, out):
         said = [verdict.sentence() for verdict in found if verdict.claim in claims]
         if said:
             parts += [f"## {title}", VERDICTS, bullets(said)]
-    said = verdicts.comparisons(records)
-    if said:
-        parts += ["## Differences of scores", "BADIT minus the other, first reference, 0 to 100. "
-                  f"Paired bootstrap over seeds and items ({verdicts.RESAMPLES:,} resamples), "
-                  "without correction for the number of comparisons: no interval here shows "
-                  "anything by itself.", bullets(said)]
+    if not found:
+        parts.append("No claim is judged: that needs runs of two methods with --eval_loss.")
     if left_out:
         parts += ["## Left out", bullets(one_line(f"`{folder}`: {reason}")
                                          for folder, reason in left_out)]

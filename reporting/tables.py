@@ -47,16 +47,13 @@ class Score(NamedTuple):
         if self.std is not None:
             text += f" ± {self.std:.{self.digits}f}"
         if self.paper is not None:
-            difference = self.mean - self.paper
-            text += f" [{self.paper:.{self.digits}f}, {difference:+.{self.digits}f}]"
+            text += (f" [{self.paper:.{self.digits}f}, "
+                     f"{self.mean - self.paper:+.{self.digits}f}]")
         return text
 
     def numbers(self):
-        """Return {name: number or None} of everything it holds."""
-        mean = self.mean
-        paper = self.paper if self.values else None
-        return {"mean": mean, "std": self.std, "n": len(self.values), "paper": paper,
-                "difference": None if paper is None else mean - paper}
+        """Return {name: number or None} for a CSV file."""
+        return {"mean": self.mean, "std": self.std, "n": len(self.values), "paper": self.paper}
 
 
 class Table(NamedTuple):
@@ -73,9 +70,7 @@ class Table(NamedTuple):
                 for row in self.rows]
 
     def markdown(self):
-        lines = [self.header, ["---"] * len(self.header), *self.texts()]
-        body = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-        return f"## {self.title}\n\n{self.note}\n\n{body}"
+        return f"## {self.title}\n\n{self.note}\n\n{markdown_table(self.header, self.texts())}"
 
     def latex(self):
         columns = "".join("r" if isinstance(part, Score) else "l" for part in self.rows[0])
@@ -87,10 +82,15 @@ class Table(NamedTuple):
 
     def csv(self):
         """Return CSV with all digits and a column for each number of a Score."""
-        columns = [pd.DataFrame([score.numbers() for score in parts]).add_prefix(f"{title} ")
-                   if isinstance(parts[0], Score) else pd.Series(parts, name=title)
-                   for title, parts in zip(self.header, zip(*self.rows, strict=True), strict=True)]
-        return pd.concat(columns, axis=1).to_csv(index=False)
+        return pd.DataFrame([{f"{title} {name}".strip(): value
+                              for title, part in zip(self.header, row, strict=True)
+                              for name, value in (part.numbers() if isinstance(part, Score)
+                                                  else {"": part}).items()}
+                             for row in self.rows]).to_csv(index=False)
+
+
+def markdown_table(header, rows):
+    return "\n".join(f"| {' | '.join(line)} |" for line in (header, ["---"] * len(header), *rows))
 
 
 # --- tables -------------------------------------------------------------------------------------
@@ -100,8 +100,7 @@ def all_tables(records):
     """Return every table for which there is a run."""
     paper = json.loads(PAPER.read_text(encoding="utf-8"))
     made = [table1(records, paper), table2(records, paper), table3(records, paper),
-            losses(records), regroupings(records), categories(records), references(records),
-            tasks(records)]
+            losses(records), regroupings(records), tasks(records)]
     return [table for table in made if table.rows]
 
 
@@ -148,14 +147,13 @@ def table1(records, paper):
             n, counts = len(runs["eval"]), "-"
         else:
             n = f"{len(runs.get('mixed', ()))} + {len(runs.get('sequential', ()))}"
-            first = (runs.get("mixed") or runs.get("sequential") or runs["eval"])[0]
+            first = next(iter(runs.values()))[0]
             counts = " / ".join(f"{first.results['parameters'][name] / 1e6:.2f} M"
                                 for name in ("trainable", "stored"))
         rows.append([model, label(variant), counts, n, *numbers])
-    header = ["model", "method", "trained / stored", "seeds"]
     named = METRICS | {"rouge": score_name(records)}
-    header += [f"{setting} {named[name]}" for setting, name in
-               (column.split("/") for column in columns)]
+    header = ["model", "method", "trained / stored", "seeds", *(
+        f"{setting} {named[name]}" for setting, name in (column.split("/") for column in columns))]
     note = ("Against the first reference, 0 to 100: mean ± standard deviation over seeds (mixed + "
             "sequential); weights that are trained and that an adapter stores; in brackets the "
             "paper's mean and the difference from it. Empty: not measured. " + metrics.BACKWARD)
@@ -166,21 +164,17 @@ def table1(records, paper):
 
 def table2(records, paper):
     columns = {"sequential/rouge": 1, "sequential/forget_rate": -1, "mixed/rouge": 1}
-    there, rows = variants(records), []
-    for model in dict.fromkeys(model for model, _ in there):
-        numbers = {variant: beside_paper(records, paper, "table2", model, variant, columns)
-                   for variant in ABLATIONS}
-        present = {variant: mine for variant, mine in numbers.items()
-                   if any(score.values for score in mine)}
-        if len(present) < 2:
-            continue
-        for variant, mine in present.items():
+    found, rows = variants(records), []
+    for model in dict.fromkeys(model for model, _ in found):
+        present = {variant: beside_paper(records, paper, "table2", model, variant, columns)
+                   for variant in ABLATIONS if (model, variant) in found}
+        for variant, scores in present.items() if len(present) > 1 else ():
             lost = [sign * (whole.mean - score.mean) for sign, whole, score in
-                    zip(columns.values(), numbers["badit"], mine, strict=True)
+                    zip(columns.values(), present.get("badit", ()), scores, strict=False)
                     if whole.values and score.values]
             complete = len(lost) == len(columns) and variant != "badit"
-            runs = there[model, variant].get("sequential", ())
-            rows.append([model, label(variant), *mine, Score(
+            runs = found[model, variant].get("sequential", ())
+            rows.append([model, label(variant), *scores, Score(
                 (sum(lost),) if complete else (),
                 paper_figure(paper, "table2", model, variant, "degradation", runs))])
     score = score_name(records)
@@ -191,19 +185,17 @@ def table2(records, paper):
 
 
 def table3(records, paper):
-    there, rows = variants(records), []
-    for (model, variant), runs in there.items():
-        base = {run.seed: run for run in there.get((model, "loramoe"), {}).get("mixed", ())
-                if training_seconds(run) > 1e-6}  # to divide by
-        alike = [run for run in runs.get("mixed", ())
-                 if run.seed in base and machine(run) == machine(base[run.seed])]
+    found, rows = variants(records), []
+    for (model, variant), runs in found.items():
+        base = {(run.seed, machine(run)): training_seconds(run)
+                for run in found.get((model, "loramoe"), {}).get("mixed", ())}
+        alike = [run for run in runs.get("mixed", ()) if base.get((run.seed, machine(run)))]
         if not alike:
             continue
-        ratio = Score(tuple(training_seconds(run) / training_seconds(base[run.seed])
-                           for run in alike),
-                     paper_figure(paper, "table3", model, variant, "relative_time", alike))
+        ratio = Score(tuple(training_seconds(run) / base[run.seed, machine(run)] for run in alike),
+                      paper_figure(paper, "table3", model, variant, "relative_time", alike))
         parts = [Score(tuple(run.results["run"]["seconds"].get(part, 0.0) for run in alike),
-                      digits=1) for part in PARTS]
+                       digits=1) for part in PARTS]
         rows.append([model, label(variant), alike[0].results["run"]["device"], ratio, *parts])
     header = ["model", "method", "device", "relative", *(f"{part} s" for part in PARTS)]
     return Table("table3", "Table 3: time", "Seconds to decompose, train and regroup in mixed "
@@ -235,18 +227,6 @@ def by_setting(records, columns, digits=2):
     return ["model", "method", "setting", *columns], rows
 
 
-def categories(records):
-    def score_of(category):
-        return lambda run: metrics.mean(score for task, score in run.final("first").items()
-                                        if run.tasks[task]["category"] == category)
-
-    names = {about["category"] for runs in group_runs(records).values()
-             for about in runs[0].tasks.values()} - {""}
-    header, rows = by_setting(records, {name: score_of(name) for name in sorted(names)})
-    return Table("categories", "Scores by category", "Mean over the tasks of a category after all "
-                 "training, first reference.", header, rows if names else [])
-
-
 def losses(records):
     def measure(name):
         return lambda run: losses_of(run, records).get(name)
@@ -263,24 +243,23 @@ def losses(records):
 
 
 def regroupings(records):
-    def chosen(events):
-        """Return those that regrouped, without measurements after a stage's last step; or all."""
-        return [event for event in events if event["grouping"] != "fixed"] or events
+    def mean_of(name, events):
+        values = [event[name] for event in events]
+        return metrics.mean(values) if values and None not in values else None
 
-    def measured(name, of=chosen):
-        def number(run):
-            values = [event[name] for event in of(run.results["regroupings"])]
-            return metrics.mean(values) if values and None not in values else None
-        return number
+    def later(name):
+        return lambda run: mean_of(name, run.results["regroupings"][1:])
 
-    def later(events):
-        return events[1:]
+    def chosen(name):
+        """Leave out measurements after a stage's last step, unless nothing regrouped."""
+        return lambda run: mean_of(name, [
+            event for event in run.results["regroupings"]
+            if event["grouping"] != "fixed"] or run.results["regroupings"])
 
     header, rows = by_setting(records, {
-        "inside, before": measured("intra_before", later),
-        "between, before": measured("inter_before", later),
-        "inside, after": measured("intra_after"), "moved": measured("moved"),
-        "drift": measured("regroup_drift")})
+        "inside, before": later("intra_before"), "between, before": later("inter_before"),
+        "inside, after": chosen("intra_after"), "moved": chosen("moved"),
+        "drift": chosen("regroup_drift")})
     rows = [[*row[:-1], row[-1]._replace(digits=4)] for row in rows if row[-1].values]
     return Table("regroupings", "Regroupings", "Means over layers and regroupings. Degrees between "
                  "the gradients of components inside an expert and between experts: before, under "
@@ -288,23 +267,6 @@ def regroupings(records):
                  "the initial groups; after, under those that these gradients chose. Components "
                  "that change their expert, and the relative change of a layer's output (drift).",
                  header, rows)
-
-
-def references(records):
-    def score_against(reference):
-        return lambda run: metrics.mean(run.final(reference).values())
-
-    def score_by(metric):
-        return lambda run: metrics.mean(
-            metrics.mean(item[metric]["first"] for item in run.items[task].values())
-            for task in run.tasks)
-
-    header, rows = by_setting(records, {
-        "first reference": score_against("first"), "best reference": score_against("best"),
-        "Rouge-L": score_by("rouge_l"), "exact match": score_by("accuracy")})
-    return Table("references", "References and metrics", "After all training. Each task by its own "
-                 "metric, against the first and the best reference; then all tasks by Rouge-L and "
-                 "by exact match, first reference.", header, rows)
 
 
 def tasks(records):

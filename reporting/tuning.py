@@ -1,6 +1,7 @@
 """Show the loss of held-out rows by learning rate, and the best rate of each method."""
 
 from collections import defaultdict
+from itertools import cycle
 
 import metrics
 from inputs.errors import InputError
@@ -65,7 +66,7 @@ def rate_figure(found):
     for place, panel in zip(axes, panels, strict=True):
         mine = {variant: rates for (model, variant, setting), rates in found.items()
                 if (model, setting) == panel}
-        for (variant, rates), colour in zip(mine.items(), figures.COLOURS, strict=False):
+        for (variant, rates), colour in zip(mine.items(), cycle(figures.COLOURS), strict=False):
             means = {rate: metrics.mean(losses) for rate, losses in rates.items()}
             place.plot(list(means), list(means.values()), color=colour, marker="o", markersize=4,
                        label=label(variant))
@@ -73,9 +74,7 @@ def rate_figure(found):
                        markersize=11, markerfacecolor="none", linestyle="none")
         place.set(title=", ".join(panel), xscale="log", yscale="log", xlabel="peak learning rate",
                   ylabel="loss of held-out rows, nats per token")
-        ticks = sorted({rate for rates in mine.values() for rate in rates})
-        place.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-        place.xaxis.minorticks_off()
+        figures.label_values(place.xaxis, set().union(*mine.values()))
         place.yaxis.set_major_formatter("{x:g}")
         place.yaxis.set_minor_formatter("{x:g}")
         place.legend(fontsize=8)

@@ -12,7 +12,7 @@ import numpy as np
 
 import metrics
 from registry import VARIANTS
-from reporting.runs import SMALLEST, forgets, group_runs, label
+from reporting.runs import SMALLEST, forgets, group_runs
 
 RESAMPLES = 10_000
 LEVEL = 0.95
@@ -77,7 +77,7 @@ class Interval(NamedTuple):
     p: float
 
 
-def paired_bootstrap(pairs, measure=np.asarray, resamples=RESAMPLES, level=LEVEL):
+def paired_bootstrap(pairs, measure=np.asarray, resamples=RESAMPLES):
     """Return the Interval of a difference between two methods.
 
     `pairs` {task: (ours, theirs)}, each an array (seeds, items) for the same seeds and items. The
@@ -94,9 +94,8 @@ def paired_bootstrap(pairs, measure=np.asarray, resamples=RESAMPLES, level=LEVEL
         drawn = measure(ours @ weight_i.T) - measure(theirs @ weight_i.T)  # (S, R)
         total += (weight_s.T * drawn).sum(0)
         mean += float((measure(ours.mean(1)) - measure(theirs.mean(1))).mean())
-    drawn = total / len(pairs)
-    low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
-    tail = min((drawn <= 0).sum(), (drawn >= 0).sum())
+    low, high = np.quantile(total / len(pairs), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    tail = min((total <= 0).sum(), (total >= 0).sum())
     p = min(1.0, 2 * (int(tail) + 1) / (resamples + 1))
     return Interval(mean / len(pairs), float(low), float(high), p)
 
@@ -108,11 +107,6 @@ def holm(values):
         highest = max(highest, min(1.0, (len(values) - rank) * values[index]))
         corrected[index] = highest
     return corrected
-
-
-def smallest_wilcoxon_p(seeds):
-    """Return the smallest two-sided p of Wilcoxon's signed-rank test over so many pairs."""
-    return min(1.0, 2.0 ** (1 - seeds))
 
 
 # --- verdicts -----------------------------------------------------------------------------------
@@ -143,8 +137,8 @@ class Verdict(NamedTuple):
         return "shown" if high < 0 else "the reverse"
 
     def sentence(self):
-        mean, low, high, p = self.interval
-        reason = ""
+        mean, low, high, _ = self.interval
+        reason = few = ""
         if self.seeds == 1:
             reason = ": one seed says nothing about the next"
         elif self.word() != "not shown":
@@ -153,23 +147,26 @@ class Verdict(NamedTuple):
             reason = f": if there is a difference, it is below {max(abs(low), abs(high)):.3f}"
         else:
             reason = f": the interval excludes 0, but not after correction for {self.claims} claims"
-        few = ""
         if 1 < self.seeds < ENOUGH:
-            few = (f"; {self.seeds} seeds alone could show nothing below "
-                   f"p = {smallest_wilcoxon_p(self.seeds):g}")
-        beside = "" if self.claim.forgets else (
+            # the smallest two-sided p of Wilcoxon's signed-rank test
+            few = f"; {self.seeds} seeds alone could show nothing below p = {2 / 2**self.seeds:g}"
+        others = "" if self.claim.forgets else (
             f"; median task {self.median:+.3f}; plain mean {self.nats:+.3f} nats")
         return (f"{self.model}, {self.setting}: {self.claim.text}: **{self.word()}**{reason} "
                 f"(against {self.against} {mean:+.3f}, 95 % interval {low:+.3f} to {high:+.3f}, "
-                f"corrected p {self.corrected:.2g}{beside}; lower on {self.lower} of {self.seeds} "
-                f"seed{'s' * (self.seeds > 1)}{few}).")
+                f"corrected p {self.corrected:.2g}{others}; lower on {self.lower} of "
+                f"{seeds(self.seeds)}{few}).")
 
-    def cell(self):
-        """Return the verdict as it stands in the README's table."""
+    def brief(self):
+        """Return the verdict as the README's table shows it."""
         mean, low, high, _ = self.interval
         rival = f" against {self.against}" if len(self.claim.theirs) > 1 else ""
         return (f"{self.word()}: {mean:+.2f} ({low:+.2f} to {high:+.2f}){rival}, "
-                f"{self.seeds} seed{'s' * (self.seeds > 1)}")
+                f"{seeds(self.seeds)}")
+
+
+def seeds(number):
+    return f"{number} seed{'s' * (number > 1)}"
 
 
 def verdicts(records, claims=PAPER + BEYOND):
@@ -204,28 +201,26 @@ def judge(claim, measured, model, setting, ours):
     if not pairs:
         return []
     most = max(map(len, pairs.values()))
-    pairs = {name: each for name, each in pairs.items() if len(each) == most}
-    best = min(pairs, key=lambda name: metrics.mean(log_loss(run) for _, run in pairs[name]))
+    best = min((name for name in pairs if len(pairs[name]) == most),
+               key=lambda name: metrics.mean(log_loss(run) for _, run in pairs[name]))
     pairs = pairs[best]
-    if claim.forgets:
-        compared = {"tasks": tuple(np.array(each) for each in zip(
-            *((list(rises(mine).values()), list(rises(theirs).values()))
-              for mine, theirs in pairs), strict=True))}
+    if claim.forgets:  # the rises of the tasks are drawn as items are
+        compared = {"": tuple(np.array([rises(pair[side]) for pair in pairs]) for side in (0, 1))}
         interval = paired_bootstrap(compared)
-        by_seed = (compared["tasks"][0] - compared["tasks"][1]).mean(1)
-        by_task = compared["tasks"][0] - compared["tasks"][1]
-        median, nats = float(np.median(by_task.mean(0))), interval.mean
+        by_task = compared[""][0] - compared[""][1]  # (seeds, tasks)
+        by_seed, median, nats = by_task.mean(1), np.median(by_task.mean(0)), interval.mean
     else:
-        compared = answer_losses(pairs)
+        compared = {task: tuple(np.array([answer_losses(run, task) for run in side])
+                                for side in zip(*pairs, strict=True)) for task in pairs[0][0].tasks}
         interval = paired_bootstrap(compared, log)
         by_seed = [log_loss(mine) - log_loss(theirs) for mine, theirs in pairs]
-        median = statistics.median(float((log(mine.mean(1)) - log(theirs.mean(1))).mean())
+        median = statistics.median((log(mine.mean(1)) - log(theirs.mean(1))).mean()
                                    for mine, theirs in compared.values())
         nats = metrics.mean(metrics.mean(mine.final_losses().values())
                             - metrics.mean(theirs.final_losses().values())
                             for mine, theirs in pairs)
     return [Verdict(claim, model, setting, best, interval, most,
-                    int(sum(value < 0 for value in by_seed)), median, nats)]
+                    sum(value < 0 for value in by_seed), float(median), nats)]
 
 
 def log(losses):
@@ -237,55 +232,17 @@ def log_loss(run):
     return float(np.mean(log(np.array(list(run.final_losses().values())))))
 
 
-def answer_losses(pairs):
-    """Return {task: (ours, theirs)}, arrays (seeds, items) whose mean over items is the loss."""
-    found = {}
-    for task in pairs[0][0].tasks:
-        names = sorted(pairs[0][0].items[task])
-        tokens = np.mean([pairs[0][0].items[task][name]["loss"][1] for name in names])
-        found[task] = tuple(
-            np.array([[pair[side].items[task][name]["loss"][0] / tokens for name in names]
-                      for pair in pairs]) for side in (0, 1))
-    return found
+def answer_losses(run, task):
+    """Return numbers of a task's items, sorted by id, whose mean is the loss a token."""
+    losses = np.array([run.items[task][item]["loss"] for item in sorted(run.items[task])])
+    return losses[:, 0] / losses[:, 1].mean()  # (items, [sum, tokens]) -> items
 
 
 def rises(run):
-    """Return {task: how far its loss rose after its own stage}, by name.
+    """Return how far the loss of each task rose after its own stage, by the tasks' names.
 
     Scaled so that the mean over all tasks is the mean over those that another task followed.
     """
-    losses, last = run.losses(), run.order[-1]
-    counted = sorted(run.tasks)
-    scale = len(counted) / (len(counted) - (last in counted))
-    return {task: scale * (losses[-1][i] - losses[i][i])
-            for task, i in ((task, run.order.index(task)) for task in counted)}
-
-
-# --- scores -------------------------------------------------------------------------------------
-
-
-def comparisons(records):
-    """Return a sentence on the scores of BADIT against every other method, by model and setting."""
-    groups, sentences = group_runs(records), []
-    for (model, variant, setting), theirs in groups.items():
-        ours = {run.seed: run for run in groups.get((model, "badit", setting), ())}
-        pairs = [(ours[run.seed], run) for run in theirs if run.seed in ours]
-        if variant == "badit" or not pairs:
-            continue
-        mean, low, high, _ = paired_bootstrap(item_scores(pairs))
-        verdict = "the interval includes 0" if low <= 0 <= high else "the interval excludes 0"
-        sentences.append(
-            f"{model}, {setting}: badit - {label(variant)}: {mean:+.2f} points (95 % interval "
-            f"{low:+.2f} to {high:+.2f}, {len(pairs)} seed{'s' * (len(pairs) > 1)}): {verdict}.")
-    return sentences
-
-
-def item_scores(pairs):
-    """Return {task: (ours, theirs)} of first-reference scores, arrays (seeds, items)."""
-    found = {}
-    for task, about in pairs[0][0].tasks.items():
-        names = sorted(pairs[0][0].items[task])
-        found[task] = tuple(
-            np.array([[pair[side].items[task][name][about["metric"]]["first"] for name in names]
-                      for pair in pairs]) for side in (0, 1))
-    return found
+    losses, counted = run.losses(), sorted(run.tasks)
+    scale = len(counted) / (len(counted) - (run.order[-1] in counted))
+    return [scale * (losses[-1][i] - losses[i][i]) for i in map(run.order.index, counted)]
