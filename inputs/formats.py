@@ -1,5 +1,4 @@
-"""Read the files that others may have written, each checked against a declared shape.
-"""
+"""Read files that others may have written, and check each against a declared shape."""
 
 import json
 from typing import Annotated, Any, Literal
@@ -9,7 +8,6 @@ from msgspec import UNSET, Meta, Struct, UnsetType
 
 from inputs.errors import InputError
 from inputs.files import read_text
-from inputs.numbers import Seed
 
 Score = Annotated[float, Meta(ge=0, le=100)]
 Amount = Annotated[float, Meta(ge=-1e100, le=1e100)]  # sums and squares of such are finite
@@ -79,89 +77,32 @@ class CheckpointState(Struct, forbid_unknown_fields=True):
     rng: list[dict[str, Any]]
 
 
-class RunArgs(Struct):
-    """The flags of a run, as far as a report reads them."""
-
-    method: str
-    model: str
-    suite: str
-    setting: Literal["mixed", "sequential", "single"]
-    seed: Seed
-    eval_before: bool
-    eval_only: bool
-
-
 class TaskSummary(Struct):
-    """What results.json says of a task."""
+    """A task in results.json, as far as another run reads it."""
 
-    category: str
-    metric: Literal["rouge_l", "accuracy"]
-    train: Count
-    test: Count
     sha256: str
 
 
-class Parameters(Struct, forbid_unknown_fields=True):
-    """Numbers of weights."""
-
-    trainable: Count
-    stored: Count
-    active: Count
-    total: Count
-
-
 class RunInfo(Struct):
-    """What differs between equal runs, as far as a report reads it."""
+    """`run` in results.json, as far as another run reads it."""
 
     device: str
     threads: Count
-    seconds: dict[str, Amount]
 
 
-class Regrouping(Struct):
-    """Means over layers of one regrouping, as far as a report reads them."""
+class Results(Struct):
+    """results.json of a finished run, as far as another run reads it; other keys are kept."""
 
-    stage: str
-    step: Count
-    inter_before: Amount | None
-    intra_before: Amount | None
-    inter_after: Amount | None
-    intra_after: Amount | None
-    alpha_entropy: Amount | None
-    alpha_max: Amount | None
-
-
-class ReportedResults(Struct, kw_only=True):
-    """results.json of a finished run, as far as a report reads it; other keys are kept, unread."""
-
-    args: RunArgs
-    variant: str
-    comparable: dict[str, Any]
-    settings: dict[str, Any]
-    versions: dict[str, str]
-    code_sha256: str
+    args: dict[str, Any]
     base_sha256: str
+    code_sha256: str
+    compiler: str
     precision: str
     processes: Count
-    compiler: str
-    global_batch_size: Count
-    task_order: Annotated[list[str], Meta(min_length=1)]
-    tasks: dict[str, TaskSummary]
-    parameters: Parameters
-    rows: Annotated[list[str], Meta(min_length=1)]
-    scores: dict[str, list[list[Score | None]]]
-    losses: list[list[Amount | None]] | None = None  # of answers, as the scores; if measured
-    metrics: dict[str, Amount | None]
-    regroupings: list[Regrouping]
-    run: RunInfo
-
-
-class Results(ReportedResults, kw_only=True):
-    """results.json of a finished run, as far as another run reads it."""
-
-    args: dict[str, Any]  # of any flags: what a run repeats, it checks
-    config_sha256: str
     read_files: dict[str, str]
+    run: RunInfo
+    tasks: dict[str, TaskSummary]
+    versions: dict[str, str]
 
 
 class References(Struct):
@@ -202,20 +143,6 @@ class LogLine(Struct):
     """A line of log.jsonl, as far as a report reads it."""
 
     loss: Amount
-
-
-class RegroupLine(Struct):
-    """A line of regroup.jsonl, of one layer, as far as a report reads it."""
-
-    stage: str
-    step: Count
-    layer: str
-    moved: Count
-    intra_before: Amount | None
-    intra_after: Amount | None
-    inter_after: Amount | None
-    alpha_entropy: Amount | None
-    expert_share: Annotated[list[Amount], Meta(min_length=1)] | None
 
 
 def read(path, kind):
