@@ -101,22 +101,19 @@ _COUNTED = {"rouge_l": _words, "accuracy": _bare}
 def counts_anything(reference, metric):
     """Return whether a reference holds what a metric counts: words for rouge_l, else anything.
 
-    If not, its score is 100 or 0 by equality. Raises ValueError for an unknown metric.
+    If not, its score is 100 or 0 by equality.
     """
-    scorer(metric)
     return bool(_COUNTED[metric](reference))
 
 
-def scorer(metric):
-    """Return the function of a metric's name. Raises ValueError for an unknown name."""
+def score(prediction, references, metric):
+    """Return the scores against the best and the first of several references, 0 to 100.
+
+    Raises ValueError for an unknown metric.
+    """
     if metric not in SCORERS:
         raise ValueError(f"metric {metric!r} is unknown; allowed: {', '.join(SCORERS)}")
-    return SCORERS[metric]
-
-
-def score(prediction, references, metric):
-    """Return the scores against the best and the first of several references, 0 to 100."""
-    scores = [scorer(metric)(prediction, reference) for reference in references]
+    scores = [SCORERS[metric](prediction, reference) for reference in references]
     return {"best": max(scores), "first": scores[0]}
 
 
@@ -125,31 +122,22 @@ def as_evaluate_metric(metric):
 
     compute(predictions=[...], references=[[...], ...]) -> {"best": mean, "first": mean}.
     """
-    scorer(metric)
-    return _evaluate_class()(config_name=metric)
-
-
-@functools.cache
-def _evaluate_class():
     import datasets  # both here: they are slow, and training does not need them
     import evaluate  # as above
 
     class SuperNIMetric(evaluate.Metric):
-        """Mean score of predictions against the best and the first of their references."""
-
         def _info(self):
+            text = datasets.Value("string")
             return evaluate.MetricInfo(
-                description=self.__doc__, citation="", inputs_description="",
-                features=datasets.Features({
-                    "predictions": datasets.Value("string"),
-                    "references": datasets.Sequence(datasets.Value("string"))}))
+                description="Mean score against the best and the first reference.", citation="",
+                features=datasets.Features({"predictions": text,
+                                            "references": datasets.Sequence(text)}))
 
         def _compute(self, predictions, references):
-            scores = [score(*pair, self.config_name)
-                      for pair in zip(predictions, references, strict=True)]
+            scores = [score(*pair, metric) for pair in zip(predictions, references, strict=True)]
             return {key: mean(each[key] for each in scores) for key in ("best", "first")}
 
-    return SuperNIMetric
+    return SuperNIMetric()
 
 
 # How Backward is read, wherever it stands.
@@ -168,18 +156,10 @@ def _difference(left, right):
     return None if left is None or right is None else left - right
 
 
-def _check_matrix(score_matrix, order):
-    T = len(order)
-    if len(set(order)) != T or not T:
-        raise ValueError(f"order {order} must name at least one task, and each once")
-    if len(score_matrix) not in (1, T):
-        raise ValueError(f"{len(score_matrix)} rows do not fit {T} tasks: "
-                         f"mixed training has 1, sequential training {T}")
-    for row in score_matrix:
-        if len(row) != T:
-            raise ValueError(f"a row of {len(row)} scores does not fit {T} tasks")
-        if any(value is not None and not math.isfinite(value) for value in row):
-            raise ValueError(f"scores must be finite numbers or None, found {row}")
+def _check_shape(matrix, order):
+    if len(matrix) not in (1, len(order)) or any(len(row) != len(order) for row in matrix):
+        raise ValueError(f"rows of {[len(row) for row in matrix]} scores do not fit {len(order)} "
+                         "tasks: mixed training has one row, sequential training a row a task")
 
 
 def continual_metrics(score_matrix, order, single_task_scores, without=()):
@@ -191,7 +171,7 @@ def continual_metrics(score_matrix, order, single_task_scores, without=()):
     backward in points, None if a score that it needs is missing.
     Raises ValueError for a malformed matrix.
     """
-    _check_matrix(score_matrix, order)
+    _check_shape(score_matrix, order)
     single = single_task_scores or {}
     a, T = score_matrix, len(order)
     counted = [i for i in range(T) if order[i] not in without]
@@ -214,15 +194,12 @@ def loss_metrics(loss_matrix, order, single_task_losses, without=()):
     The signs are those of scores: Forward and Backward above zero are lower losses, a Forget Rate
     above zero is a loss that has risen again.
     """
-
-    def negated(values):
-        return [None if value is None else -value for value in values]
-
-    single = single_task_losses and dict(zip(single_task_losses, negated(
-        single_task_losses.values()), strict=True))
-    values = continual_metrics([negated(row) for row in loss_matrix], order, single, without)
-    (loss,) = negated([values.pop("rouge")])
-    return {"loss": loss, **values}
+    negated = [[None if loss is None else -loss for loss in row] for row in loss_matrix]
+    single = {task: None if loss is None else -loss
+              for task, loss in (single_task_losses or {}).items()}
+    values = continual_metrics(negated, order, single, without)
+    loss = values.pop("rouge")
+    return {"loss": None if loss is None else -loss, **values}
 
 
 def paper_metrics(score_matrix, order):
@@ -231,7 +208,7 @@ def paper_metrics(score_matrix, order):
     Backward is divided by T, the maximum of Forget Rate is over all rows before the last, also
     those before the task was trained. None where a score is missing, and under mixed training.
     """
-    _check_matrix(score_matrix, order)
+    _check_shape(score_matrix, order)
     a, T = score_matrix, len(order)
     if len(a) == 1:
         return {"backward_paper": None, "forget_rate_paper": None}
@@ -265,19 +242,17 @@ def score_table(results):
     `results` is the content of a results.json.
     """
     args, order, matrix = results["args"], results["task_order"], results["scores"]["best"]
-    before = matrix[0] if args["eval_before"] else None
+    before = matrix[0] if args["eval_before"] else [None] * len(order)
     last = matrix[-1]
     if args["setting"] == "single":
         last = [row[i] for i, row in enumerate(matrix[-len(order):])]
     width = max(map(len, order))
     yield f"\n{'task':{width}}  {'metric':8}  {'before':>7}  {'after':>7}"
-    for i, task in enumerate(order):
-        cells = [before and before[i], last[i]]
-        yield (f"{task:{width}}  {results['tasks'][task]['metric']:8}  "
-               + "  ".join(f"{'' if cell is None else f'{cell:.2f}':>7}" for cell in cells))
-    means = [before and mean(before), mean(last)]
-    yield (f"{'mean':{width}}  {'':8}  "
-           + "  ".join(f"{'' if cell is None else f'{cell:.2f}':>7}" for cell in means))
+    for name, metric, *scores in (
+            *zip(order, (results["tasks"][task]["metric"] for task in order), before, last,
+                 strict=True), ("mean", "", mean(before), mean(last))):
+        yield f"{name:{width}}  {metric:8}  " + "  ".join(
+            f"{'' if score is None else f'{score:.2f}':>7}" for score in scores)
     for name, value in named_metrics(results):
         if value is not None:
             yield f"{name}: {value:.2f}"

@@ -167,22 +167,20 @@ def test_long_runs_of_punctuation_take_no_time():
         assert metrics.exact_match(text, "x") == 0.0
 
 
-def released_rule(text):
-    """Normalise a text as the released scripts do: lower case, no ASCII punctuation."""
-    return "".join(c for c in text.lower() if c not in string.punctuation).split()
-
-
 @pytest.mark.parametrize("labels", LABELS.values(), ids=LABELS)
 def test_superni_labels_score_as_under_the_released_rule(labels):
-    """Its labels, in the decorations that models give them, score as they always did."""
+    """The released rule drops all ASCII punctuation; on labels as models answer, both agree."""
+    def released_form(text):
+        return text.lower().translate(str.maketrans("", "", string.punctuation)).split()
+
     before = ("", '"', "'", "(", " ", ". ", ": ", "\n", "...", "[")
     after = ("", ".", '"', "'", '."', '".', ")", "!", "?", ",", ";", ":", " ", "\n", "...", " .")
     cases = (str, str.upper, str.lower, str.title)
     for label, other in itertools.product(labels, [*labels, "", "positive one", "neg"]):
         for left, right, case in itertools.product(before, after, cases):
             prediction = left + case(other) + right
-            equal = released_rule(prediction) == released_rule(label)
-            assert metrics.exact_match(prediction, label) == 100.0 * equal, (prediction, label)
+            expected = 100.0 * (released_form(prediction) == released_form(label))
+            assert metrics.exact_match(prediction, label) == expected, (prediction, label)
 
 
 # Rouge-L
@@ -324,18 +322,11 @@ def test_counts_anything(reference, metric, expected):
     assert metrics.counts_anything(reference, metric) is expected
 
 
-@pytest.mark.parametrize("metric", ["bleu", "", None])
-def test_counts_anything_refuses_an_unknown_metric(metric):
-    """As the scorers do; every metric that there is has an answer."""
-    with pytest.raises(ValueError, match="rouge_l, accuracy"):
-        metrics.counts_anything("a", metric)
-    assert all(metrics.counts_anything("a", known) for known in metrics.SCORERS)
-
-
 def test_importing_metrics_is_quick():
-    """Neither the import nor a look at references loads rouge_score, which loads nltk."""
+    """Neither the import nor a look at references loads a slow library."""
     code = ("import sys, metrics; metrics.counts_anything('a', 'rouge_l'); "
-            "print({'nltk', 'rouge_score', 'numpy', 'torch'} & set(sys.modules))")
+            "slow = {'datasets', 'evaluate', 'nltk', 'numpy', 'rouge_score', 'torch'}; "
+            "print(slow & {*sys.modules})")
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
                           check=True)
     assert done.stdout == "set()\n"
