@@ -74,17 +74,9 @@ def only_run(folder):
     return found[0]
 
 
-def build_parser():
-    parser = Parser(prog="report.py", allow_abbrev=False, description=__doc__,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_flags(parser, FLAGS)
-    return parser
-
-
 def collect(args, paths):
     """Return what runs.collect does, and name on stderr what is left out."""
-    free = [*args.allow_other, *([runs.RATE] if args.tuning else [])]
-    records, left_out = runs.collect(paths, free)
+    records, left_out = runs.collect(paths, [*args.allow_other, *[runs.RATE] * args.tuning])
     for folder, reason in left_out:
         print(one_line(f"left out: {folder}: {reason}"), file=sys.stderr)
     return records, left_out
@@ -113,21 +105,23 @@ def write_study(args):
 
 
 def main(argv=None):
+    parser = Parser(prog="report.py", allow_abbrev=False, description=__doc__,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_flags(parser, FLAGS)
     try:
-        args = build_parser().parse_args(argv)
-        if args.export and not runs.is_records_name(args.export):
-            raise InputError(f"--export {args.export}: the name of the file must end with "
-                             ".jsonl.gz")
+        args = parser.parse_args(argv)
         outputs = args.out or args.export or args.unpack
+        if args.export and not args.export.name.endswith(runs.RECORDS):
+            raise InputError(f"--export {args.export}: the name must end with {runs.RECORDS}")
         if args.readme and (outputs or args.tuning):
             raise InputError("--readme takes no --out, --export, --unpack or --tuning")
+        if (args.tuning or args.allow_other) and not (outputs or args.readme):
+            raise InputError("--tuning and --allow_other need --out DIR, --export FILE, --unpack "
+                             "DIR or --readme FILE")
         if args.readme:
             write_readme(args)
         elif outputs:
             write_study(args)
-        elif args.tuning or args.allow_other:
-            raise InputError("--tuning and --allow_other need --out DIR, --export FILE, --unpack "
-                             "DIR or --readme FILE")
         else:
             show_run(args.runs)
     except (InputError, OSError) as error:

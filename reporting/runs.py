@@ -9,7 +9,7 @@ import json
 import math
 import statistics
 import zlib
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path, PurePath
 from typing import NamedTuple
 
@@ -31,6 +31,7 @@ SMALLEST = 1e-2  # nats per token: a smaller loss counts as this much in a mean 
 UNLEARNABLE = {
     "55526f53cb00b2589a6615d7bd153ac242dc098df9334bb007aebe20c0f420bd",
     "8642ca60cc37d2d85972ac881f8fc3fabbd5f72ed0968a5a33c69a60ade4a69b"}
+RECORDS = ".jsonl.gz"  # how the name of a file of records ends
 FREE = ("code", "versions")  # what --allow_other may let differ
 NEEDED = ("args", "base_sha256", "code_sha256", "comparable", "compiler", "global_batch_size",
           "metrics", "parameters", "precision", "processes", "regroupings", "rows", "run",
@@ -100,26 +101,25 @@ class Record(NamedTuple):
         return self.model, self.variant, self.setting
 
     def matrix(self, reference):
-        """The score matrix of the trained stages (untrained: one row), as lists."""
+        """Return the score matrix of the trained stages (untrained: one row), as lists."""
         return self.results["scores"][reference][self.results["args"]["eval_before"]:]
 
     def losses(self):
-        """The loss of the test answers as `matrix`, or None if it was not measured."""
+        """Return the loss of the test answers as `matrix`, or None if it was not measured."""
         losses = self.results.get("losses")
         return losses and losses[self.results["args"]["eval_before"]:]
 
     def final(self, reference):
-        """{task: score after all training}, None if not evaluated. A single run: after its task."""
+        """Return {task: score after all training}; of a single run, after the task's own."""
         return self._last(self.matrix(reference))
 
     def final_losses(self):
-        """{task: loss after all training} of a run that measured losses."""
-        return self._last(self.losses())
+        """Return what `final` does of the losses, {} if they were not measured."""
+        return self._last(self.losses()) if self.losses() else {}
 
     def _last(self, matrix):
-        rows = range(len(self.order)) if self.setting == "single" else [-1] * len(self.order)
-        return {task: matrix[row][i] for i, (row, task) in enumerate(zip(
-            rows, self.order, strict=True)) if task not in self.without}
+        return {task: matrix[i if self.setting == "single" else -1][i]
+                for i, task in enumerate(self.order) if task not in self.without}
 
 
 # --- reading ------------------------------------------------------------------------------------
@@ -206,12 +206,8 @@ def find(folders):
 # --- files of records ---------------------------------------------------------------------------
 
 
-def is_records_name(path):
-    return path.name.endswith(".jsonl.gz")
-
-
 def is_records_file(path):
-    return path.is_file() and is_records_name(path)
+    return path.is_file() and path.name.endswith(RECORDS)
 
 
 def write_records(records, path):
@@ -351,14 +347,13 @@ def collect(paths, free=()):
 def group_runs(records):
     """Return {(model, variant, setting): records by seed} without single runs, in fixed order."""
     known = [*VARIANTS.values(), *FORMER.values()]
-    found = {}
-    ordered = sorted(records, key=lambda record: (
-        record.model, known.index(record.variant) if record.variant in known else len(known),
-        record.variant, record.setting, record.seed))
-    for record in ordered:
+    found = defaultdict(list)
+    for record in sorted(records, key=lambda record: (
+            record.model, known.index(record.variant) if record.variant in known else len(known),
+            record.variant, record.setting, record.seed)):
         if record.setting != "single":
-            found.setdefault(record.group, []).append(record)
-    return found
+            found[record.group].append(record)
+    return dict(found)
 
 
 def label(variant):
@@ -396,7 +391,7 @@ def losses_of(record, records):
     """
     if record.losses() is None:
         return {}
-    single = on_one_task(record, records, losses_alone)
+    single = on_one_task(record, records, Record.final_losses)
     found = metrics.loss_metrics(record.losses(), record.order, single, record.without)
     bare = next((other.final_losses() for other in records if other.model == record.model
                  and other.variant == "zero_shot" and other.losses()), None)
@@ -413,21 +408,15 @@ def forgets(run):
 
 def on_one_task(record, records, measure):
     """Return {task: `measure` of the same method, model and seed trained on that task alone}."""
+    def alike(run):  # beside the protocol
+        schedule = run.results["comparable"].get(f"--regroup_every, {run.setting}")
+        return run.model, run.variant, run.seed, schedule
+
     found = {}
     for other in records:
-        if other.setting == "single" and _alike(other) == _alike(record):
+        if other.setting == "single" and alike(other) == alike(record):
             found |= measure(other)
     return {task: found[task] for task in record.order if task in found}
-
-
-def losses_alone(run):
-    return run.final_losses() if run.losses() else {}
-
-
-def _alike(record):
-    """Return what a single-task run shares with the run that it is for, beside the protocol."""
-    schedule = record.results["comparable"].get(f"--regroup_every, {record.setting}")
-    return record.model, record.variant, record.seed, schedule
 
 
 def with_forward(record, others):
@@ -447,6 +436,6 @@ def with_forward(record, others):
     forward = metrics.continual_metrics(record.matrix("best"), record.order, single)["forward"]
     changed = {"metrics": record.results["metrics"] | {"forward": forward}}
     if record.losses():
-        alone = on_one_task(record, kept, losses_alone)
+        alone = on_one_task(record, kept, Record.final_losses)
         changed["loss_metrics"] = metrics.loss_metrics(record.losses(), record.order, alone)
     return record._replace(results=record.results | changed)

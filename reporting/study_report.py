@@ -18,22 +18,16 @@ VERDICTS = ("Ours minus theirs, below zero is better for ours: the mean over tas
 
 
 def make(records, left_out, out):
-    """Write report.md, figures.md, tables/ and figures/ into the folder `out`.
-
-    Returns the path of report.md.
-    """
+    """Write report.md, tables/ and figures/ into the folder `out`; return report.md's path."""
     made = tables.all_tables(records)
     for table in made:
         write_text(out / "tables" / f"{table.name}.tex", table.latex())
         write_text(out / "tables" / f"{table.name}.csv", table.csv())
-    drawn = figures.of_study(records)
-    for name, figure in drawn.items():
+    for name, figure in figures.of_study(records).items():
         figures.save(figure, out / "figures" / name, ("png", "pdf"))
-    write_text(out / "figures.md", "\n\n".join(
-        ["# Figures", *(f"![{name}](figures/{name}.png)" for name in drawn)]) + "\n")
     single = sum(record.setting == "single" for record in records)
     parts = ["# Report", f"{len(records) - single} runs, {single} single-task runs, "
-             f"{len(left_out)} left out. All figures are in figures.md beside this file."]
+             f"{len(left_out)} left out. Figures are in figures/, numbers in tables/."]
     without = sorted({task for record in records for task in record.without})
     if without:
         parts.append(f"No number counts {', '.join(without)}: its test rows asked for facts that "

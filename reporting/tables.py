@@ -2,6 +2,7 @@
 
 import json
 import statistics
+from collections import defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -108,19 +109,19 @@ def paper_figure(paper, table, model, variant, column, runs):
     """Return the paper's mean if the runs are on all of its tasks, else None."""
     if not runs or set(runs[0].order) != set(SUPERNI):
         return None
-    entry = paper[table]["rows"].get(model, {}).get(variant, {}).get(column)
-    return entry and entry.get("mean", entry.get("value"))
+    entry = paper[table]["rows"].get(model, {}).get(variant, {}).get(column, {})
+    return entry.get("mean", entry.get("value"))
 
 
 def beside_paper(records, paper, table, model, variant, columns):
     """Return a Score for each column, such as "mixed/rouge"."""
-    groups, made = group_runs(records), []
+    scores = []
     for column in columns:
-        setting, _, metric = column.partition("/")
-        runs = groups.get((model, variant, setting), ())
-        made.append(Score(values_of(runs, metric, records),
-                         paper_figure(paper, table, model, variant, column, runs)))
-    return made
+        setting, metric = column.split("/")
+        runs = group_runs(records).get((model, variant, setting), ())
+        scores.append(Score(values_of(runs, metric, records),
+                            paper_figure(paper, table, model, variant, column, runs)))
+    return scores
 
 
 def score_name(records):
@@ -131,9 +132,9 @@ def score_name(records):
 
 def variants(records):
     """Return {(model, variant): {setting: runs}}, in a fixed order."""
-    found = {}
+    found = defaultdict(dict)
     for (model, variant, setting), runs in group_runs(records).items():
-        found.setdefault((model, variant), {})[setting] = runs
+        found[model, variant][setting] = runs
     return found
 
 

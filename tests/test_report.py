@@ -16,10 +16,12 @@ from pathlib import Path
 import matplotlib.image
 import numpy as np
 import pytest
+import torch
 from conftest import SMALL, TASKS, lines_of, results_of, snapshot, succeed, write_json
 from scipy.stats import wilcoxon
 
 import report
+from grouping import component_gram, gradient_angles, grouping_from_gram
 from inputs import formats
 from inputs.suites import SUPERNI
 from registry import METHODS, variant_of
@@ -584,7 +586,7 @@ def test_a_report_and_one_of_its_export(study, tmp_path, capsys):
     assert report.main([str(study), "--out", str(one)]) == 0
     assert "left out" not in capsys.readouterr().err
     names = {path.relative_to(one).as_posix() for path in one.rglob("*") if path.is_file()}
-    assert names == {"report.md", "figures.md", "figures/angles.png", "figures/angles.pdf",
+    assert names == {"report.md", "figures/angles.png", "figures/angles.pdf",
                      *(f"tables/{name}.{kind}" for name in ("table1", "regroupings", "tasks")
                        for kind in ("tex", "csv"))}
     assert_drawn(one / "figures" / "angles.png")
@@ -655,6 +657,16 @@ def test_angles_show_both_moments(study):
         for event in badit.results["regroupings"]]})
     assert len(figures.angles([still]).axes[0].lines) == 3
     figures.plt.close("all")
+
+
+def test_angles_of_noise():
+    """What docs/analyses.md says of DOG on isotropic noise, of the size of SmolLM2's gate_proj."""
+    generator = torch.Generator().manual_seed(0)
+    gram = torch.stack([component_gram(torch.randn(32, 576 + 1536, generator=generator))
+                        for _ in range(20)])
+    new, _ = grouping_from_gram(gram, 8, torch.arange(32).expand(20, -1) // 4)
+    inter, intra = gradient_angles(gram, new, 8)
+    assert (float(intra.mean()), float(inter.mean())) == pytest.approx((88.9, 90.4), abs=0.1)
 
 
 def test_sensitivity_needs_two_values(study):
