@@ -9,7 +9,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 trap : TERM INT  # of `timeout 530 bash scripts/compare.sh mini`: wait for the run to save
-form=${1:-} failed=0
+form=${1:-} failed=0 settings=(mixed sequential)
 six=(--suite superni --tasks T591 T639 T1687 T875 T363 T1510)
 declare -A often  # optimizer steps between regroupings: an epoch of a short task has too few
 declare -A rates=([lora-matched]=1e-3 [pissa-matched]=5e-4 [loramoe]=2e-3 [badit]=5e-4)
@@ -20,7 +20,8 @@ case $form in
     flags=(--max_train_per_task 24 --epochs 2 --max_new_tokens 16) ;;
   superni) data=("${six[@]}") often=([mixed]=12 [sequential]=4) others=()
     flags=(--max_train_per_task 64 --max_eval_per_task 25 --epochs 1 --max_length 256) ;;
-  instrument) data=("${six[@]}") often=([mixed]=10 [sequential]=10)
+  instrument) data=("${six[@]}") often=([mixed]=10 [sequential]=10 [single]=10)
+    settings+=(single)  # Forward needs them
     others=(olora olora_qr-matched gainlora badit-no_bad badit-static half)
     # the rate of the paper; `scripts/tune.sh instrument` finds others
     for method in lora-matched pissa-matched loramoe badit "${others[@]}"; do rates[$method]=2e-4; done
@@ -29,7 +30,7 @@ case $form in
 esac
 shift
 for seed in 1 2 3 4 5; do
-  for setting in mixed sequential; do
+  for setting in "${settings[@]}"; do
     methods=(zero_shot)
     for method in lora-matched pissa-matched loramoe badit badit-random badit-no_dog badit-energy \
       badit-energy-random "${others[@]}"; do
@@ -37,9 +38,9 @@ for seed in 1 2 3 4 5; do
       case $method in badit*|loramoe) flag+=" --regroup_every ${often[$setting]}" ;; esac
       methods+=("$flag")
     done
-    more=() && [ "$setting" = mixed ] || more=(--eval_tasks new)
+    more=() && [ "$setting" != sequential ] || more=(--eval_tasks new)
     bash scripts/sweep.sh --models smollm2-135m --launcher "${LAUNCHER:-python}" "${data[@]}" \
-      --runs "runs/compare-$form${RATE:+-$RATE}" --no_single --methods "${methods[@]}" \
+      --runs "runs/compare-$form${RATE:+-$RATE}" --methods "${methods[@]}" \
       --seeds "$seed" --settings "$setting" "$@" -- --eval_loss --eval_batch_size 64 "${flags[@]}" "${more[@]}" ||
       { status=$?; [ "$status" = 1 ] || exit "$status"; failed=1; }  # 1: some runs failed
   done

@@ -11,7 +11,7 @@
 #   sbatch --array=0-1223 scripts/slurm_array.sh --seeds 1 2
 # A model that is too large for one node, sharded over several, one task a node:
 #   sbatch --nodes=2 --gpus-per-node=8 --ntasks-per-node=1 --array=0-9 scripts/slurm_array.sh \
-#     --models /models/Llama-3-70B --no_single -- --gradient_checkpointing
+#     --models /models/Llama-3-70B --settings mixed sequential -- --gradient_checkpointing
 # A run that reaches its time limit saves; the same sbatch command resumes it and skips finished ones.
 # Run scripts/setup.sh once before, on a node that sees the package index.
 set -euo pipefail

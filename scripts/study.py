@@ -11,6 +11,7 @@ command continues: it skips finished runs and resumes the one that was stopped.
 import argparse
 import contextlib
 import hashlib
+import itertools
 import os
 import shlex
 import shutil
@@ -37,6 +38,7 @@ from registry import EMBEDDED, METHODS, MODELS, VARIANTS  # noqa: E402
 
 PAPER_METHODS = ("lora", "pissa", "olora_qr", "loramoe", "gainlora", "badit")
 PAPER_MODELS = tuple(name for name in MODELS if name != EMBEDDED)
+SETTINGS = ("mixed", "sequential", "single")
 RATE = "learning_rate"  # the only training flag that a method may set for itself
 
 FLAGS = (
@@ -46,15 +48,14 @@ FLAGS = (
          "its flags in quotes, such as 'badit-random --regroup_every 30 --learning_rate 5e-4' "
          "(default: the paper's six)", metavar="METHOD"),
     Flag("seeds", tuple[Seed, ...], (1, 2, 3, 4, 5), "(default: 1 2 3 4 5)", metavar="SEED"),
-    Flag("settings", tuple[Literal["mixed", "sequential"], ...], ("mixed", "sequential"),
-         "of mixed, sequential (default: both)", metavar="SETTING"),
-    Flag("no_single", bool, False, "without the runs on one task each, which Forward needs"),
+    Flag("settings", tuple[Literal[SETTINGS], ...], SETTINGS, "of mixed, sequential, and single: "
+         "the runs on one task each, which Forward needs (default: all)", metavar="SETTING"),
     Flag("suite", str, "superni", f"mini, {', '.join(NAMED)}, or a folder (default: superni)"),
     Flag("tasks", tuple[str, ...] | None, None, "only these, by name or T-number", metavar="TASK"),
     Flag("runs", Path, Path("runs/study"), "the folder of all runs (default: runs/study)"),
     Flag("launcher", str, "accelerate launch --config_file scripts/accelerate/one_gpu.yaml",
          "the command that starts train.py: python, or accelerate launch with another file of "
-         "scripts/accelerate (default: accelerate launch with one_gpu.yaml)"),
+         "scripts/accelerate (default: accelerate launch with one_gpu.yaml)", check=shlex.split),
     Flag("dry-run", bool, False, "print the commands, one a line, and on stderr their number"),
     Flag("nth", int | None, None, "run only line I of the list, from 0", metavar="I"),
 )
@@ -78,20 +79,12 @@ def parse(argv):
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     add_flags(parser, FLAGS)
     args, passed_on = parser.parse_args(argv[:cut]), argv[cut + 1:]
-    for name in ("models", "methods", "seeds", "settings"):
-        values = getattr(args, name)
-        if len(set(values)) != len(values):
-            raise InputError(f"--{name} has a value twice: {' '.join(map(str, values))}")
     for model in args.models:
         if model not in MODELS and not os.path.isdir(model):
             raise InputError(f"--models {model!r} is not a folder; allowed: {', '.join(MODELS)}, "
                              "or a folder")
     if args.runs.exists() and not args.runs.is_dir():
         raise InputError(f"--runs {args.runs} is not a folder")
-    try:
-        args.launcher = shlex.split(args.launcher)
-    except ValueError as error:
-        raise InputError(f"--launcher {args.launcher!r}: {error}") from None
     for word in passed_on:
         if word.split("=")[0].removeprefix("--") in STUDY_FLAGS:
             raise InputError(f"{word} after --: the study chooses it for each run")
@@ -126,15 +119,14 @@ def words_of(method):
     return [*VARIANTS[name].split(), *flags]
 
 
-def flags_of(args, passed_on, method, model, seed, setting, task=None):
+def flags_of(args, passed_on, method, model, seed, setting, tasks=None):
     """Return train.py's flags for one run, without its folder."""
     name, *flags = words_of(method)
-    tasks = [task] if task else args.tasks
     words = ["--method", name, *flags, "--model", model, "--suite", args.suite,
              *(["--tasks", *tasks] if tasks else []), "--seed", str(seed)]
     if not METHODS[name].trains:
         return words + without(passed_on, TRAINING_FLAGS)
-    ignored = names(ignored_by_single=True) if task else ()
+    ignored = names(ignored_by_single=True) if setting == "single" else ()
     return [*words, "--setting", setting, *without(passed_on, ignored)]
 
 
@@ -150,33 +142,30 @@ def without(words, dropped):
 
 
 def task_names(args):
-    """Return the names of the tasks to train on, in no particular order."""
-    if args.suite in NAMED:  # known without the data
-        known = list(NAMED[args.suite].tasks)
-    else:
-        known = task_folders(suite_folder(args.suite))
+    """Return the names of the tasks to train on; those of a named suite need no data."""
+    known = (list(NAMED[args.suite].tasks) if args.suite in NAMED
+             else task_folders(suite_folder(args.suite)))
     return resolve_names(args.tasks, known) if args.tasks else known
 
 
 def plan(args, passed_on):
-    """Return all runs: those of the settings, then the single-task runs that Forward needs."""
+    """Return all runs: those on all tasks, then the single-task runs that Forward needs."""
     runs, single = [], []  # (name of the folder, flags)
-    for model in args.models:
-        for method in args.methods:
-            trains = METHODS[words_of(method)[0]].trains
-            slug = "-".join(word.lstrip("-") for word in method.split())
-            stem = f"{slug}-{{}}-{Path(model).name}-seed{{}}"
-            # An untrained model scores the same for every seed and setting.
-            for seed in args.seeds if trains else [1]:
-                for setting in args.settings if trains else ["mixed"]:
-                    words = flags_of(args, passed_on, method, model, seed, setting)
-                    name = stem.format(setting if trains else "eval", seed)
-                    runs.append((name, words))
-                for task in task_names(args) if trains and not args.no_single else []:
-                    words = flags_of(args, passed_on, method, model, seed, "single", task)
-                    digest = hashlib.sha256(shlex.join(words).encode()).hexdigest()[:8]
-                    name = f"single/{stem.format(task.split('_')[0], seed)}-{digest}"
-                    single.append((name, words))
+    for model, method in itertools.product(args.models, args.methods):
+        trains = METHODS[words_of(method)[0]].trains
+        slug = "-".join(word.lstrip("-") for word in method.split())
+        stem = f"{slug}-{{}}-{Path(model).name}-seed{{}}"
+        # An untrained model scores the same for every seed and setting.
+        for seed, setting in itertools.product(args.seeds, args.settings) if trains else [(1, "")]:
+            if setting != "single":
+                words = flags_of(args, passed_on, method, model, seed, setting, args.tasks)
+                runs.append((stem.format(setting or "eval", seed), words))
+                continue
+            for task in task_names(args):
+                words = flags_of(args, passed_on, method, model, seed, setting, [task])
+                digest = hashlib.sha256(shlex.join(words).encode()).hexdigest()[:8]
+                name = f"single/{stem.format(task.split('_')[0], seed)}-{digest}"
+                single.append((name, words))
     planned = {}
     for name, words in runs + single:
         if name in planned:
@@ -195,15 +184,14 @@ BILLIONS = {"qwen3-8b": 8.2, "qwen3-4b": 4.0, "llama3-8b": 8.0, "llama3-3b": 3.2
 def gpu_hours(flags):
     """Estimate a run's GPU hours on SuperNI, at an assumed 200 TFLOP/s and 30 ms a generated token.
 
-    An operation count per weight and token: 4 in training, as frozen weights get no gradients, and
-    2 for a prompt. SuperNI's tokens are counted with SmolLM2's tokenizer.
+    Operations per weight and token: 4 in training, as frozen weights get no gradients, 2 for a
+    prompt. The tokens of SuperNI are counted with SmolLM2's tokenizer.
     """
-    weights, trains = 1e9 * BILLIONS[flags.model], METHODS[flags.method].trains
-    share = 1 / 15 if flags.setting == "single" else 1  # of the tasks
     rounds = 15 if flags.setting == "sequential" else 1  # an evaluation after every task
-    tokens = 4 * 2_773_992 * flags.epochs * trains + 2 * 266_650 * rounds
+    tokens = 4 * 2_773_992 * flags.epochs * METHODS[flags.method].trains + 2 * 266_650 * rounds
     steps = 1_197 / flags.eval_batch_size * flags.max_new_tokens * rounds
-    return share * (weights * tokens / 200e12 + steps * 0.03) / 3600
+    seconds = 1e9 * BILLIONS[flags.model] * tokens / 200e12 + steps * 0.03
+    return seconds / 3600 / (15 if flags.setting == "single" else 1)
 
 
 def print_dry_run(runs, args):
@@ -212,8 +200,7 @@ def print_dry_run(runs, args):
     flags = [run.flags() for run in runs]
     single = sum(each.setting == "single" for each in flags)
     note = f"{len(runs) - single} runs, {single} on one task alone"
-    known = {each.model for each in flags} <= BILLIONS.keys()
-    if known and args.suite == "superni" and not args.tasks:
+    if {*args.models} <= BILLIONS.keys() and args.suite == "superni" and not args.tasks:
         note += f"; about {sum(map(gpu_hours, flags)):,.1f} GPU hours (assuming 200 TFLOP/s)"
     print(note, file=sys.stderr, flush=True)
     print("\n".join(shlex.join(run.command) for run in runs))

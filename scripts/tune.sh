@@ -29,7 +29,7 @@ for rate in ${RATES:-$rates}; do
   done
 done
 bash scripts/sweep.sh --models smollm2-135m --launcher "${LAUNCHER:-python}" "${data[@]}" --runs "$runs" \
-  --no_single --seeds 101 --methods "${methods[@]}" "$@" -- --eval_loss --max_new_tokens 1 \
+  --seeds 101 --methods "${methods[@]}" "$@" -- --eval_loss --max_new_tokens 1 \
   --eval_batch_size 64 "${flags[@]}" || { failed=$?; [ $failed = 1 ] || exit $failed; }  # 1: some failed
 case " $* " in *" --dry-run "* | *" --help "*) exit 0 ;; esac
 .venv/bin/python report.py "$runs" --tuning --out "$runs/report"

@@ -23,7 +23,7 @@ from registry import VARIANTS, variant_of
 
 ROOT = Path(study.__file__).resolve().parents[1]
 SCRIPTS = sorted((ROOT / "scripts").glob("*.sh"))
-TINY = ("--launcher", "python", "--no_single", "--settings", "mixed")
+TINY = ("--launcher", "python", "--settings", "mixed")
 ONE = ("--models", "smollm2-135m", "--suite", "mini", "--methods", "lora", "--seeds", "1", *TINY)
 
 
@@ -114,9 +114,9 @@ def test_variants_have_the_names_that_a_report_gives_them():
     (["--methods", "badit-no_dog", "badit --no_dog"], "share the folder"),
     (["--models", ""], "--models ''"), (["--models", "w" * 5000], "--models 'www"),
     (["--runs", "README.md"], "--runs README.md"),
-    (["--runs", "a\x1b\n" * 999], r"a\x1b\n"), (["--launcher", "a 'b"], "No closing quotation"),
-    (["--seeds", "x"], "'x'"), (["--seeds", "1", "1"], "twice"),
-    (["--settings", "single"], "'single'"),
+    (["--runs", "a\x1b\n" * 999], r"a\x1b\n"), (["--launcher", "a 'b"], "a 'b"),
+    (["--seeds", "x"], "'x'"), (["--seeds", "1", "1"], "share the folder"),
+    (["--settings", "alone"], "'alone'"),
     (["--suite", "nowhere"], "nowhere"), (["--tasks", "T999"], "T999"),
     (["--nth", "3060"], "3060"), (["--nth", "-1"], "-1"),
     (["--", "--learning_rate", "0"], "'0'"), (["--", "--seed", "4"], "--seed"),
@@ -287,15 +287,19 @@ def test_tuning_tries_every_rate_for_every_method(form, setting, held_out, metho
 
 
 def test_the_instrument_has_all_methods_in_both_settings(calls, capsys):
-    """Six tasks, regrouped every ten steps, five seeds, nothing but the method differs."""
+    """Six tasks, regrouped every ten steps, five seeds, nothing but the method differs.
+
+    Forward needs each method on each task alone, with the same steps between regroupings.
+    """
     given = [train_flags(words) for argv in calls("compare.sh", "instrument", "--dry-run")
              for words in dry(capsys, *argv)[0]]
     trained = [args for args in given if args.method != "zero_shot"]
     assert Counter((args.seed, args.setting) for args in trained) == dict.fromkeys(
-        itertools.product((1, 2, 3, 4, 5), ("mixed", "sequential")), 14)
+        itertools.product((1, 2, 3, 4, 5), ("mixed", "sequential")), 14) | dict.fromkeys(
+        itertools.product((1, 2, 3, 4, 5), ["single"]), 14 * 6)
     assert {(args.max_train_per_task, args.max_eval_per_task, args.epochs, args.max_length,
              len(args.tasks), args.eval_tasks == "new") for args in trained} == {
-        (200, 50, 2, 256, 6, False), (200, 50, 2, 256, 6, True)}
+        (200, 50, 2, 256, 6, False), (200, 50, 2, 256, 6, True), (200, 50, 2, 256, 1, False)}
     assert {args.regroup_every for args in trained if args.method == "badit"} == {10}
 
 
