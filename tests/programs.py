@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -64,6 +65,12 @@ def save_when_stopped(*flags):
     with filelock.FileLock(folder / ".lock"):  # makes the folder
         (folder / "begun").touch()
         time.sleep(60)
+
+
+def launch(name, *more):
+    """Start another of these, and end when a signal comes, passing none on."""
+    subprocess.Popen(words(name, *more))
+    time.sleep(60)
 
 
 def train_and_list_modules(path, *argv):
