@@ -230,10 +230,9 @@ def headline(types):
 
 
 def named_metrics(results):
-    """Yield (name, value or None) of the metrics over tasks of a results.json."""
-    types = [task["metric"] for task in results["tasks"].values()]
-    for name, value in results["metrics"].items():
-        yield headline(types) if name == "rouge" else name, value
+    """Return [(name, value or None)] of the metrics over tasks of a results.json."""
+    named = {"rouge": headline(task["metric"] for task in results["tasks"].values())}
+    return [(named.get(name, name), value) for name, value in results["metrics"].items()]
 
 
 def score_table(results):

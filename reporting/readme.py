@@ -6,7 +6,6 @@ from reporting import verdicts
 from reporting.tables import markdown_table
 
 START, END = "<!-- results -->", "<!-- /results -->"
-SETTINGS = ("mixed", "sequential")
 
 
 def update(file, studies):
@@ -27,15 +26,11 @@ def claims_table(studies):
 
     Holm's correction is over all cells of the table.
     """
-    names = {path: path.resolve().parent.name if path.is_file() else path.resolve().name
-             for path in studies}
-    found = {}  # in one dict, so that all are corrected together
-    for path, records in studies.items():
-        for verdict in verdicts.verdicts(records, verdicts.README):
-            found.setdefault((verdict.claim, path, verdict.setting), verdict)
+    found = {(verdict.claim, path, verdict.setting): verdict for path, records in studies.items()
+             for verdict in verdicts.verdicts(records, verdicts.README)}
     found = dict(zip(found, verdicts.corrected(list(found.values())), strict=True))
-    columns = [(path, setting) for path in studies for setting in SETTINGS]
-    return markdown_table(
-        ["claim", *(f"{names[path]}, {setting}" for path, setting in columns)],
-        [[claim.text, *(found[claim, *column].brief() if (claim, *column) in found else "not run"
-                        for column in columns)] for claim in verdicts.README])
+    columns = {(path, setting): f"{(path.parent if path.is_file() else path).resolve().name}, "
+               f"{setting}" for path in studies for setting in ("mixed", "sequential")}
+    return markdown_table(["claim", *columns.values()], [
+        [claim.text, *(found[claim, *column].brief() if (claim, *column) in found else "not run"
+                       for column in columns)] for claim in verdicts.README])

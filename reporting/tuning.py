@@ -68,10 +68,10 @@ def rate_figure(found):
                 if (model, setting) == panel}
         for (variant, rates), colour in zip(mine.items(), cycle(figures.COLOURS), strict=False):
             means = {rate: metrics.mean(losses) for rate, losses in rates.items()}
-            place.plot(list(means), list(means.values()), color=colour, marker="o", markersize=4,
+            place.plot(list(means), list(means.values()), "o-", color=colour, markersize=4,
                        label=label(variant))
-            place.plot([best(rates)], [means[best(rates)]], color=colour, marker="o",
-                       markersize=11, markerfacecolor="none", linestyle="none")
+            place.plot(best(rates), means[best(rates)], "o", color=colour, markersize=11,
+                       markerfacecolor="none")
         place.set(title=", ".join(panel), xscale="log", yscale="log", xlabel="peak learning rate",
                   ylabel="loss of held-out rows, nats per token")
         figures.label_values(place.xaxis, set().union(*mine.values()))

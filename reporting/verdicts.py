@@ -173,13 +173,11 @@ def verdicts(records, claims=PAPER + BEYOND):
     """Return a Verdict for each claim, model and setting whose runs measured losses for it."""
     measured = {key: {run.seed: run for run in runs if run.losses()}
                 for key, runs in group_runs(records).items()}
-    found = []
-    for claim in claims:
-        for (model, variant, setting), ours in measured.items():
-            if variant == VARIANTS.get(claim.ours) and ours and (
-                    not claim.forgets or all(map(forgets, ours.values()))):
-                found += judge(claim, measured, model, setting, ours)
-    return corrected(found)
+    return corrected([
+        verdict for claim in claims for (model, variant, setting), ours in measured.items()
+        if variant == VARIANTS[claim.ours] and ours
+        and (not claim.forgets or all(map(forgets, ours.values())))
+        for verdict in judge(claim, measured, model, setting, ours)])
 
 
 def corrected(found):
