@@ -1,7 +1,7 @@
-"""Every name that the command line accepts, and the settings of every method.
+"""Register the methods with their settings, and the names of study variants and models.
 
-A new method is one file in baselines/ and one entry in METHODS. Its settings are its flags, their
-checks, and what adapter_config.json holds. Nothing here needs torch.
+A new method is one file in baselines/ and one entry in METHODS. Its settings class defines its
+flags, their checks, and the content of adapter_config.json. This module does not import torch.
 """
 
 import argparse
@@ -14,40 +14,40 @@ from inputs.errors import InputError
 from inputs.numbers import Fraction, NonNegative, Positive, PositiveInt, Seed
 from inputs.settings import Settings, setting
 
-ALL_LINEAR = "all-linear"  # of --target_modules: all but the output layer
+ALL_LINEAR = "all-linear"  # value of --target_modules: all layers but the output layer
 
 # --- settings of several methods ----------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Targets(Settings):
-    """Which linear layers are adapted."""
+    """The choice of adapted layers."""
 
     target_modules: tuple[str, ...] = setting(
-        ("gate_proj",), f"last name components of the linear layers to adapt, or {ALL_LINEAR} "
-        "(default: gate_proj)",
+        ("gate_proj",), "linear layers to adapt, by the last part of their names, or "
+        f"{ALL_LINEAR} for all but the output layer (default: gate_proj)",
         metavar="NAME", names_variant=False, same_in_table=True)
 
 
 @dataclass(frozen=True)
 class LowRank(Targets):
-    """Of a low-rank update s B A beside a frozen weight, s = alpha / rank (Appendix G.4)."""
+    """Settings of a low-rank update s B A of a frozen weight, s = alpha / rank (Appendix G.4)."""
 
-    rank: PositiveInt = setting(4, "r, of each expert (default: 4)")
-    alpha: Positive = setting(32.0, "scaling is alpha / rank (default: 32)")
-    dropout: Fraction = setting(0.05, "on the adapter's input (default: 0.05)",
+    rank: PositiveInt = setting(4, "rank r of the update, or of each expert (default: 4)")
+    alpha: Positive = setting(32.0, "the update is scaled by alpha / rank (default: 32)")
+    dropout: Fraction = setting(0.05, "dropout rate of the adapter's input (default: 0.05)",
                                 names_variant=False, same_in_table=True)
 
 
 @dataclass(frozen=True)
 class Experts(LowRank):
-    """Of K experts in one bank, the top_k of which a token selects."""
+    """Settings of a bank of K experts, of which each token selects top_k."""
 
-    num_experts: PositiveInt = setting(8, "K (default: 8)")
-    top_k: PositiveInt = setting(4, "experts per token (default: 4)")
+    num_experts: PositiveInt = setting(8, "number of experts K (default: 8)")
+    top_k: PositiveInt = setting(4, "experts that each token selects (default: 4)")
     regroup_every: PositiveInt | None = setting(
-        None, "optimizer steps between regroupings, or between measurements where nothing "
-        "regroups (default: one epoch)", metavar="STEPS", names_variant=False,
+        None, "optimizer steps between regroupings, or between measurements if nothing regroups "
+        "(default: one epoch)", metavar="STEPS", names_variant=False,
         same_in_table="by setting")
 
     def check(self):
@@ -57,10 +57,10 @@ class Experts(LowRank):
 
 @dataclass(frozen=True)
 class Decomposed(Settings):
-    """Of a bank that starts from a weight's leading singular triplets."""
+    """Settings of a bank that starts from a weight's leading singular triplets."""
 
     svd: Literal["exact", "fast"] = setting(
-        "exact", "decomposition: LAPACK's, or a randomised one for large weights (default: exact)",
+        "exact", "SVD of the weights: LAPACK's, or a faster randomised one (default: exact)",
         names_variant=False, same_in_table=True)
 
 
@@ -69,24 +69,25 @@ class Decomposed(Settings):
 
 @dataclass(frozen=True)
 class BaditSettings(Decomposed, Experts):
-    """BADIT, its ablations and its controls."""
+    """Settings of BADIT, its ablations and controls."""
 
     routing: Literal["token", "static", "energy"] = setting(
-        "token", "a router for every token; one learnable scalar per layer and expert with all "
-        "experts active (Eq. 7); or, beyond the paper, the experts whose initial components a "
-        "token activates most, the others acting on it as pre-trained")
+        "token", "how experts are weighted: by a router per token (token, default); by one trained "
+        "scalar per layer and expert, all experts active (static, Eq. 7); or, not in the paper, "
+        "equally for the experts whose initial components a token activates most, while the others "
+        "act as pre-trained (energy)")
     router_noise: NonNegative | None = setting(
-        None, "std of the Gaussian noise on the logits that select experts in training (default: "
-        "1 / num_experts)", metavar="STD")
+        None, "std of the Gaussian noise added to the router logits that select experts during "
+        "training (default: 1 / num_experts)", metavar="STD")
     inactive: Literal["keep", "drop", "initial"] = setting(
-        "keep", "experts that a token does not select keep acting on it without learning from it, "
-        "drop out (which breaks the base model), or act on it as pre-trained")
+        "keep", "what unselected experts do: act without learning from the token (keep, default), "
+        "not act, which breaks the base model (drop), or act as pre-trained (initial)")
     grouping: Literal["dog", "random", "fixed"] = setting(
-        "dog", "regroup by gradients (default), or a control on the same schedule: at random, or "
-        "never")
-    no_bad: bool = setting(False, "ablation: LoRAMoE's layer and initialisation, with DOG")
-    no_dog: bool = setting(False, "ablation: never regroup; angles are still logged")
-    seed: Seed = setting(1, "also decides the task order (default: 1)", names_variant=False)
+        "dog", "regroup by gradients (dog, default), or use a control with the same schedule: "
+        "random groups, or fixed ones")
+    no_bad: bool = setting(False, "ablation: LoRAMoE's layers, regrouped by DOG")
+    no_dog: bool = setting(False, "ablation: never regroup, only log the angles")
+    seed: Seed = setting(1, "random seed, also of the task order (default: 1)", names_variant=False)
 
     def check(self):
         if self.routing != "static" or self.no_bad:
@@ -104,11 +105,11 @@ class BaditSettings(Decomposed, Experts):
 
 @dataclass(frozen=True)
 class LoraSettings(LowRank):
-    """LoRA."""
+    """Settings of LoRA."""
 
     match_parameters: Literal["badit"] | None = setting(
-        None, "choose the --rank whose number of trainable parameters is nearest to BADIT's (34 on "
-        "SmolLM2) and, unless --alpha is given, BADIT's scaling, alpha = 8 * rank")
+        None, "set --rank for the number of trainable parameters nearest to BADIT's (34 on "
+        "SmolLM2) and, unless --alpha is given, alpha = 8 * rank for BADIT's scaling")
 
     def has_no_effect(self):
         if self.match_parameters is None:
@@ -121,17 +122,17 @@ class LoraSettings(LowRank):
 
 @dataclass(frozen=True)
 class PissaSettings(Decomposed, LoraSettings):
-    """PiSSA."""
+    """Settings of PiSSA."""
 
 
 @dataclass(frozen=True)
 class OloraQrSettings(LoraSettings):
-    """OLoRA, LoRA with PEFT's QR initialisation."""
+    """Settings of OLoRA: LoRA with PEFT's QR initialisation."""
 
 
 @dataclass(frozen=True)
 class BranchPenalty(Settings):
-    """O-LoRA's penalty on a new branch."""
+    """Settings of O-LoRA's penalty on a new branch."""
 
     orth_weight: NonNegative = setting(
         0.5, "weight of the orthogonality penalty (default: 0.5)", metavar="LAMBDA1")
@@ -139,11 +140,11 @@ class BranchPenalty(Settings):
 
 @dataclass(frozen=True)
 class OloraSettings(BranchPenalty, LowRank):
-    """O-LoRA."""
+    """Settings of O-LoRA."""
 
 
 def task_type(text):
-    """Refuse what is no pair TASK=TYPE; it stays text."""
+    """Return `text`. Raises ArgumentTypeError unless it is TASK=0 or TASK=1."""
     if not re.fullmatch(r".+=[01]", text):
         raise argparse.ArgumentTypeError(f"{text!r} is not TASK=0 or TASK=1")
     return text
@@ -151,14 +152,14 @@ def task_type(text):
 
 @dataclass(frozen=True)
 class LoraMoeSettings(Experts):
-    """LoRAMoE and its localized balancing constraint."""
+    """Settings of LoRAMoE and its localized balancing constraint."""
 
     balance_weight: NonNegative = setting(
-        0.0, "of the balancing loss, summed over layers (default: 0)", metavar="BETA")
+        0.0, "weight of the balancing loss, summed over layers (default: 0)", metavar="BETA")
     balance_delta: Fraction = setting(
-        0.1, "how far experts lean to their own type of task (default: 0.1)", metavar="DELTA")
+        0.1, "how strongly an expert prefers its type of task (default: 0.1)", metavar="DELTA")
     balance_types: tuple[str, ...] | None = setting(
-        None, "0 (knowledge questions) or 1 for every task, by name or T-number",
+        None, "type of every task, by name or T-number: 0 (knowledge questions) or 1 (other)",
         metavar="TASK=TYPE", check=task_type)
 
     def check(self):
@@ -179,20 +180,20 @@ class LoraMoeSettings(Experts):
 
 @dataclass(frozen=True)
 class GainLoraSettings(BranchPenalty, LowRank):
-    """GainLoRA with InfLoRA's branches, or O-LoRA's."""
+    """Settings of GainLoRA with InfLoRA's or O-LoRA's branches."""
 
     branches: Literal["inflora", "olora"] = setting(
-        "inflora", "what the gates integrate (default: inflora)")
+        "inflora", "type of the gated branches (default: inflora)")
     threshold: Fraction = setting(
-        0.995, "share of the energy of the inputs of layers and gates that the first task's "
-        "subspaces keep; rises with every task (default: 0.995)", metavar="EPS")
+        0.995, "share of the energy of the inputs of layers and gates kept in the first task's "
+        "subspaces; it rises with every task (default: 0.995)", metavar="EPS")
 
     def has_no_effect(self):
         return {"--branches inflora": {"orth_weight"}} if self.branches == "inflora" else {}
 
 
 class Entry(NamedTuple):
-    """Where a method is, as module:Class, and what it reads."""
+    """A method's class, as module:Class, and its settings class."""
 
     where: str
     settings: type
@@ -212,15 +213,14 @@ METHODS = {
 
 
 def method_class(name):
-    """The class of a method; its module, and torch, are imported now: flags must not wait."""
+    """Return the class of a method. Imports its module only now, so that --help is fast."""
     module, _, cls = METHODS[name].where.partition(":")
     return getattr(importlib.import_module(module), cls)
 
 
 # --- names for studies and models ---------------------------------------------------------------
 
-# Short names of the variants of a study: the methods, matched baselines, ablations, controls, and
-# Fig. 12.
+# Short names of study variants: methods, matched baselines, ablations, controls, Fig. 12.
 VARIANTS = {
     **{name: name for name in METHODS},
     # As many trainable parameters as BADIT, and its scaling: alpha / rank = 272 / 34 = 8.
@@ -233,7 +233,7 @@ VARIANTS = {
     "badit-no_bad-no_dog": "badit --no_bad --no_dog",
     "badit-random": "badit --grouping random",
     "badit-static": "badit --routing static",
-    # What a token's experts have learnt acts on no other token.
+    # What an expert learns changes only the tokens that select it.
     "badit-energy": "badit --routing energy", "badit-initial": "badit --inactive initial",
     "badit-energy-random": "badit --grouping random --routing energy",
     "badit-energy-no_dog": "badit --no_dog --routing energy",
@@ -243,7 +243,7 @@ VARIANTS = {
     "badit-r1": "badit --alpha 8 --rank 1", "badit-r2": "badit --alpha 16 --rank 2",
     "badit-r8": "badit --alpha 64 --rank 8", "badit-r16": "badit --alpha 128 --rank 16",
 }
-# Variants of committed records that no longer train.
+# Variants in committed records that can no longer be trained.
 FORMER = {"badit-energy-squared": "badit --grouping squared --routing energy"}
 SENSITIVITY = ("badit", "badit-K2", "badit-K4", "badit-K16", "badit-r1", "badit-r2", "badit-r8",
                "badit-r16")
@@ -261,9 +261,9 @@ MODELS = {
 
 
 def variant_of(method, settings):
-    """The method and those of its settings that have other values than by default, as words.
+    """Return the method name plus non-default settings, as command-line text: "badit --no_dog".
 
-    "badit --no_dog". Settings that are the same for all or part of the schedule are left out.
+    Settings that do not name a variant are left out.
     """
     words, fields = [method], settings.__dataclass_fields__
     ignored = set().union(*settings.has_no_effect().values())
