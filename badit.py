@@ -1,8 +1,8 @@
 """BADIT: experts from a decomposed weight (BAD), routed by token and regrouped by gradient (DOG).
 
-The method in five files: decomposition.py splits a weight into rank-1 components and a residual
-(Eq. 5, 6), experts.py is a linear layer with a bank of them, here are its routing weights (Eq. 7)
-and the method, grouping.py groups components by the direction of their gradients (Eq. 8 to 14),
+The method has five files: decomposition.py splits a weight into rank-1 components and a residual
+(Eq. 5, 6); experts.py defines a linear layer with a bank of components; badit.py adds the routing
+weights (Eq. 7) and the method; grouping.py groups components by gradient direction (Eq. 8 to 14);
 regrouping.py applies that on a schedule. Axis names as in those files.
 """
 
@@ -11,34 +11,34 @@ import torch.nn.functional as F
 from torch import nn
 
 from baselines.loramoe import LoraMoeLinear
-from decomposition import InitialBank, check_bank_size, decompose
+from decomposition import InitialBank, decompose
 from energy import EnergyLinear, measure_energies
 from experts import Bank, BankLinear, Routing, select_experts
 from grouping import group_components
 from inputs.errors import InputError
-from regrouping import ExpertMethod, Regrouper
+from regrouping import ExpertMethod
 
 __all__ = ["Badit", "BaditLinear", "decompose", "group_components", "routing_weights"]
-ALPHA_RATIO = (0.1, 10.0)  # static routing: |alpha_p / alpha_q| outside it is not compensated
+ALPHA_RATIO = (0.1, 10.0)  # static routing: layers with |alpha_p / alpha_q| outside do not regroup
 
 
 def routing_weights(logits):
-    """Eq. (7) with alpha = K softmax(z): logits (..., K) -> (..., K), all 1 for equal logits."""
+    """Return alpha = K softmax(z) of Eq. (7), (..., K) for logits (..., K); 1 for equal logits."""
     return logits.shape[-1] * logits.softmax(dim=-1)
 
 
 class BaditLinear(InitialBank, BankLinear):
-    """A linear layer as K experts plus a frozen residual, routed by token (Eq. 7).
+    """Replace a linear layer by K experts plus a frozen residual, routed by token (Eq. 7).
 
     With alpha = K softmax(z), S = the top_k experts by z, and u = dropout(x):
 
         y = residual x + s sum_{k in S} alpha_k B_k A_k u + s sum_{k not in S} sg(B_k A_k) u
 
-    `router` (K, in) starts at zero, so alpha = 1 and the layer starts as `base`. In training the
-    selection sees Gaussian noise of std `router_noise` (default 1 / K) on z. `inactive="drop"`
-    removes the last sum; "initial" computes it from the initial components, B0_k A0_k x, so that
-    training an expert changes only the tokens that select it. `svd=None` decomposes nothing:
-    `restore` must follow. Raises InputError for values that do not fit the layer.
+    sg stops the gradient. `router` (K, in) starts at zero, so alpha = 1 and the layer starts equal
+    to `base`. In training, z gets Gaussian noise of std `router_noise` (default 1 / K) for the
+    selection only. `inactive="drop"` removes the last sum; "initial" computes it from the initial
+    components, B0_k A0_k x, so that training an expert changes only the tokens that select it. With
+    `svd=None`, `restore` must follow. Raises InputError for values that do not fit the layer.
     """
 
     def __init__(self, base, num_experts=8, rank=4, alpha=32, dropout=0.05, top_k=4,
@@ -52,15 +52,15 @@ class BaditLinear(InitialBank, BankLinear):
         self.add_initial_bank(base, svd)
 
     def route(self, x, expert_of=None):
-        """x (..., in) -> Routing over (..., K); it does not depend on the grouping."""
-        with torch.autocast(x.device.type, enabled=False):  # the router is float32 always
+        """Route x (..., in), independently of the grouping."""
+        with torch.autocast(x.device.type, enabled=False):  # the router is always float32
             scores = F.linear(x.to(self.router.dtype), self.router)  # (..., K)
             alpha = routing_weights(scores)
         if self.top_k == self.num_experts:
             return Routing(alpha, alpha, None, scores)
         if self.training and self.router_noise > 0:
-            # Equal logits at init would always select the same experts. The global generator lets
-            # gradient checkpointing draw the same noise again.
+            # Without noise, equal logits at init would always select the same experts. Gradient
+            # checkpointing repeats the noise, since it restores the global generator.
             scores = scores + self.router_noise * torch.randn_like(scores)
         active = select_experts(scores, self.top_k)
         kept = 1.0 if self.inactive == "keep" else 0.0
@@ -68,9 +68,9 @@ class BaditLinear(InitialBank, BankLinear):
 
 
 class StaticLinear(InitialBank, BankLinear):
-    """Eq. (7) to the letter: y = residual x + s sum_k alpha_k B_k A_k u, alpha (K,) a Parameter.
+    """Implement Eq. (7) literally: y = residual x + s sum_k alpha_k B_k A_k u, alpha (K,) trained.
 
-    alpha starts at 1, so the layer starts as `base`. Arguments as of BaditLinear.
+    alpha starts at 1, so the layer starts equal to `base`. Arguments as in BaditLinear.
     """
 
     depends_on_token = False
@@ -81,19 +81,19 @@ class StaticLinear(InitialBank, BankLinear):
         self.add_initial_bank(base, svd)
 
     def route(self, x, expert_of=None):
-        """x (..., in) -> Routing over (..., K), equal for all tokens."""
+        """Route x (..., in), all tokens alike."""
         alpha = self.alpha.expand(*x.shape[:-1], -1)  # (..., K)
         return Routing(alpha, alpha, None)
 
     @torch.no_grad()
     def constant_update(self, mixing=None):
-        """As `InitialBank`; without `mixing` by this layer's own constant factors."""
+        """As `InitialBank`, with this layer's own constant factors by default."""
         if mixing is None:
             mixing = torch.diag(self.scaling * self.alpha.double()[self.expert_of])  # (N, N)
         return super().constant_update(mixing)
 
     def _ratios(self, grouping):
-        """Return rho (N,): alpha of each component's present expert over alpha of its next one."""
+        """Return rho (N,): alpha of each component's current expert over alpha of its next one."""
         old, new = self.expert_of, grouping.to(self.expert_of.device)
         return torch.where(new == old, 1, self.alpha[old] / self.alpha[new])
 
@@ -108,8 +108,8 @@ class StaticLinear(InitialBank, BankLinear):
     def regrouped(self, grouping):
         """Return the Bank under a grouping (N,), with moved components rescaled (Prop. C.3).
 
-        With rho = alpha_p / alpha_q for a move from p to q: b *= sign(rho) sqrt|rho| and
-        a *= sqrt|rho| leave the output as it was.
+        For a move from p to q with rho = alpha_p / alpha_q, b *= sign(rho) sqrt|rho| and
+        a *= sqrt|rho| keep the output.
         """
         bank = super().regrouped(grouping)
         rho = self._ratios(grouping)
@@ -118,12 +118,9 @@ class StaticLinear(InitialBank, BankLinear):
 
 
 class Badit(ExpertMethod):
-    """BADIT with its ablations: `no_bad` puts DOG on LoRAMoE's layer, `no_dog` never regroups."""
+    """BADIT and its ablations: `no_bad` regroups LoRAMoE's layers, `no_dog` never regroups."""
 
     name = "badit"
-
-    def check_layer(self, linear):
-        check_bank_size(self.settings.num_experts, self.settings.rank, linear.weight.shape)
 
     def build_layer(self, linear, fresh):
         read = self.settings
@@ -144,10 +141,8 @@ class Badit(ExpertMethod):
         return None
 
     def wrap(self, model, fresh=True):
-        super().wrap(model, fresh)
         read = self.settings
-        self.regrouper = Regrouper(self.layers, read.regroup_every,
-                                   "fixed" if read.no_dog else read.grouping, read.seed)
+        super().wrap(model, fresh, "fixed" if read.no_dog else read.grouping, read.seed)
 
     def start_stage(self, stage, loader):
         if self.settings.routing == "energy" and not self.settings.no_bad:

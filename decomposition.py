@@ -1,8 +1,8 @@
-"""BAD, basic ability decomposition: a weight as rank-1 components and a residual, Eq. (5) and (6).
+"""Decompose a weight into rank-1 components and a residual: BAD, Eq. (5) and (6).
 
-Axis glossary, used by every shape comment:
+Axis names in all shape comments:
     in, out   input and output features of one linear layer (the paper's n and m)
-    K, r, N   experts, rank of each, and rank-1 components in all: N = K * r
+    K, r, N   number of experts, rank of each, number of rank-1 components: N = K * r
 """
 
 from typing import NamedTuple
@@ -12,7 +12,7 @@ import torch
 from inputs.errors import InputError
 from method import frozen
 
-KRYLOV_BLOCKS, KRYLOV_EXTRA = 8, 16  # of --svd fast: 99.99 % of the leading energy
+KRYLOV_BLOCKS, KRYLOV_EXTRA = 8, 16  # --svd fast then finds 99.99 % of the leading energy
 
 
 class Decomposition(NamedTuple):
@@ -27,8 +27,8 @@ class Decomposition(NamedTuple):
 def orient_singular_pairs(U, Vh):
     """Make the largest entry (by magnitude, first on ties) of every row of `Vh` positive.
 
-    U (out, N), Vh (N, in). (u, v) and (-u, -v) are one component, but Eq. (10) is not invariant to
-    the flip: without a convention the grouping would hang on the SVD routine.
+    U (out, N), Vh (N, in). (u, v) and (-u, -v) are the same component, but Eq. (10) depends on the
+    sign: without a convention the grouping would depend on the SVD routine.
     """
     largest = Vh.abs().argmax(dim=1, keepdim=True)  # (N, 1)
     sign = torch.where(Vh.gather(1, largest) < 0, -1.0, 1.0).to(Vh.dtype)  # (N, 1)
@@ -36,9 +36,9 @@ def orient_singular_pairs(U, Vh):
 
 
 def top_singular_triplets(W0, N, svd):
-    """The N leading singular triplets U (out, N), S (N,), Vh (N, in) of W0 (out, in).
+    """Return the N leading singular triplets U (out, N), S (N,), Vh (N, in) of W0 (out, in).
 
-    "exact" is LAPACK's SVD; "fast" looks for them in a `krylov_basis` of the rows.
+    "exact" uses LAPACK's SVD; "fast" searches a `krylov_basis` of the rows.
     """
     if svd == "exact":
         U, S, Vh = torch.linalg.svd(W0, full_matrices=False)
@@ -51,11 +51,11 @@ def top_singular_triplets(W0, N, svd):
 
 
 def krylov_basis(W, width):
-    """Orthonormal V (in, n) that nearly holds the leading right singular vectors of W (out, in).
+    """Return orthonormal V (in, n) that nearly spans the leading right singular vectors of W.
 
-    Randomised block Krylov (Musco and Musco 2015): the span of (W'W)^i X for i = 1, 2, ... and one
-    random X (in, width), which keeps what power iterations throw away. Its random numbers are its
-    own.
+    Randomised block Krylov (Musco and Musco 2015): the span of (W'W)^i X for i = 1, 2, ... and a
+    random X (in, width); power iterations keep only the last of these. W is (out, in). Draws from
+    its own generator.
     """
     generator = torch.Generator(W.device).manual_seed(0)
     X = torch.randn(W.shape[1], width, generator=generator, dtype=W.dtype, device=W.device)
@@ -67,18 +67,18 @@ def krylov_basis(W, width):
 
 
 def residual_weight(W0, A, B, s):
-    """Eq. (6): residual = W0 - s B A, in the bank's precision and place, stored in those of W0."""
+    """Compute W0 - s B A, Eq. (6), in the bank's dtype and device; return it in those of W0."""
     return (W0.to(A) - s * (B @ A)).to(W0)  # (out, in)
 
 
 @torch.no_grad()
 def decompose(weight, num_experts, rank, scaling, svd="exact"):
-    """Eq. (5), (6): split a weight (out, in) into N = num_experts * rank components and a residual.
+    """Split a weight (out, in) into N = num_experts * rank components and a residual, Eq. (5), (6).
 
     b_i = sqrt(S_i / s) u_i and a_i = sqrt(S_i / s) v_i', by descending singular value: expert k
     starts with components r*k to r*k + r - 1. Returns a Decomposition in float32, or in float64 for
-    a float64 weight. Raises InputError for N outside 1 .. min(out, in), for a weight that is not
-    finite, and for one of a rank below N.
+    a float64 weight. Raises InputError for N outside 1 .. min(out, in), a weight that is not
+    finite, or a weight of rank below N.
     """
     W0, N, s = weight, num_experts * rank, scaling
     check_bank_size(num_experts, rank, W0.shape)
@@ -101,9 +101,9 @@ def check_bank_size(num_experts, rank, shape):
 
 
 def check_singular_values(S, shape):
-    """Raise InputError unless all of S (N,), descending, are non-zero beside their rounding error.
+    """Raise InputError unless all of S (N,), descending, are above their rounding error.
 
-    A component of a zero singular value has a = b = 0, so its gradient is zero: it cannot learn.
+    A component with a zero singular value has a = b = 0, hence no gradient: it cannot learn.
     """
     nonzero = int((S > S[0] * max(shape) * torch.finfo(S.dtype).eps).sum())
     if nonzero < len(S):
@@ -113,14 +113,14 @@ def check_singular_values(S, shape):
 
 
 class InitialBank:
-    """Mixin of a layer with a decomposed base: residual = W0 - s B0 A0.
+    """Mixin for layers with a decomposed base: residual = W0 - s B0 A0.
 
-    The frozen initial bank `lora_A0`, `lora_B0` is part of the adapter: loading rebuilds the
-    residual from it and decomposes nothing again.
+    The frozen initial bank `lora_A0`, `lora_B0` is saved with the adapter: loading rebuilds the
+    residual from it, without a decomposition.
     """
 
     def add_initial_bank(self, base, svd):
-        """Start from the leading triplets of `base`; `svd=None` leaves zeros for `restore`."""
+        """Start from the leading triplets of `base`; with `svd=None`, `restore` must follow."""
         self.lora_A0 = frozen(torch.zeros_like(self.lora_A))
         self.lora_B0 = frozen(torch.zeros_like(self.lora_B))
         if svd is not None:
@@ -129,7 +129,7 @@ class InitialBank:
 
     @torch.no_grad()
     def start_from(self, lora_A0, lora_B0, residual):
-        """Set the initial bank, the bank and the residual, which may be the base's own tensor."""
+        """Set the initial bank, the bank and the residual."""
         for parameter, value in ((self.lora_A, lora_A0), (self.lora_A0, lora_A0),
                                  (self.lora_B, lora_B0), (self.lora_B0, lora_B0)):
             parameter.copy_(value)
@@ -137,9 +137,9 @@ class InitialBank:
 
     @torch.no_grad()
     def constant_update(self, mixing=None):
-        """Return the update of W0 in float64: the bank's, with -s B0 A0 of the residual appended.
+        """Return A (2 N, in) and B (out, 2 N) of the update of W0 in float64.
 
-        A (2 N, in), B (out, 2 N).
+        The bank comes first, then the -s B0 A0 of the residual.
         """
         A, B = super().constant_update(mixing)
         B0 = -self.scaling * self.lora_B0.double()  # (out, N)
@@ -147,7 +147,7 @@ class InitialBank:
 
     @torch.no_grad()
     def restore(self, tensors):
-        """Take over saved tensors; the residual is rebuilt from the saved initial bank."""
+        """Load saved tensors and rebuild the residual from the initial bank."""
         same = all(torch.equal(getattr(self, name), tensors[name].to(self.lora_A))
                    for name in ("lora_A0", "lora_B0"))
         if not same:

@@ -1,29 +1,27 @@
-"""Beyond the paper: experts selected by what a token activates, without a router.
+"""Select experts by the energy of their initial components, without a router (not in the paper).
 
-Axis names as in experts.py. The energy of a component is the squared norm of what its initial,
-pre-trained form adds to the layer's output for a token.
+Axis names as in experts.py. The energy of a component for a token is the squared norm of what its
+initial, pre-trained form adds to the layer's output.
 """
 
 import torch
 import torch.nn.functional as F
-from accelerate import PartialState
 from accelerate.utils import reduce
 
 from decomposition import InitialBank
 from experts import BankLinear, Routing, select_experts
-from method import observe
+from method import INPUTS, first_rows, observe
 
-ROWS = 64  # on which mean energies are measured
-INPUTS = ("input_ids", "attention_mask", "position_ids")
+ROWS = 64  # mean energies are measured on these
 
 
 def activation_energy(x, A0, B0):
-    """e_i = (a0_i x)^2 |b0_i|^2: x (..., in), A0 (N, in), B0 (out, N) -> (..., N)."""
+    """Return e_i = (a0_i x)^2 |b0_i|^2: x (..., in), A0 (N, in), B0 (out, N) -> (..., N)."""
     return (x @ A0.T).square() * B0.square().sum(0)
 
 
 def relative_energy(energy, mean_energy, expert_of, K):
-    """Each expert's energy over its mean: energy (..., N), mean_energy (N,) -> (..., K)."""
+    """Divide each expert's energy by its mean: energy (..., N), mean_energy (N,) -> (..., K)."""
     of_expert = F.one_hot(expert_of, K).to(energy.dtype)  # (N, K)
     return (energy @ of_expert) / (mean_energy @ of_expert)
 
@@ -31,8 +29,8 @@ def relative_energy(energy, mean_energy, expert_of, K):
 class EnergyLinear(InitialBank, BankLinear):
     """y = residual x + s sum_{k in S} B_k A_k u + s sum_{k not in S} B0_k A0_k x, u = dropout(x).
 
-    S = the top_k experts by `relative_energy`; `mean_energy` (N,), per component so that it
-    follows a regrouping, is 1 until `measure_energies`. Other arguments as of badit.BaditLinear.
+    S holds the top_k experts by `relative_energy`. `mean_energy` (N,) is kept per component, so
+    that it follows a regrouping; it is 1 until `measure_energies`. Arguments as in BaditLinear.
     """
 
     inactive = "initial"
@@ -44,7 +42,7 @@ class EnergyLinear(InitialBank, BankLinear):
 
     @torch.no_grad()
     def route(self, x, expert_of=None):
-        """x (..., in) -> Routing over (..., K), under a grouping (N,), by default its own."""
+        """Route x (..., in) under a grouping (N,), by default the layer's own."""
         expert_of = self.expert_of if expert_of is None else expert_of
         with torch.autocast(x.device.type, enabled=False):  # float32 always
             energy = activation_energy(x.to(self.lora_A0.dtype), self.lora_A0, self.lora_B0)
@@ -58,9 +56,9 @@ class EnergyLinear(InitialBank, BankLinear):
 
 @torch.no_grad()
 def measure_energies(model, layers, loader):
-    """Set `mean_energy` of all layers to the mean over the real tokens of the first ROWS rows.
+    """Set `mean_energy` of all layers to the mean over the first ROWS rows, padding left out.
 
-    Over all processes. Measured once, so that relative energies stay comparable during training.
+    Measured once, so that relative energies stay comparable during training.
     """
     if not all((layer.mean_energy == 1).all() for layer in layers.values()):
         return
@@ -73,14 +71,11 @@ def measure_energies(model, layers, loader):
         with torch.autocast(x.device.type, enabled=False):
             sums[name] += activation_energy(x, layer.lora_A0, layer.lora_B0).sum(0)
 
-    left = ROWS // PartialState().num_processes
     with observe(model, layers, add):
-        for batch in loader:  # to its end: Accelerate's loaders must not be left half-way
-            if left > 0:
-                tokens = batch["attention_mask"].bool()
-                left -= len(tokens)  # with fillers, so that all processes stop at the same batch
-                count += tokens.sum()
-                model(**{key: batch[key] for key in INPUTS}, logits_to_keep=1, use_cache=False)
+        for batch in first_rows(loader, ROWS):
+            tokens = batch["attention_mask"].bool()
+            count += tokens.sum()
+            model(**{key: batch[key] for key in INPUTS}, logits_to_keep=1, use_cache=False)
     count = reduce(count, "sum")
     for name, layer in layers.items():
         layer.mean_energy.copy_(reduce(sums[name], "sum") / count)

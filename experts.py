@@ -1,10 +1,10 @@
-"""A frozen linear layer with a routed bank of rank-1 components, and its backward pass.
+"""Define a frozen linear layer with a routed bank of rank-1 components, and its backward pass.
 
 Axis names as in decomposition.py, and
     ...       any leading axes, such as (batch, seq)
 
-All N components of a layer live in one bank, `lora_A` (N, in) and `lora_B` (out, N); `expert_of`
-(N,) says which expert owns each. Regrouping rewrites that index and moves no weight.
+All N components of a layer form one bank, `lora_A` (N, in) and `lora_B` (out, N); `expert_of` (N,)
+is the expert that owns each. Regrouping rewrites `expert_of` and moves no weight.
 """
 
 from typing import NamedTuple
@@ -19,18 +19,18 @@ from quantized import frozen_linear
 
 
 def select_experts(logits, top_k):
-    """The `top_k` largest of logits (..., K) as a bool mask; ties go to the lowest index."""
+    """Return a bool mask of the `top_k` largest logits (..., K); ties go to the lowest index."""
     order = logits.sort(dim=-1, descending=True, stable=True).indices  # (..., K)
     selected = torch.zeros_like(logits, dtype=torch.bool)
     return selected.scatter_(-1, order[..., :top_k], True)
 
 
 def add_components(y, u, A, B, w):
-    """Add B (w * (A u)) to y in place and return A u: the whole bank in two products.
+    """Add B (w * (A u)) to y in place and return A u.
 
     y (tokens, out), u (tokens, in), A (N, in), B (out, N), w (tokens, N). The narrow products with
-    A and w are in the bank's precision, the wide one in that of y: under bf16 the leading singular
-    values would otherwise double the rounding error.
+    A and w use the bank's precision and only the wide one that of y: in bf16 the leading singular
+    values would double the rounding error.
     """
     with torch.autocast(u.device.type, enabled=False):
         h = u.to(A.dtype) @ A.T  # (tokens, N)
@@ -39,9 +39,9 @@ def add_components(y, u, A, B, w):
 
 
 class RoutedBank(torch.autograd.Function):
-    """`add_components` with its backward; `active` (tokens, N) bool, or None for all.
+    """Run `add_components` with a backward pass; `active` is (tokens, N) bool, or None for all.
 
-    Where `active` is False the component still acts on u, but A and B get no gradient from it.
+    Where `active` is False the component acts on u, but A and B get no gradient from the token.
     """
 
     @staticmethod
@@ -64,14 +64,14 @@ class RoutedBank(torch.autograd.Function):
                 grad_w = grad_c * h
             trained_w = w if active is None else w * active
             grad_A = grad_B = None
-            if ctx.needs_input_grad[2]:  # not of an initial bank
+            if ctx.needs_input_grad[2]:  # an initial bank needs none
                 grad_A = (grad_c * trained_w).T @ u.to(A.dtype)  # (N, in)
                 grad_B = (grad_y.T @ (h * trained_w).to(grad_y.dtype)).to(B.dtype)  # (out, N)
         return grad_y, grad_u, grad_A, grad_B, grad_w, None
 
 
 def add_to(y, u, A, B, w, active):
-    """Add a weighted bank's output to y in place and return y; arguments as of RoutedBank."""
+    """Add a weighted bank's output to y in place and return y; arguments as in RoutedBank."""
     if torch.is_grad_enabled():
         return RoutedBank.apply(y, u, A, B, w, active)
     add_components(y, u, A, B, w)
@@ -79,27 +79,27 @@ def add_to(y, u, A, B, w, active):
 
 
 class Routing(NamedTuple):
-    """How one layer routes its tokens."""
+    """The routing of one layer's tokens."""
 
     alpha: torch.Tensor  # (..., K) routing weights
-    weight: torch.Tensor  # (..., K) the factor with which each expert acts
+    weight: torch.Tensor  # (..., K) factor of each expert's output
     active: torch.Tensor | None  # (..., K) bool, experts that learn from the token; None for all
-    scores: torch.Tensor | None = None  # (..., K) the largest select: logits, or relative energies
+    scores: torch.Tensor | None = None  # (..., K) logits or relative energies; the largest select
 
 
 class Bank(NamedTuple):
-    """The rank-1 components of one layer, and who owns them."""
+    """The rank-1 components of one layer and their grouping."""
 
     lora_A: torch.Tensor  # (N, in)
     lora_B: torch.Tensor  # (out, N)
-    expert_of: torch.Tensor  # (N,) int64: the grouping
+    expert_of: torch.Tensor  # (N,) int64: the expert that owns each component
 
 
 class BankLinear(nn.Module):
-    """A frozen linear layer plus a routed bank of N rank-1 components owned by K experts.
+    """Add a routed bank of N rank-1 components, owned by K experts, to a frozen linear layer.
 
-    Subclasses define `route(x, expert_of) -> Routing`, under a grouping (default: its own). Raises
-    InputError for a bank that does not fit the layer or top_k outside 1 .. num_experts.
+    Subclasses define `route(x, expert_of) -> Routing` under a grouping (default: the layer's own).
+    Raises InputError if the bank does not fit the layer, or for top_k outside 1 .. num_experts.
     """
 
     base_tensors = ("residual", "bias")
@@ -115,7 +115,7 @@ class BankLinear(nn.Module):
         self.num_experts, self.rank, self.top_k = num_experts, rank, top_k
         self.scaling = alpha / rank
         self.dropout = nn.Dropout(dropout)
-        self.residual = frozen(base.weight)  # (out, in); frozen, but no buffer: DDP sends those
+        self.residual = frozen(base.weight)  # (out, in); a buffer would be sent by DDP
         self.bias = None if base.bias is None else frozen(base.bias)
         N, (out_features, in_features) = num_experts * rank, base.weight.shape
         kind = dict(dtype=torch.promote_types(base.weight.dtype, torch.float32),
@@ -126,15 +126,15 @@ class BankLinear(nn.Module):
         self.register_buffer("expert_of", first)  # (N,) int64: the grouping
 
     def forward(self, x):
-        """(..., in) -> (..., out)."""
-        # Flat, since a view could not be changed in place.
+        """Map (..., in) to (..., out)."""
+        # Flat, since a view cannot be changed in place.
         y = frozen_linear(x.reshape(-1, x.shape[-1]), self.residual, self.bias)  # (tokens, out)
         return self.add_bank(y, x).view(*x.shape[:-1], y.shape[-1])
 
     def add_bank(self, y, x, bank=None):
-        """Add the experts' output for x (..., in) to y (tokens, out), in place, and return y.
+        """Add the experts' output for x (..., in) to y (tokens, out) in place, and return y.
 
-        `bank` is another Bank than the layer's own.
+        `bank` replaces the layer's own Bank.
         """
         A, B, expert_of = bank or self.bank
         routing = self.route(x, expert_of)
@@ -144,7 +144,7 @@ class BankLinear(nn.Module):
         return add_to(y, u, A, B, weight, active)
 
     def add_inactive(self, y, x, routing, expert_of):
-        """Add the initial components of unselected experts to y (tokens, out) for "initial"."""
+        """Add unselected experts' initial components to y (tokens, out), for "initial" only."""
         if self.inactive != "initial" or routing.active is None:
             return y
         left_out = ~routing.active.reshape(-1, self.num_experts).index_select(1, expert_of)
@@ -181,8 +181,8 @@ class BankLinear(nn.Module):
                          else bank)
 
     def restore(self, tensors):
-        """Take over saved adapter tensors, named as in this layer's state_dict."""
-        owned = tensors["expert_of"].clamp(-1, self.num_experts) + 1  # what is out of range counts
+        """Load saved adapter tensors, named as in this layer's state_dict."""
+        owned = tensors["expert_of"].clamp(-1, self.num_experts) + 1  # first and last bin: invalid
         if owned.bincount(minlength=self.num_experts + 2).tolist() != [
                 0, *[self.rank] * self.num_experts, 0]:
             raise InputError(f"expert_of of the adapter does not give each of {self.num_experts} "
@@ -193,15 +193,15 @@ class BankLinear(nn.Module):
 
     @property
     def bank(self):
-        """What a regrouping may change."""
+        """The tensors that a regrouping may change."""
         return Bank(self.lora_A, self.lora_B, self.expert_of)
 
     def obstacle(self, grouping):
-        """Why this layer cannot adopt a grouping (N,), or None."""
+        """Return why this layer cannot adopt a grouping (N,), or None."""
         return None
 
     def regrouped(self, grouping):
-        """The Bank that this layer has after it has adopted a grouping (N,)."""
+        """Return the Bank that this layer would have under a grouping (N,)."""
         return Bank(self.lora_A, self.lora_B, grouping.to(self.expert_of.device))
 
     @torch.no_grad()

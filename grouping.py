@@ -1,8 +1,8 @@
-"""DOG, dynamically orthogonal grouping, Eq. (8) to (14), as pure functions on Gram matrices.
+"""Group components by gradient: DOG, Eq. (8) to (14), as pure functions on Gram matrices.
 
 Axis names as in decomposition.py, and
     D         length of one component's gradient, in + out
-    ..., L    any leading axes; layers
+    L, ...    number of layers, any leading axes
 """
 
 import numpy as np
@@ -17,14 +17,14 @@ EIGENVALUE_CUTOFF = 1e-6  # of the largest: below it an eigenvalue of P'GP count
 
 
 def component_gradients(grad_A, grad_B):
-    """Eq. (8): g_i = [dL/da_i ; dL/db_i]; grad_A (N, in), grad_B (out, N) -> (N, D)."""
+    """Return g_i = [dL/da_i ; dL/db_i], Eq. (8): grad_A (N, in), grad_B (out, N) -> (N, D)."""
     return torch.cat([grad_A, grad_B.T], dim=1)
 
 
 def unit_gradients(g):
-    """Eq. (9): g (..., N, D) -> unit rows; a zero gradient stays zero.
+    """Normalise each row of g (..., N, D), Eq. (9); a zero row stays zero.
 
-    Divided by the largest entry first, since squares of very small gradients underflow.
+    Divides by the largest entry first, since squares of very small gradients underflow.
     """
     largest = g.abs().amax(dim=-1, keepdim=True)  # (..., N, 1)
     g = g / torch.where(largest > 0, largest, 1)
@@ -33,32 +33,33 @@ def unit_gradients(g):
 
 
 def component_gram(gradients):
-    """G = Ghat Ghat' (..., N, N) of gradients (..., N, D), on the CPU in float64."""
+    """Return G = Ghat Ghat' (..., N, N) of gradients (..., N, D), on the CPU in float64."""
     unit = unit_gradients(gradients)
     return (unit @ unit.mT).to("cpu", torch.float64)
 
 
 def membership(grouping, K, dtype=torch.float64):
-    """The one-hot grouping P: (..., N) -> (..., N, K)."""
+    """Return the one-hot matrix P (..., N, K) of a grouping (..., N)."""
     return F.one_hot(grouping, K).to(dtype)
 
 
 def centroid_gram(gram, grouping, num_experts):
-    """Eq. (12) in Gram space: P' G P, the inner products of the centroids, (..., K, K)."""
+    """Return P' G P (..., K, K), the inner products of the centroids of Eq. (12)."""
     P = membership(grouping, num_experts, gram.dtype)  # (..., N, K)
     return P.mT @ gram @ P
 
 
 def grouping_objective(gram, grouping, num_experts):
-    """Eq. (10): sum over experts of the squared centroid norm, (...)."""
+    """Return the sum over experts of the squared centroid norm, (...), Eq. (10)."""
     return centroid_gram(gram, grouping, num_experts).diagonal(dim1=-2, dim2=-1).sum(-1)
 
 
 def spherical_kmeans(gram, num_experts):
-    """Eq. (11): cluster unit gradients by cosine; gram (..., N, N) -> labels (..., N), any sizes.
+    """Cluster unit gradients by cosine, Eq. (11): gram (..., N, N) -> labels (..., N).
 
-    Deterministic: the first centre is component 0 (of those with a gradient), each next one the
-    component whose largest cosine to the chosen is smallest; the lowest index wins ties.
+    Clusters may have any size. Deterministic: the first centre is the first component with a
+    gradient, each next one the component whose largest cosine to the centres so far is smallest;
+    the lowest index wins ties.
     """
     N, K = gram.shape[-1], num_experts
     G = gram.reshape(-1, N, N)  # (L, N, N)
@@ -83,10 +84,10 @@ def spherical_kmeans(gram, num_experts):
 
 
 def orthogonalized_similarity(gram, grouping, num_experts):
-    """Eq. (13) in Gram space: <ghat_i, q_k> = [G P (P'GP)^(-1/2)]_ik, (..., N, K).
+    """Return <ghat_i, q_k> = [G P (P'GP)^(-1/2)]_ik, (..., N, K), Eq. (13).
 
-    Q = U_c V_c' is the polar factor of the centroid matrix C; (P'GP)^(-1/2) is a pseudo-inverse
-    root, since empty or dependent clusters make it singular.
+    Q = U_c V_c' is the polar factor of the centroid matrix C. Empty or dependent clusters make P'GP
+    singular, so (P'GP)^(-1/2) is the root of its pseudo-inverse.
     """
     P = membership(grouping, num_experts, gram.dtype)  # (..., N, K)
     inner = gram @ P  # (..., N, K)
@@ -97,9 +98,9 @@ def orthogonalized_similarity(gram, grouping, num_experts):
 
 
 def balanced_assignment(similarity):
-    """Eq. (14): the grouping with N / K components each that maximises the summed similarity.
+    """Return the grouping with N / K components each of the largest total similarity, Eq. (14).
 
-    similarity (..., N, K) -> (..., N). Exact: an assignment with every column repeated r times.
+    similarity (..., N, K) -> (..., N). Exact: an assignment problem with each column r times.
     """
     N, K = similarity.shape[-2:]
     r = N // K
@@ -109,10 +110,10 @@ def balanced_assignment(similarity):
 
 
 def relabel(grouping, current, num_experts, counted=None):
-    """Name the groups so that they overlap `current` most, (..., N); the partition stays.
+    """Rename the groups (..., N) for the largest overlap with `current`; the partition stays.
 
-    Labels of a clustering are arbitrary, the router's rows are not. Without `current` the labels
-    are in order of their first member. `counted` (..., N) bool restricts the overlap.
+    A clustering's labels are arbitrary, but each row of the router belongs to one expert. Without
+    `current`, groups are numbered by first member. `counted` (..., N) bool restricts the overlap.
     """
     P = membership(grouping, num_experts)  # (..., N, K)
     if current is None:
@@ -120,17 +121,18 @@ def relabel(grouping, current, num_experts, counted=None):
     else:
         weight = 1 if counted is None else counted[..., None]
         overlap = P.mT @ (weight * membership(current, num_experts))  # (..., K new, K old)
-        names = balanced_assignment(overlap)  # (..., K): every new group one old name
+        names = balanced_assignment(overlap)  # (..., K): old name of each new group
     return names.gather(-1, grouping)
 
 
 def place_components_without_gradient(grouping, alive, current):
-    """Give the components that are not `alive` the places that are left, most where they were.
+    """Reassign the components that are not `alive`, so that as many as possible stay in `current`.
 
-    grouping, alive, current (N,): one layer. Without `current` they fill the places in order.
+    grouping, alive, current (N,), of one layer. They share the places that they have in `grouping`;
+    without `current` they fill these in order.
     """
     idle = (~alive).nonzero().squeeze(1)
-    places = grouping[idle].sort().values  # (idle,): one expert each
+    places = grouping[idle].sort().values  # (idle,): an expert for each
     if current is not None:
         stays = (current[idle][:, None] == places).numpy()  # (idle, places)
         places = places[linear_sum_assignment(stays, maximize=True)[1]]
@@ -138,7 +140,7 @@ def place_components_without_gradient(grouping, alive, current):
 
 
 def solve_grouping(gram, num_experts):
-    """Eq. (11) to (14): gram (..., N, N) -> balanced grouping (..., N) and rounds used (...)."""
+    """Solve Eq. (11) to (14): gram (..., N, N) -> balanced grouping (..., N), rounds used (...)."""
     labels = spherical_kmeans(gram, num_experts)
     rounds = torch.zeros(labels.shape[:-1], dtype=torch.int64)
     settled = torch.zeros_like(rounds, dtype=torch.bool)
@@ -146,14 +148,14 @@ def solve_grouping(gram, num_experts):
         previous = labels
         labels = balanced_assignment(orthogonalized_similarity(gram, labels, num_experts))
         rounds += ~settled
-        settled |= (labels == previous).all(-1)  # for good: its next round would be the same
+        settled |= (labels == previous).all(-1)  # a repeated grouping repeats for good
         if settled.all():
             break
     return labels, rounds
 
 
 def grouping_from_gram(gram, num_experts, current=None):
-    """Eq. (10) to (14) from finite gram (L, N, N): grouping (L, N), named, and rounds (L,)."""
+    """Return the named grouping (L, N) of finite gram (L, N, N), and rounds used (L,)."""
     grouping, rounds = solve_grouping(gram, num_experts)
     alive = gram.diagonal(dim1=-2, dim2=-1) > 0  # (L, N)
     if current is not None:
@@ -165,15 +167,16 @@ def grouping_from_gram(gram, num_experts, current=None):
 
 
 def group_components(gradients, num_experts, current=None):
-    """Eq. (9) to (14): gradients (N, D) or (L, N, D) -> balanced int64 grouping (N,) or (L, N).
+    """Group components by gradient, Eq. (9) to (14), without random numbers.
 
-    Deterministic, no random numbers. With `current` (a grouping of the same shape) the groups are
-    named to overlap it, and a layer with a non-finite gradient keeps it. Raises ValueError for
-    such a layer without `current`, and where N is no multiple of num_experts.
+    gradients (N, D) or (L, N, D) -> balanced int64 grouping (N,) or (L, N). With `current`, a
+    grouping of that shape, groups are named for the largest overlap with it, and a layer with a
+    non-finite gradient keeps it. Raises InputError (a ValueError) for such a layer without
+    `current`, or if num_experts does not divide N.
     """
     *_, N, D = gradients.shape
     if num_experts < 1 or N % num_experts:
-        raise InputError(f"{N} components cannot be shared out equally to {num_experts} experts")
+        raise InputError(f"{N} components cannot be divided equally among {num_experts} experts")
     gram = component_gram(gradients.reshape(-1, N, D))  # (L, N, N)
     finite = torch.isfinite(gram).all(-1).all(-1)  # (L,)
     if current is None:
@@ -188,9 +191,9 @@ def group_components(gradients, num_experts, current=None):
 
 
 def gradient_angles(gram, grouping, num_experts):
-    """Mean angles in degrees, each (...): between experts' centroids, and inside experts.
+    """Return mean angles in degrees, each (...): between experts' centroids, and within experts.
 
-    Pairs with a zero vector have no angle; the mean over no pair is NaN.
+    Pairs with a zero vector are left out; the mean over no pair is NaN.
     """
     centroids = centroid_gram(gram, grouping, num_experts)  # (..., K, K)
     inter = _mean_angle(centroids, torch.ones_like(centroids, dtype=torch.bool).triu(1))
@@ -199,7 +202,7 @@ def gradient_angles(gram, grouping, num_experts):
 
 
 def _mean_angle(inner, pair):
-    """Mean angle over the pairs in the bool mask `pair`, from inner products (..., n, n)."""
+    """Return the mean angle over the pairs in a bool mask, from inner products (..., n, n)."""
     norm = inner.diagonal(dim1=-2, dim2=-1).clamp_min(0).sqrt()  # (..., n)
     product = norm[..., :, None] * norm[..., None, :]
     pair = pair & (product > 0)

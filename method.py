@@ -1,10 +1,11 @@
-"""What every method shares: the hooks of the training loop, target layers, the base's fingerprint.
+"""Define what every method shares: hooks of the training loop, target layers, the base's hash.
 
-Knows no method. A method on disk is in adapter.py, the names of all methods are in registry.py.
+adapter.py saves and loads methods; registry.py lists them.
 """
 
 import hashlib
 import inspect
+import math
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -12,18 +13,21 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
+from accelerate import PartialState
 from torch import nn
 from tqdm import tqdm
 
 from inputs.errors import InputError
 from registry import ALL_LINEAR
 
+INPUTS = ("input_ids", "attention_mask", "position_ids")  # of a forward pass without a loss
+
 
 class Stage(NamedTuple):
-    """One run of the training loop with its own optimizer and schedule.
+    """One run of the training loop, with its own optimizer and schedule.
 
-    `name` is a task's name, or "mixed"; `tasks` the tasks in it; both lengths are in optimizer
-    steps, summed over all processes.
+    `name` is a task's name or "mixed"; `tasks` are the tasks that it trains on. An optimizer step
+    covers all processes.
     """
 
     name: str
@@ -37,28 +41,31 @@ class Stage(NamedTuple):
 
 
 class Method:
-    """Base of all methods: every hook does nothing. The loop of `train.py` calls only these.
+    """Base class of all methods, with hooks that do nothing. `train.py` calls only these.
 
-    `settings` are of the class that registry.py names for the method. A subclass defines
-    `build_layer`, which makes the adapted version of one linear layer. An adapted layer names its
-    frozen base tensors in `base_tensors`; all its other tensors are the adapter, and it has
-    `restore(tensors)`, which takes them over.
+    `settings` is an instance of the class in the method's registry entry. A subclass defines
+    `build_layer`, which makes the adapted version of one linear layer. An adapted layer lists its
+    frozen base tensors in `base_tensors`; all its other tensors belong to the adapter, and
+    `restore(tensors)` loads them.
 
     To be exported as a LoRA adapter, a layer also has `depends_on_token`, whether its update
-    differs from token to token, and `constant_update(mixing)`: A (R, in) and B (out, R) in float64,
-    for which W0 x + B A x is its output without dropout. Where the update depends on the token it
-    has `components(x)`, and `mixing` (N, N) replaces what these show: see `experts.BankLinear`.
+    differs between tokens, and `constant_update(mixing)`, which returns A (R, in) and B (out, R) in
+    float64 such that W0 x + B A x is its output without dropout. A layer whose update depends on
+    the token has `components(x)`, and `mixing` (N, N) replaces its factors: see
+    `experts.BankLinear`.
 
-    A batch is a dict: input_ids, attention_mask and position_ids (batch, seq), in training also
-    labels (batch, n) for its last n columns, and `tasks`, the task of every row, None for a filler.
+    A batch is a dict with input_ids, attention_mask and position_ids (batch, seq); in training also
+    labels (batch, n) for its last n columns, and `tasks`, the task of every row (None: a filler).
     """
 
-    name: str  # its value for --method
-    chat_template = False  # whether its prompts were wrapped in one; kept with the adapter
-    base_name = None  # of the base model, a name or a path, where it is known; kept, too
-    device = None  # where layers are decomposed and adapters are; None: where the model is
-    base = "dense"  # how the frozen base is stored: see quantized.py; kept, too
-    trained_on = {}  # the run's flags that say on which prompts, {name: value}; kept, too
+    name: str  # value of --method
+    # Saved with the adapter:
+    chat_template = False  # whether prompts were wrapped in the chat template
+    base_name = None  # name or path of the base model, if known
+    base = "dense"  # how the frozen base is stored: see quantized.py
+    trained_on = {}  # {name: value} of the run's flags that shape prompts
+    # Not saved:
+    device = None  # where layers are decomposed and adapters live; None: with the model
     reached_by_loss = False  # whether every adapted layer is known to get a gradient
 
     def __init__(self, settings):
@@ -70,28 +77,28 @@ class Method:
     # --- set-up ---------------------------------------------------------------------------------
 
     def targets(self, model):
-        """The linear layers to adapt, by full name."""
+        """Return {full name: nn.Linear} of the layers to adapt."""
         return find_targets(model, self.settings.target_modules)
 
     def build_layer(self, linear, fresh):
-        """The adapted form of `linear`; with `fresh=False` its adapter is left for `restore`."""
+        """Return the adapted `linear`; with `fresh=False`, `restore` must fill its adapter."""
         raise NotImplementedError(f"{type(self).__name__} adapts no layers")
 
     def check_tasks(self, tasks):
-        """Raise InputError where the names of the suite's `tasks` do not fit the settings."""
+        """Raise InputError if the settings do not fit the suite's `tasks`."""
 
     def check_model(self, model):
-        """Raise InputError where `model` (may be on the meta device) cannot be adapted."""
+        """Raise InputError if `model`, which may be on the meta device, cannot be adapted."""
         for linear in self.targets(model).values():
             self.check_layer(linear)
 
     def check_layer(self, linear):
-        """Raise InputError where one target layer (may be on the meta device) cannot be adapted."""
+        """Raise InputError if a target layer, possibly on the meta device, cannot be adapted."""
 
     def wrap(self, model, fresh=True):
         """Freeze `model` and replace its target layers in place (Alg. 1, step 1).
 
-        `fresh=False` skips decomposition and initialisation: `load_state_dict` follows.
+        `fresh=False` skips decomposition and initialisation; call `load_state_dict` next.
         """
         self.check_model(model)
         self.base_sha256 = self.base_sha256 or fingerprint(model)
@@ -109,7 +116,7 @@ class Method:
             except InputError as error:
                 raise InputError(f"{name}: {error}") from None
             self.layers[name] = layer
-            if self.device is not None:  # which the whole base may not fit
+            if self.device is not None:  # the whole base may not fit there
                 for tensor in (getattr(layer, base) for base in layer.base_tensors):
                     if tensor is not None:
                         tensor.data = tensor.data.to(home)
@@ -121,31 +128,30 @@ class Method:
     # --- hooks of the training loop -------------------------------------------------------------
 
     def start_stage(self, stage, loader):
-        """Called with the Stage and its data loader before its first step."""
+        """Prepare for a Stage, before its first step; `loader` yields its batches."""
 
     def training_state(self):
-        """Tensors by name that a stage needs, beside `state_dict`, to be resumed in its middle."""
+        """Return the tensors, beside `state_dict`, from which a stage resumes, by name."""
         return {}
 
     def resume_stage(self, stage, state):
-        """Called in place of `start_stage` in a resumed stage: after `load_state_dict`.
+        """Resume a Stage from the `state` that `training_state` returned.
 
-        `state` is what `training_state` gave.
+        Called after `load_state_dict`, in place of `start_stage`.
         """
 
     def before_forward(self, batch):
-        """Called with every batch, before the forward pass and before generation."""
+        """Prepare for a batch, before its forward pass or generation."""
 
     def penalty(self, batch):
-        """A scalar tensor added to the loss, or 0.0.
+        """Return a scalar to add to the loss of a micro-batch, after its forward pass.
 
-        Called after the forward pass of every micro-batch; an optimizer step sees the mean over its
-        micro-batches and processes.
+        The loop averages it over the micro-batches and processes of an optimizer step.
         """
         return 0.0
 
     def after_backward(self):
-        """Called once per optimizer step: gradients are synchronised and not yet clipped.
+        """See the gradients of an optimizer step: all-reduced, not yet clipped.
 
         The first call raises InputError for an adapted layer without a gradient.
         """
@@ -154,38 +160,38 @@ class Method:
             refuse_dead_layers(self.layers)
 
     def after_step(self, batch) -> Iterable[dict]:
-        """Called after every optimizer step, with its last micro-batch.
+        """Act after an optimizer step, whose last micro-batch is `batch`.
 
-        Returns lines for regroup.jsonl; the loop adds the stage and the step to each.
+        Returns lines for regroup.jsonl, to which the loop adds stage and step.
         """
         return ()
 
     def end_stage(self, stage, loader):
-        """Called after the last step of a stage, before its evaluation."""
+        """Finish a Stage, after its last step and before its evaluation."""
 
     # --- export ---------------------------------------------------------------------------------
 
     def export_obstacle(self):
-        """Return why this adapter cannot be a LoRA adapter, or None. Reads the settings alone."""
+        """Return why this adapter cannot become a LoRA adapter, or None. Uses only the settings."""
         return None
 
     # --- counts and adapter state ---------------------------------------------------------------
 
     def active_parameters(self):
-        """Adapter weights that act on one token; here all that are trained."""
+        """Count the adapter weights that act on one token; by default all trained ones."""
         return sum(weight.numel() for weight in self.model.parameters() if weight.requires_grad)
 
     def state_dict(self):
-        """All tensors of the adapter by name: what a frozen base needs to become this model."""
+        """Return all tensors of the adapter by name; with the frozen base they give this model."""
         return {f"{name}.{key}": tensor.detach()
                 for name, layer in self.layers.items()
                 for key, tensor in layer.state_dict().items() if not of_base(layer, key)}
 
     def grow(self, state):
-        """Make room for the tensors of a `state_dict` that a fresh adapter does not have."""
+        """Add what `state` holds and a fresh adapter lacks, such as branches of later tasks."""
 
     def load_state_dict(self, state):
-        """Put the tensors of `state_dict` back, after `grow`."""
+        """Load the tensors of a `state_dict`, after `grow`."""
         for name, layer in self.layers.items():
             prefix = f"{name}."
             layer.restore({key.removeprefix(prefix): tensor for key, tensor in state.items()
@@ -196,8 +202,8 @@ class Method:
 def observe(model, layers, hook):
     """Call hook(name, x, y) on each input (batch, seq, in) and output of `layers` {name: module}.
 
-    The model is called with attention_mask (batch, seq), and is in evaluation mode meanwhile.
-    Raises InputError for an input of another shape.
+    Inside this context the model is in evaluation mode and is called with attention_mask
+    (batch, seq). Raises InputError for an input of another shape.
     """
     tokens = None  # shape of the current batch
 
@@ -225,13 +231,26 @@ def observe(model, layers, hook):
             handle.remove()
 
 
+def first_rows(loader, count):
+    """Yield batches until they hold `count` rows over all processes, but read all of `loader`.
+
+    Accelerate's loaders must be read to their end. Fillers count as rows, so that all processes
+    stop at the same batch.
+    """
+    left = math.ceil(count / PartialState().num_processes)
+    for batch in loader:
+        if left > 0:
+            left -= len(batch["attention_mask"])
+            yield batch
+
+
 def of_base(layer, key):
-    """Whether a key of an adapted layer's state_dict is of its frozen base, not of the adapter."""
+    """Return whether a key of an adapted layer's state_dict belongs to the frozen base."""
     return key.partition(".")[0] in layer.base_tensors
 
 
 def find_blocks(model):
-    """The decoder blocks by full name. Raises InputError where the model names none."""
+    """Return {full name: decoder block}. Raises InputError if the model does not name them."""
     kinds = set(model._no_split_modules or ())
     blocks = {name: module for name, module in model.named_modules()
               if type(module).__name__ in kinds}
@@ -243,10 +262,10 @@ def find_blocks(model):
 
 
 def find_linears(model):
-    """Return {full name: nn.Linear} of the layers that another module may replace.
+    """Return {full name: nn.Linear} of the layers that can be replaced.
 
-    Left out: the output layer, which sees only the positions whose logits are kept, and layers
-    whose parent reads their weight instead of calling them, as Mamba's mixers do for their kernels.
+    The output layer is left out: it sees only positions whose logits are kept. So are layers whose
+    parent reads their weight instead of calling them, as Mamba's fused kernels do.
     """
     linears = {}
     for name, module in model.named_modules():
@@ -258,9 +277,9 @@ def find_linears(model):
 
 
 def find_targets(model, target_modules):
-    """Return {full name: nn.Linear} of the layers whose last name component is a target.
+    """Return {full name: nn.Linear} of the layers whose last name component is in `target_modules`.
 
-    ("all-linear",) means all of `find_linears`. Raises InputError for a name that none of them has.
+    ("all-linear",) selects all of `find_linears`. Raises InputError for a name without a layer.
     """
     linears = find_linears(model)
     if tuple(target_modules) == (ALL_LINEAR,):
@@ -295,10 +314,10 @@ def refuse_dead_layers(layers):
 
 
 def fingerprint(model):
-    """SHA-256 over all weights of a bare model, as float32.
+    """Return the SHA-256 of all weights of a bare model, as float32.
 
-    Equal for a bf16 and an fp32 load of a checkpoint that is stored in bf16; one stored in fp32
-    loses digits in a bf16 load and counts as another model.
+    A checkpoint stored in bf16 has the same hash when loaded as bf16 or fp32. One stored in fp32 is
+    rounded by a bf16 load and then has another hash.
     """
 
     def digest(item):
@@ -312,20 +331,20 @@ def fingerprint(model):
 
 
 def frozen(tensor):
-    """A Parameter that is not trained, sharing the tensor's memory."""
+    """Return an untrained Parameter that shares the tensor's memory."""
     return nn.Parameter(tensor.detach(), requires_grad=False)
 
 
 def refuse_to_save(*_, **__):
-    """In place of save_pretrained of a wrapped model, whose layers transformers does not know."""
+    """Raise InputError: replaces save_pretrained, which does not know the adapted layers."""
     raise InputError("save_pretrained cannot save a wrapped model: it would leave out the adapted "
-                     "weights. adapter.save(model, folder) saves its adapter; of that, `python "
-                     "export.py FOLDER --out OTHER` makes an adapter for PEFT or, with --merged, a "
-                     "whole checkpoint")
+                     "weights. adapter.save(model, folder) saves the adapter; `python export.py "
+                     "FOLDER --out OTHER` converts it for PEFT or, with --merged, to a whole "
+                     "checkpoint")
 
 
 def method_of(model):
-    """The method that wrapped `model`. Raises InputError for a bare model."""
+    """Return the method that wrapped `model`. Raises InputError for a bare model."""
     if not isinstance(getattr(model, "adapted_by", None), Method):
         raise InputError("this model carries no adapter: wrap it with a method or load one first")
     return model.adapted_by

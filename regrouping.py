@@ -1,4 +1,4 @@
-"""When the experts of all layers are regrouped, the controls, and what is measured of it.
+"""Regroup the experts of all layers on a schedule, and measure what that changes.
 
 Axis names as in grouping.py.
 """
@@ -8,6 +8,7 @@ import math
 import torch
 from accelerate import PartialState
 
+from decomposition import check_bank_size
 from grouping import (
     component_gradients,
     component_gram,
@@ -18,17 +19,17 @@ from grouping import (
     relabel,
 )
 from inputs.numbers import stable_seed
-from method import Method, observe
+from method import INPUTS, Method, observe
 
-PROBE_TOKENS = 256  # at least, of those that a regrouping's drift and health are measured on
+PROBE_TOKENS = 256  # drift and router health are measured on at least so many
 NON_FINITE = "non-finite gradient"
 
 
 class Regrouper:
-    """Regroups the experts of all layers on a schedule, by what it has summed up since the last.
+    """Sum gradients and regroup the experts of all layers by them on a schedule.
 
-    `regroup_every` is in optimizer steps (None: once per epoch of the stage); `grouping` is "dog",
-    or one of the controls "random" and "fixed", which have the same schedule and log.
+    `regroup_every` is in optimizer steps (None: once per epoch of the stage). `grouping` is "dog"
+    or a control with the same schedule and log: "random" or "fixed".
     """
 
     def __init__(self, layers, regroup_every, grouping, seed):
@@ -36,12 +37,13 @@ class Regrouper:
         self.grouping, self.seed = grouping, seed
 
     def start(self, stage):
-        """Begin a stage: step counter and mean gradient start afresh."""
+        """Begin a stage: reset the step counter and the gradient sums."""
         self.stage, self.step = stage, 0
         self.interval = self.regroup_every or stage.steps_per_epoch
         if self.grouping != "fixed" and self.interval >= stage.steps:
             PartialState().print(f"stage {stage.name} never regroups: it has {stage.steps} steps, "
-                                 f"and every {self.interval} would be the first (--regroup_every)")
+                                 f"and the first would follow step {self.interval} "
+                                 "(--regroup_every)")
         self._reset()
 
     def _reset(self):
@@ -50,13 +52,13 @@ class Regrouper:
                      for name, layer in self.layers.items()}
 
     def state(self):
-        """All that `start` does not set, as tensors by name."""
+        """Return all that `start` does not set, as tensors by name."""
         banks = {f"{name}.{side}": tensor for name, pair in self.sums.items()
                  for side, tensor in zip("AB", pair, strict=True)}
         return {"step": torch.tensor(self.step), "count": torch.tensor(self.count)} | banks
 
     def restore(self, state):
-        """Put back what `state` gave, after `start`."""
+        """Load what `state` returned, after `start`."""
         self.step, self.count = int(state["step"]), int(state["count"])
         self.sums = {name: tuple(state[f"{name}.{side}"].to(sum_) for side, sum_ in
                                  zip("AB", pair, strict=True))
@@ -64,7 +66,7 @@ class Regrouper:
 
     @torch.no_grad()
     def accumulate(self):
-        """Eq. (8): add this step's gradients of the banks to their sum."""
+        """Add this step's gradients of the banks to their sums, Eq. (8)."""
         self.count += 1
         sums = [bank for pair in self.sums.values() for bank in pair]
         grads = [bank.grad for layer in self.layers.values()
@@ -72,26 +74,26 @@ class Regrouper:
         torch._foreach_add_(sums, grads)  # one kernel for all layers
 
     def after_step(self, model, batch):
-        """Count a step; at the end of an interval regroup. Returns a line per layer, or none."""
+        """Count a step and regroup at the end of an interval. Returns a line per layer, or []."""
         self.step += 1
         last = self.step == self.stage.steps
         if self.step % self.interval and not last:
             return []
-        # Nothing would train on a grouping that comes after the last step.
+        # Nothing trains after the last step, so it only measures.
         lines = self.regroup(model, batch, "fixed" if last else self.grouping)
         self._reset()
         return lines
 
     @torch.no_grad()
     def regroup(self, model, batch, grouping):
-        """Regroup all layers by their mean gradients; one line per layer, in order."""
+        """Regroup all layers by their mean gradients. Returns a line per layer, in order."""
         layers = list(self.layers.values())
         K = layers[0].num_experts
         grams, norms = zip(*map(self._gram_and_norms, self.layers), strict=True)
         gram = torch.stack(grams)  # (L, N, N)
         old = torch.stack([layer.expert_of.cpu() for layer in layers])  # (L, N)
         finite = torch.isfinite(gram).all(-1).all(-1)  # (L,)
-        gram[~finite] = 0  # no direction: such a layer keeps its grouping
+        gram[~finite] = 0  # such a layer keeps its grouping
         new, rounds = self.propose(grouping, gram, old, K)
         skipped = [layer.obstacle(proposed) if ok else NON_FINITE
                    for layer, proposed, ok in zip(layers, new, finite, strict=True)]
@@ -107,12 +109,12 @@ class Regrouper:
                 for i, name in enumerate(self.layers)]
 
     def _gram_and_norms(self, name):
-        """Gram matrix (N, N) and norms (N,) of one layer's mean gradients, on the CPU."""
+        """Return the Gram matrix (N, N) and norms (N,) of a layer's mean gradients, on the CPU."""
         gradients = component_gradients(*self.sums[name]) / self.count  # (N, D)
         return component_gram(gradients), gradients.norm(dim=1).to("cpu", torch.float64)
 
     def propose(self, grouping, gram, old, K):
-        """The groupings (L, N) to adopt, and the rounds (L,) that they took."""
+        """Return new groupings (L, N) and the rounds (L,) of their solver."""
         if grouping == "dog":
             return grouping_from_gram(gram, K, old)
         no_rounds = torch.zeros(len(old), dtype=torch.int64)
@@ -125,10 +127,17 @@ class Regrouper:
 
 
 class ExpertMethod(Method):
-    """The hooks of a method whose layers are banks of experts.
+    """Implement the hooks of a method whose layers are banks of experts.
 
-    Its `regrouper` regroups them, or only measures what a regrouping would see.
+    Its `regrouper` regroups them; with "fixed" it only measures.
     """
+
+    def check_layer(self, linear):
+        check_bank_size(self.settings.num_experts, self.settings.rank, linear.weight.shape)
+
+    def wrap(self, model, fresh=True, grouping="fixed", seed=None):
+        super().wrap(model, fresh)
+        self.regrouper = Regrouper(self.layers, self.settings.regroup_every, grouping, seed)
 
     def start_stage(self, stage, loader):
         self.regrouper.start(stage)
@@ -151,11 +160,11 @@ class ExpertMethod(Method):
         return self.regrouper.after_step(self.model, batch)
 
 
-# --- what is measured ---------------------------------------------------------------------------
+# --- measurements -------------------------------------------------------------------------------
 
 
 def grouping_report(gram, old, new, rounds, K):
-    """What a regrouping changed, one list entry per layer: angles in degrees, Eq. (10), moves."""
+    """Return lists over layers of what a regrouping changed: angles in degrees, Eq. (10), moves."""
     columns = dict(rounds=rounds, moved=(old != new).sum(-1))
     for moment, grouping in (("before", old), ("after", new)):
         inter, intra = gradient_angles(gram, grouping, K)
@@ -166,15 +175,15 @@ def grouping_report(gram, old, new, rounds, K):
 
 
 def expert_norms(norms, grouping, K):
-    """Gradient norm of each expert, from those of its components (N,); None if not finite."""
+    """Return each expert's gradient norm from its components' (N,); None if not finite."""
     by_expert = (norms.square() @ membership(grouping, K)).sqrt()  # (K,)
     return by_expert.tolist() if torch.isfinite(norms).all() else None
 
 
 def router_health(routing):
-    """Share of tokens that select each expert, and how even alpha is, of a Routing (tokens, K).
+    """Return the share of tokens that select each expert, and statistics of alpha (tokens, K).
 
-    All None where there is no token: a micro-batch of nothing but fillers.
+    All are None without tokens, in a micro-batch of fillers.
     """
     alpha = routing.alpha.float()
     if not len(alpha):
@@ -187,19 +196,18 @@ def router_health(routing):
 
 
 def probe_rows(batch):
-    """The model's inputs for the first rows of a left-padded batch, with PROBE_TOKENS or more."""
+    """Return the first rows of a left-padded batch that hold at least PROBE_TOKENS tokens."""
     lengths = batch["attention_mask"].sum(dim=1)  # (batch,)
     rows = lengths.cumsum(0) - lengths < PROBE_TOKENS
     longest = max(1, int(lengths[rows].max()))  # fillers have no tokens
-    return {key: batch[key][rows, -longest:]
-            for key in ("input_ids", "attention_mask", "position_ids")}
+    return {key: batch[key][rows, -longest:] for key in INPUTS}
 
 
 def measure(model, batch, layers, new):
-    """Return what the groupings `new` (L, N) would change, and the router's health: a dict a layer.
+    """Return one dict per layer: what groupings `new` (L, N) would change, and the router's health.
 
-    One evaluation pass over rows of the last micro-batch, with padding left out. `regroup_drift` is
-    the relative change of each layer's output for its present input. Nothing is adopted here.
+    One evaluation pass over rows of the last micro-batch, padding left out. `regroup_drift` is the
+    relative change of the layer's output for the same input. The groupings are not adopted.
     """
     batch = probe_rows(batch)
     measured, tokens = [], batch["attention_mask"].bool()

@@ -16,14 +16,14 @@ from scipy import stats
 
 import models
 from analysis import adapters, mmlu, session
-from analysis.probes import Probe, batch_of, check_finite, positions, row_means
+from analysis.probes import batch_of, check_finite, positions, row_means
 from analysis.sharing import category_effect, chance_jaccard, jaccard, off_diagonal
 from data import Suite
 from evaluation import row_losses, target_logits
 from experts import select_experts
 from inputs.errors import InputError
 from inputs.numbers import stable_seed
-from method import find_targets
+from method import find_targets, observe
 
 PERMUTATIONS = 1000
 PLACES = ("all", "target")
@@ -73,21 +73,6 @@ def without_nan(values):
 # --- one adapter --------------------------------------------------------------------------------
 
 
-class RouterProbe(Probe):
-    """A context in which every forward pass stores w and u of its rows, by adapted layer."""
-
-    def __init__(self, layers):
-        self.seen = {}  # layer: (w, u), each (B, S, K)
-
-        def hook_of(name):
-            def hook(layer, inputs):
-                self.seen[name] = weights_and_selection(layer, inputs[0])
-            return hook
-
-        self.handles = [layer.register_forward_pre_hook(hook_of(name))
-                        for name, layer in layers.items()]
-
-
 @torch.no_grad()
 def weights_and_selection(layer, x):
     """Return the routing weights of tokens x (..., in) before top-k, and the selection: (..., K).
@@ -123,12 +108,17 @@ def measure_task(model, rows, args, pad_token_id, count, letters=None):
     layers = model.adapted_by.layers
     model.zero_grad()
     routed, losses, right = [], [], []
+    routing = {}  # layer: (w, u), each (B, S, K), of the last forward pass
+
+    def look(name, x, _):
+        routing[name] = weights_and_selection(layers[name], x)
+
     for _, some in session.micro_batches(rows, 1, args.micro_batch):
         batch = batch_of(some, pad_token_id, model.device)
         where = positions(batch)  # (2, B, S)
         if letters is not None:
             where[1] &= where[1].cumsum(-1) == 1
-        with RouterProbe(layers) as probe:
+        with observe(model, layers, look):
             logits = target_logits(model, batch)  # (B, k - 1, vocabulary)
         loss = row_losses(logits, batch)
         check_finite(loss, some, "the loss")
@@ -138,7 +128,7 @@ def measure_task(model, rows, args, pad_token_id, count, letters=None):
             answer = batch["labels"][row, place + 1]
             right.append(letters.to(answer)[logits[row, place][:, letters].argmax(-1)] == answer)
         seen = [torch.stack([row_means(each, where) for each in pair])  # (2, 2, B, K)
-                for pair in probe.seen.values()]
+                for pair in routing.values()]
         routed.append(torch.stack(seen, 3).movedim(2, 0))  # (B, 2, 2, L, K)
         losses.append(loss.detach())
         count(len(some))

@@ -1,16 +1,16 @@
-"""GainLoRA (Liang et al. 2025): a branch and a gate per task; new gates stay shut on old inputs.
+"""GainLoRA (Liang et al. 2025): a branch and a gate per task; new gates are 0 on old inputs.
 
-Branches are InfLoRA's (Liang and Li 2024): their A is frozen, orthogonal to what old tasks fed into
-the layer; or O-LoRA's. Old subspaces are found as in GPM (Saha et al. 2021). Where paper, T5 code
-and LLaMA code of the authors differ, this follows the LLaMA code unless a comment says otherwise.
+Branches are InfLoRA's (Liang and Li 2024), whose A is frozen and orthogonal to the layer's inputs
+in old tasks, or O-LoRA's. Subspaces of old inputs are found as in GPM (Saha et al. 2021). Where the
+authors' paper, T5 code and LLaMA code differ, this is the LLaMA code unless a comment says
+otherwise.
 
 Axis names as in decomposition.py, and
     r, t   rank of one branch, number of branches (tasks so far)
-    d, h   size of a vector space: inputs of a layer, or embeddings; hidden size of a gate
-    k      directions in the basis of a subspace
+    d, h   dimension of a layer's inputs or of embeddings, hidden size of a gate
+    k      dimension of a subspace
 
-A subspace is held as an orthonormal basis P (d, k), or, where that is more than half of the space,
-as its smaller `Complement`.
+A subspace is stored as an orthonormal basis P (d, k), or as its `Complement` if that is smaller.
 """
 
 import math
@@ -24,21 +24,19 @@ from torch import nn
 
 from baselines.olora import BranchMethod, OloraLinear, branch_penalty
 from inputs.errors import InputError
-from method import frozen, observe
-from quantized import frozen_linear
+from method import INPUTS, first_rows, frozen, observe
 
-MAX_INSTANCES = 1000  # of a task, in one pass over its data; the published code takes 1002 batches
-SCHEDULE_TASKS = 15  # over which the published thresholds rise towards 1
+MAX_INSTANCES = 1000  # rows in one pass over a task's data; the published code takes 1002 batches
+SCHEDULE_TASKS = 15  # the published thresholds rise towards 1 over so many tasks
 GATE_HIDDEN = 50  # hidden size of a gate in the published scripts for LLaMA
-GATE_STD = 0.02  # of a new linear layer in transformers' LLaMA
-DATA_KEYS = ("input_ids", "attention_mask", "position_ids")
+GATE_STD = 0.02  # std of a new linear layer in transformers' LLaMA
 
 
 # --- the gate -----------------------------------------------------------------------------------
 
 
 def prompt_mask(batch):
-    """Where the prompt's tokens are, bool (batch, seq): neither padding nor targets.
+    """Return where the prompt is, bool (batch, seq), without padding and targets.
 
     `labels` (batch, n), if any, cover the last n columns and are -100 outside targets.
     """
@@ -50,7 +48,7 @@ def prompt_mask(batch):
 
 
 def same_start(ids, others):
-    """Whether two (batch, seq) have as many rows, and equal columns as far as both go."""
+    """Return whether ids and others (batch, seq) agree on all columns that both have."""
     if others is None or ids is others or len(ids) != len(others):
         return ids is others
     length = min(ids.shape[1], others.shape[1])
@@ -58,49 +56,45 @@ def same_start(ids, others):
 
 
 def pooled_prompt(embeddings, mask):
-    """p0: the mean over the prompt of embeddings (batch, seq, d), mask (batch, seq) -> (batch, d).
+    """Return p0 (batch, d), the mean embedding of each prompt; zero without a prompt.
 
-    A row without any prompt gives zero.
+    embeddings (batch, seq, d), mask (batch, seq).
     """
-    # Deviation: the code divides by the padded length, so that its gate depends on batch mates.
+    # Deviation: the code divides by the padded length, so gates depend on the rest of the batch.
     count = mask.sum(dim=1, keepdim=True).clamp_min(1)  # (batch, 1)
     return (embeddings * mask[:, :, None]).sum(dim=1) / count
 
 
 def gate_features(p0, W1, W2):
-    """The gate's two layers: p0 (batch, d), W1 (h, d), W2 (d, h) -> p1 (batch, h), p2 (batch, d).
+    """Apply the gate's two layers to p0 (batch, d): p1 (batch, h) and p2 (batch, d).
 
-    The paper, and the code for T5, put a SiLU after W1 as well; the LLaMA code does not.
+    W1 (h, d), W2 (d, h). The paper and the T5 code also apply a SiLU after W1.
     """
     p1 = F.linear(p0, W1)  # (batch, h)
     return p1, F.silu(F.linear(p1, W2))  # (batch, d)
 
 
-def gate_coefficient(b):
-    """f(b) = |2 sigmoid(b) - 1| = |tanh(b / 2)|: zero at zero, even, below 1."""
-    return torch.tanh(b / 2).abs()
-
-
 def gate(p0, W1, W2, k):
-    """The factor a of one branch for each sequence: p0 (batch, d), key k (d,) -> (batch,).
+    """Return the factor a (batch,) of one branch for prompts p0 (batch, d), with key k (d,).
 
-    b = 4 cos(p2, k) as in the code; the paper has b = k'p2. Without a prompt a = 0.
+    b = 4 cos(p2, k) as in the code; the paper has b = k'p2. An empty prompt has a = 0.
     """
     _, p2 = gate_features(p0, W1, W2)
-    return gate_coefficient(4 * F.cosine_similarity(p2, k[None], dim=1))
+    b = 4 * F.cosine_similarity(p2, k[None], dim=1)
+    return torch.tanh(b / 2).abs()  # |2 sigmoid(b) - 1|
 
 
 # --- subspaces ----------------------------------------------------------------------------------
 
 
 class Complement(NamedTuple):
-    """A subspace by what is outside of it: N (d, d - k), orthonormal."""
+    """A subspace stored as the orthonormal basis N (d, d - k) of its complement."""
 
     N: torch.Tensor
 
 
 def free_directions(space):
-    """Return how many directions of its space a basis, or a Complement, leaves."""
+    """Return the number of directions outside a subspace."""
     return space.N.shape[1] if isinstance(space, Complement) else space.shape[0] - space.shape[1]
 
 
@@ -111,9 +105,9 @@ def second_moment(v):
 
 
 def project_out(v, space):
-    """Return (I - P P') v for vectors v (..., d), with P or with its Complement: N N' v.
+    """Return (I - P P') v for vectors v (..., d), which is N N' v with a Complement.
 
-    Computed in float64, so that keys and rows are as orthogonal as their type allows.
+    Computed in float64, so that results are as orthogonal as their dtype allows.
     """
     if isinstance(space, Complement):
         N = space.N.double()
@@ -123,18 +117,17 @@ def project_out(v, space):
 
 
 def constrain_update(W, W_start, space):
-    """GainLoRA's updating constraint: W_start + (W - W_start)(I - P P'), W (..., d)."""
-    # Deviation: W_start is the task's first W, not the last step's: equal but for rounding, which
-    # would add up. And rows are not rescaled, as T5's code does: that undoes the constraint.
+    """Return W_start + (W - W_start)(I - P P'), GainLoRA's updating constraint; W (..., d)."""
+    # Deviation: W_start is W at the start of the task, not of the step, so that rounding does not
+    # add up. Rows are not rescaled as in the T5 code, which undoes the constraint.
     return W_start + project_out(W - W_start, space)
 
 
 def directions_outside(E, space):
-    """Return the eigenvectors of E (d, d) within what `space`, P (d, k) or a Complement, leaves.
+    """Return eigenvalues (d - k,) and -vectors (d, d - k) of E (d, d) outside a subspace.
 
-    Returns eigenvalues (d - k,), descending, and orthonormal columns (d, d - k), in float64. They
-    are the singular vectors of (I - P P') H where E = H H', but orthogonal to P even for a singular
-    value of zero.
+    Eigenvalues descend; all is in float64. For E = H H' the vectors are the left singular vectors
+    of (I - P P') H, but orthogonal to P also for a singular value of zero.
     """
     if isinstance(space, Complement):
         N = space.N.double()
@@ -145,12 +138,11 @@ def directions_outside(E, space):
 
 
 def new_directions(C, space, eps):
-    """GPM: the directions outside `space` (d, d - k), and how many C (d, d) needs to keep `eps`.
+    """Return GPM's directions outside `space` (d, d - k), and how many of them to add.
 
-    eps is the share of the energy, the trace of the second moments C, to be inside the new basis.
+    The new basis must hold the share `eps` of the energy, the trace of the second moments C (d, d).
     Deviation: the code squares C's singular values; GPM and the paper, whose energy is ||H||_F^2,
-    do not. The first task's rule differs from the later ones', as in the code: it stops before the
-    share is reached, but keeps one at least.
+    do not. As in the code, the first task stops before the share is reached, but adds at least one.
     """
     C = C.double()
     values, U = directions_outside(C, space)
@@ -162,7 +154,7 @@ def new_directions(C, space, eps):
 
 
 def extend(C, space, eps):
-    """Return `space` with its `new_directions`, as the smaller of a basis and a Complement."""
+    """Return `space` plus its `new_directions`, as a basis or a smaller Complement."""
     U, q = new_directions(C, space, eps)
     held = space.N if isinstance(space, Complement) else space
     if 2 * (U.shape[1] - q) < len(U):
@@ -171,17 +163,17 @@ def extend(C, space, eps):
 
 
 def scheduled_threshold(eps, t):
-    """The threshold after task t = 1, 2, ...: it rises from eps towards 1."""
-    # Deviation: the code lets it reach 1 at task 16, which would leave no room for any more.
+    """Return the threshold after task t = 1, 2, ..., which rises from eps towards 1."""
+    # Deviation: the code reaches 1 at task 16, which leaves no direction for later tasks.
     return eps + (1 - eps) * min(t - 1, SCHEDULE_TASKS - 1) / SCHEDULE_TASKS
 
 
 def rows_from_moment(C, space, r):
-    """InfLoRA's A_t (r, d): the r leading left singular vectors of (I - P P') C, / sqrt(3).
+    """Return InfLoRA's A_t (r, d): r leading left singular vectors of (I - P P') C, / sqrt(3).
 
-    C (d, d). Rows for which no direction is left are zero.
+    C (d, d). Rows without a free direction are zero.
     """
-    # Deviation: the LLaMA code takes random rows outside the subspace, not InfLoRA's.
+    # Deviation: the LLaMA code takes random rows outside the subspace instead.
     C = C.double()
     _, U = directions_outside(C @ C.T, space)
     rows = U[:, :r].T / math.sqrt(3)  # (<= r, d)
@@ -189,17 +181,17 @@ def rows_from_moment(C, space, r):
 
 
 def key_outside(k, space):
-    """GainLoRA's initialisation constraint: k (d,) outside the subspace, of norm sqrt(d / 3)."""
+    """Return k (d,) projected out of the subspace, with norm sqrt(d / 3), to start a key."""
     if not free_directions(space):
-        raise InputError("gainlora: what old tasks gave their gates fills all of its space, so a "
-                         "new one would be shut on everything: lower --threshold")
+        raise InputError("gainlora: the inputs of old gates fill their whole space, so a new gate "
+                         "would be 0 on every input: lower --threshold")
     return F.normalize(project_out(k, space), dim=0) * math.sqrt(len(k) / 3)
 
 
 class Subspace(nn.Module):
-    """A subspace of d dimensions as a frozen parameter: `0`, its basis, or `outside_0`.
+    """Store a subspace of d dimensions as a frozen parameter: `0`, its basis, or `outside_0`.
 
-    Empty at first, of the type and device of `like`.
+    It starts empty, with dtype and device of `like`.
     """
 
     def __init__(self, d, like):
@@ -212,7 +204,7 @@ class Subspace(nn.Module):
         return self._parameters["0"] if held is None else Complement(held)
 
     def put(self, space):
-        """Hold another basis or Complement."""
+        """Store another basis or Complement."""
         self._parameters.clear()
         if isinstance(space, Complement):
             self.register_parameter("outside_0", frozen(space.N))
@@ -221,11 +213,11 @@ class Subspace(nn.Module):
 
     @torch.no_grad()
     def extend(self, C, eps):
-        """Extend the subspace by second moments C (d, d)."""
+        """Extend the subspace for second moments C (d, d)."""
         self.put(extend(C, self.get(), eps))
 
     def resize(self, state, prefix):
-        """Take the form and the columns of the tensor in `state`, as far as they make sense."""
+        """Take the form and width of the subspace in `state`, if they are valid."""
         (like,) = self.parameters()
         for name, form in (("0", torch.Tensor.contiguous), ("outside_0", Complement)):
             saved = state.get(f"{prefix}.{name}", torch.empty(()))
@@ -237,14 +229,14 @@ class Subspace(nn.Module):
 
 
 class GainLinear(OloraLinear):
-    """y = base(x) + s sum_i a_i B_i A_i dropout(x), where a_i is the gate of task i.
+    """Compute y = base(x) + s sum_i a_i B_i A_i dropout(x), where a_i is the gate of task i.
 
-    `gain` (batch, t) holds the a_i of the sequences in x (batch, seq, in); GainLora sets it before
-    the forward pass, and a decode step finds that of its prompt. With `memory` the branches are
-    InfLoRA's, which train B only, and `basis` is the subspace of old inputs; else O-LoRA's.
+    `gain` (batch, t) holds the a_i of the sequences in x (batch, seq, in). GainLora sets it before
+    the forward pass; decoding steps use that of the prompt. With `memory`, branches are InfLoRA's,
+    which train only B, and `basis` is the subspace of old inputs; otherwise they are O-LoRA's.
     """
 
-    constant_update = None  # gates differ from prompt to prompt
+    constant_update = None  # gates depend on the prompt
 
     def __init__(self, base, rank=4, alpha=32, dropout=0.05, memory=True):
         self.trains_A = not memory
@@ -257,17 +249,13 @@ class GainLinear(OloraLinear):
         super().add_branch()
         self.lora_A[-1].requires_grad_(self.trains_A)
 
-    def forward(self, x):
-        """(batch, seq, in) -> (batch, seq, out)."""
-        if self.gain is None or len(self.gain) != len(x):
+    def factors(self, y):
+        """Return s a, (batch, 1, t * r). Raises InputError without the gates of this batch."""
+        if self.gain is None or len(self.gain) != len(y):
             raise InputError("gainlora: the gates of these sequences are not computed: call the "
                              "method's before_forward(batch) before the model")
-        y = frozen_linear(x, self.residual, self.bias)  # (batch, seq, out)
-        u = self.dropout(x).to(y.dtype)
-        A = torch.cat(list(self.lora_A)).to(y.dtype)  # (t * r, in)
-        B = torch.cat(list(self.lora_B), dim=1).to(y.dtype)  # (out, t * r)
         a = (self.scaling * self.gain).repeat_interleave(self.rank, dim=1)  # (batch, t * r)
-        return y + F.linear(a[:, None].to(y.dtype) * F.linear(u, A), B)
+        return a[:, None].to(y.dtype)
 
 
 class Gate(nn.Module):
@@ -279,9 +267,9 @@ class Gate(nn.Module):
 
 
 class Gates(nn.Module):
-    """The gates of all tasks, of which the last is trained, and the subspaces of their inputs.
+    """The gates of all tasks, of which only the last is trained, and the subspaces of their inputs.
 
-    P1, P2 and P3 hold what old tasks fed into W1, W2 and the comparison with k.
+    P1, P2 and P3 hold the inputs of W1, W2 and the comparison with k in old tasks.
     """
 
     def __init__(self, d, h, like):
@@ -297,24 +285,24 @@ class Gates(nn.Module):
 
     @torch.no_grad()
     def add_gate(self):
-        """Freeze the gates so far and append a trainable one: their last, with a key of its own."""
+        """Freeze all gates and append a trainable copy of the last one, with a new key."""
         self.requires_grad_(False)
         last = self.tasks[-1]
         k = key_outside(self.random_key(last.W1), self.P3.get())
         self.tasks.append(Gate(last.W1.clone(), last.W2.clone(), k))
 
     def forward(self, p0):
-        """p0 (batch, d) -> a (batch, t)."""
+        """Map p0 (batch, d) to a (batch, t)."""
         return torch.stack([gate(p0, task.W1, task.W2, task.k) for task in self.tasks], dim=1)
 
     def features(self, p0):
-        """The inputs of the last gate's W1, W2 and comparison with k, by name of subspace."""
+        """Return the inputs of the last gate's W1, W2 and comparison with k, by subspace."""
         p1, p2 = gate_features(p0, self.tasks[-1].W1, self.tasks[-1].W2)
         return {"P1": p0, "P2": p1, "P3": p2}
 
     @torch.no_grad()
     def constrain(self):
-        """Take from this task's update of the last gate what old inputs would notice."""
+        """Remove from the last gate's update what would change it on old inputs."""
         if len(self.tasks) == 1:
             return
         *_, old, new = self.tasks
@@ -324,7 +312,7 @@ class Gates(nn.Module):
 
 
 class GainLora(BranchMethod):
-    """A gated branch for every task; the gates are computed once per sequence from its prompt."""
+    """Train a gated branch per task; gates are computed once per sequence, from its prompt."""
 
     name = "gainlora"
 
@@ -333,7 +321,7 @@ class GainLora(BranchMethod):
 
     @property
     def has_memory(self):
-        """Whether layers keep the subspace of old inputs, as InfLoRA's branches do."""
+        """Whether layers store the subspace of old inputs, as InfLoRA does."""
         return self.settings.branches == "inflora"
 
     def wrap(self, model, fresh=True):
@@ -342,7 +330,7 @@ class GainLora(BranchMethod):
         like = embeddings.new_empty(0, dtype=torch.promote_types(embeddings.dtype, torch.float32))
         self.gates = Gates(embeddings.shape[1], GATE_HIDDEN, like)
         model.add_module("gainlora_gates", self.gates)  # among the parameters that DDP sees
-        self.gated = None  # the input_ids (batch, seq) that before_forward has seen last
+        self.gated = None  # input_ids (batch, seq) of the last before_forward
         model.register_forward_pre_hook(self._before_model, with_kwargs=True)
 
     def build_layer(self, linear, fresh):
@@ -377,17 +365,16 @@ class GainLora(BranchMethod):
 
     def before_forward(self, batch):
         with torch.autocast(batch["input_ids"].device.type, enabled=False):
-            a = self.gates(self._pool(batch))  # (batch, t), float32 always
+            a = self.gates(self._pool(batch))  # (batch, t), always float32
         for layer in self.layers.values():
             layer.gain = a
         self.gated = batch["input_ids"]
 
     @torch.compiler.disable
     def _before_model(self, model, inputs, options):
-        """Compute the gates where nobody called before_forward: generate, or another's harness.
+        """Compute the gates if before_forward was not called, as in model.generate.
 
-        A step with a cache that is not empty, and one on the sequences of the last before_forward,
-        go on with the gates of their prompts.
+        Calls with a filled cache, or on the sequences of the last before_forward, keep their gates.
         """
         cache = options.get("past_key_values")
         if cache is not None and cache.get_seq_length():
@@ -409,8 +396,8 @@ class GainLora(BranchMethod):
         self.gated = None  # the next call may have another mask
 
     def _pool(self, batch):
-        """p0 of a batch, (batch, d)."""
-        # The bare table: Gemma's embedding layer would multiply by sqrt(d), as its model does.
+        """Return p0 (batch, d) of a batch."""
+        # Use the bare table: Gemma's embedding layer multiplies by sqrt(d).
         rows = F.embedding(batch["input_ids"], self.model.get_input_embeddings().weight)
         rows = rows.to(self.gates.tasks[0].k.dtype)  # (batch, seq, d)
         return pooled_prompt(rows, prompt_mask(batch))
@@ -435,10 +422,10 @@ class GainLora(BranchMethod):
 
     @torch.no_grad()
     def _observe(self, loader, with_gates):
-        """One pass over a task's data: second moments of what layers, and gates, are given.
+        """Pass over a task's data and return the second moments (d, d) of inputs, by name.
 
-        By name of layer and subspace, (d, d), summed over all processes and not divided by their
-        number: only directions and shares of energy are read from them.
+        Names are of layers and, with gates, of subspaces. Moments are sums over all processes, not
+        means: only directions and shares of energy are used.
         """
         layers = self.layers if self.has_memory else {}
         spaces = {name: layer.basis for name, layer in layers.items()}
@@ -452,23 +439,19 @@ class GainLora(BranchMethod):
         def add(name, x, _):
             sums[name] += second_moment(x[tokens])
 
-        left = math.ceil(MAX_INSTANCES / PartialState().num_processes)
-        # Deviation: the code counts padding as well, and runs in whatever mode it was left in.
+        # Deviation: the code also counts padding, and does not set evaluation mode.
         with observe(self.model, layers, add):
-            for batch in loader:  # to its end: Accelerate's loaders must not be left half-way
+            for batch in first_rows(loader, MAX_INSTANCES):
                 tokens = batch["attention_mask"].bool()
-                if left <= 0:
-                    continue
-                left -= len(tokens)  # with fillers, so that all processes stop at the same batch
                 if self.has_memory:
                     self.before_forward(batch)
-                    self.model(**{key: batch[key] for key in DATA_KEYS}, logits_to_keep=1,
+                    self.model(**{key: batch[key] for key in INPUTS}, logits_to_keep=1,
                                use_cache=False)
                 if with_gates:
-                    # Fillers have no prompt: their zeros add nothing.
+                    # Fillers have no prompt and add zeros.
                     for name, v in self.gates.features(self._pool(batch)).items():
                         sums[name] += second_moment(v)
-        for name in sums:  # in place, since all layers' together are large
+        for name in sums:  # one by one: together they are large
             sums[name] = reduce(sums[name], "sum")
         return sums
 

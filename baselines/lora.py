@@ -1,4 +1,4 @@
-"""LoRA (Hu et al. 2022): a trained low-rank update beside a frozen linear layer.
+"""LoRA (Hu et al. 2022): a trained low-rank update of a frozen linear layer.
 
 Axis names as in decomposition.py; r is the rank.
 """
@@ -15,13 +15,13 @@ from method import Method, find_targets, frozen
 from quantized import frozen_linear
 from registry import BaditSettings
 
-BADIT = BaditSettings()  # with the paper's values
+BADIT = BaditSettings()  # the paper's values
 
 
 def low_rank_update(u, A, B, s):
-    """LoRA Eq. (3) with the scaling of its Sec. 4.1: s B A u.
+    """Return s B A u, LoRA's Eq. (3): u (..., in), A (r, in), B (out, r) -> (..., out).
 
-    u (..., in), A (r, in), B (out, r), s = alpha / r -> (..., out).
+    s is alpha / r, or any factors of A u (..., r).
     """
     h = F.linear(u, A)  # (..., r)
     return F.linear(s * h, B)  # (..., out)
@@ -35,11 +35,11 @@ def check_rank(rank, shape):
 
 
 def match_badit(settings, model):
-    """Return `settings` with the rank whose trainable parameters come nearest to BADIT's.
+    """Return `settings` with the rank whose number of trainable parameters is nearest to BADIT's.
 
-    A LoRA layer has r (in + out) of them, BADIT's K r (in + out) in its bank and K in its router.
-    The default alpha becomes that of BADIT's scaling. Settings of that rank, which were matched
-    before, are returned as they are.
+    A LoRA layer trains r (in + out) weights, BADIT's K r (in + out) in the bank and K in in the
+    router. A default alpha is set for BADIT's scaling. Settings that have this rank were matched
+    before and are returned unchanged.
     """
     layers = find_targets(model, settings.target_modules).values()
     one = sum(linear.in_features + linear.out_features for linear in layers)
@@ -52,49 +52,66 @@ def match_badit(settings, model):
     return replace(settings, rank=rank, alpha=alpha)
 
 
-class LoraLinear(nn.Module):
-    """y = base(x) + s B A dropout(x), s = alpha / rank; the base path is never dropped.
+class LowRankLinear(nn.Module):
+    """Base of layers y = base(x) + s B A dropout(x), s = alpha / rank.
 
-    `lora_A` (r, in) starts Kaiming-uniform, `lora_B` (out, r) at zero, so the layer starts as
-    `base`. Raises InputError for a rank outside 1 .. min(in, out).
+    A subclass defines `bank`, which returns A (R, in) and B (out, R).
     """
 
     base_tensors = ("residual", "bias")
     depends_on_token = False
 
-    def __init__(self, base, rank=4, alpha=32, dropout=0.05):
+    def __init__(self, base, rank, alpha, dropout):
         super().__init__()
-        check_rank(rank, base.weight.shape)
-        self.scaling = alpha / rank
+        self.rank, self.scaling = rank, alpha / rank
         self.dropout = nn.Dropout(dropout)
-        self.residual = frozen(base.weight)  # (out, in), all of W0: named as in experts.py
+        self.residual = frozen(base.weight)  # (out, in), all of W0; the name is that of experts.py
         self.bias = None if base.bias is None else frozen(base.bias)
+
+    def forward(self, x):
+        """Map (..., in) to (..., out)."""
+        y = frozen_linear(x, self.residual, self.bias)  # (..., out)
+        u = self.dropout(x).to(y.dtype)
+        A, B = (weight.to(y.dtype) for weight in self.bank())
+        return y + low_rank_update(u, A, B, self.factors(y))
+
+    def factors(self, y):
+        """Return the factors of A u, here s; y (..., out) is the output of the base."""
+        return self.scaling
+
+    @torch.no_grad()
+    def constant_update(self, mixing=None):
+        """Return A (R, in) and s B (out, R) in float64."""
+        A, B = self.bank()
+        return A.double(), self.scaling * B.double()
+
+    def restore(self, tensors):
+        """Load saved adapter tensors, named as in this layer's state_dict."""
+        self.load_state_dict(tensors, strict=False)  # `base_tensors` are not saved
+
+
+class LoraLinear(LowRankLinear):
+    """Compute y = base(x) + s B A dropout(x), s = alpha / rank.
+
+    `lora_A` (r, in) starts Kaiming-uniform, `lora_B` (out, r) at zero, so the layer starts equal to
+    `base`.
+    """
+
+    def __init__(self, base, rank=4, alpha=32, dropout=0.05):
+        super().__init__(base, rank, alpha, dropout)
         kind = dict(dtype=torch.promote_types(base.weight.dtype, torch.float32),
                     device=base.weight.device)
         self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, **kind))
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, **kind))
-        # Deviation: the paper draws A from a Gaussian; its code, and PEFT, from this.
+        # Deviation: the paper initialises A from a Gaussian; its code, and PEFT, do this.
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
 
-    def forward(self, x):
-        """(..., in) -> (..., out)."""
-        y = frozen_linear(x, self.residual, self.bias)  # (..., out)
-        u = self.dropout(x).to(y.dtype)
-        return y + low_rank_update(u, self.lora_A.to(y.dtype), self.lora_B.to(y.dtype),
-                                   self.scaling)
-
-    @torch.no_grad()
-    def constant_update(self, mixing=None):
-        """Return A (r, in) and s B (out, r) in float64."""
-        return self.lora_A.double(), self.scaling * self.lora_B.double()
-
-    def restore(self, tensors):
-        """Take over saved adapter tensors, named as in this layer's state_dict."""
-        self.load_state_dict(tensors, strict=False)  # all but `base_tensors`: those are in place
+    def bank(self):
+        return self.lora_A, self.lora_B
 
 
 class Lora(Method):
-    """One adapter for all tasks: trained on, never reset, never merged at a task's end."""
+    """Train one adapter through all tasks, never reset and never merged."""
 
     name = "lora"
 

@@ -1,6 +1,6 @@
 """LoRAMoE (Dou et al. 2024): a trained per-token router over randomly initialised LoRA experts.
 
-Axis names as in experts.py. Its layer is also that of BADIT's ablation `--no_bad`.
+Axis names as in experts.py. BADIT's ablation `--no_bad` uses this layer, too.
 """
 
 import math
@@ -10,19 +10,18 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from decomposition import check_bank_size
 from experts import BankLinear, Routing, select_experts
 from inputs.errors import InputError
-from regrouping import ExpertMethod, Regrouper
+from regrouping import ExpertMethod
 
 
 class LoraMoeLinear(BankLinear):
-    """y = base(x) + s sum_k g_k B_k A_k u, with g = softmax(x R') over the top_k experts.
+    """Compute y = base(x) + s sum_k g_k B_k A_k u, with g = softmax(x R') over the top_k experts.
 
-    The weights of the top_k experts are renormalised to sum to 1, the others are 0; `top_k` equal
-    to `num_experts` is the dense original. A and the router R start Kaiming-uniform, B at zero.
-    u = dropout(x), for the router x itself. Deviation: one mask for all experts, not one for each.
-    While `gates` is a list, every forward pass appends its g (batch, seq, K) to it.
+    The weights of the top_k experts sum to 1, the others are 0; with `top_k` = `num_experts` this
+    is the dense original. A and the router R start Kaiming-uniform, B at zero. u = dropout(x); the
+    router reads x. Deviation: all experts share one dropout mask. While `gates` is a list, every
+    forward pass appends its g (batch, seq, K) to it.
     """
 
     inactive = "drop"
@@ -35,8 +34,8 @@ class LoraMoeLinear(BankLinear):
         self.gates = None
 
     def route(self, x, expert_of=None):
-        """x (..., in) -> Routing over (..., K), whoever owns which component."""
-        with torch.autocast(x.device.type, enabled=False):  # the router is float32 always
+        """Route x (..., in), independently of the grouping."""
+        with torch.autocast(x.device.type, enabled=False):  # the router is always float32
             logits = F.linear(x.to(self.router.dtype), self.router)  # (..., K)
             if self.top_k == self.num_experts:
                 active, g = None, logits.softmax(dim=-1)
@@ -52,28 +51,28 @@ class LoraMoeLinear(BankLinear):
 
 
 def expert_importance(g, mask):
-    """Q (rows, K): what the tokens of each row give to every expert; g (rows, seq, K).
+    """Return Q (rows, K), each expert's mean weight over the tokens of a row; g (rows, seq, K).
 
-    Deviation: padding, False in mask (rows, seq), is left out, and the sum over a row's tokens is
-    divided by their number: with rows of different lengths no router could bring the loss to zero.
+    Deviation: padding, False in mask (rows, seq), is left out, and Q is a mean over tokens instead
+    of a sum, with which rows of different lengths keep the loss above zero for every router.
     """
     inside = torch.where(mask[..., None], g, 0)  # (rows, seq, K)
     return inside.sum(1) / mask.sum(1, keepdim=True)  # (rows, K)
 
 
 def importance_coefficients(types, K, delta):
-    """I (rows, K): 1 + delta where the type of a row is that of the expert, else 1 - delta.
+    """Return I (rows, K): 1 + delta where row and expert have the same type, else 1 - delta.
 
-    types (rows,) of 0 and 1. The first half of the experts has type 1, as in the released code.
+    types (rows,) are 0 or 1. The first half of the experts has type 1, as in the released code.
     """
     first_half = torch.arange(K, device=types.device) < K // 2  # (K,)
     return torch.where(types.bool()[:, None] == first_half, 1 + delta, 1 - delta)
 
 
 def balancing_loss(Q, I):  # noqa: E741 (the paper's letter)
-    """L_lbc = var(Z) / mean(Z) with Z = I * Q, both (rows, K); the variance is the unbiased one.
+    """Return L_lbc = var(Z) / mean(Z) for Z = I * Q, both (rows, K), with the unbiased variance.
 
-    The paper's formula; the released code divides by the square of the mean.
+    This is the paper's formula; the released code divides by the square of the mean.
     """
     Z = I * Q  # (rows, K)
     return Z.var() / Z.mean()
@@ -83,7 +82,10 @@ def balancing_loss(Q, I):  # noqa: E741 (the paper's letter)
 
 
 def type_of(task, pairs):
-    """The type of `task` by pairs TASK=TYPE of folder names or T-numbers. Raises InputError."""
+    """Return the type of `task` from pairs TASK=TYPE of folder names or T-numbers.
+
+    Raises InputError unless exactly one pair fits.
+    """
     found = []
     for name, kind in (pair.rsplit("=", 1) for pair in pairs):
         number = re.fullmatch(r"[Tt]?0*(\d+)", name)
@@ -91,33 +93,24 @@ def type_of(task, pairs):
             found.append(int(kind))
     if len(found) != 1:
         raise InputError(f"--balance_types gives task {task} {len(found)} types, it needs one: "
-                         "0 for knowledge questions, 1 for the rest")
+                         "0 for knowledge questions, 1 for others")
     return found[0]
 
 
 class LoraMoe(ExpertMethod):
-    """LoRAMoE; with --balance_weight also its localized balancing constraint."""
+    """LoRAMoE, with its localized balancing constraint if --balance_weight is above 0."""
 
     name = "loramoe"
 
     def check_tasks(self, tasks):
-        """Raise InputError unless every task has a type, where the types are read."""
+        """Raise InputError if --balance_weight needs the type of a task and does not find it."""
         if self.settings.balance_weight > 0:
             for task in tasks:
                 type_of(task, self.settings.balance_types)
 
-    def check_layer(self, linear):
-        check_bank_size(self.settings.num_experts, self.settings.rank, linear.weight.shape)
-
     def build_layer(self, linear, fresh):
         return LoraMoeLinear(linear, **{key: getattr(self.settings, key) for key in (
             "num_experts", "rank", "alpha", "dropout", "top_k")})
-
-    def wrap(self, model, fresh=True):
-        super().wrap(model, fresh)
-        # Never regroups, so it draws nothing from its seed: it logs what BADIT's does.
-        self.regrouper = Regrouper(self.layers, self.settings.regroup_every, "fixed",
-                                   seed=None)
 
     def start_stage(self, stage, loader):
         self.check_tasks(stage.tasks)
@@ -129,11 +122,11 @@ class LoraMoe(ExpertMethod):
             self._collect_gates_in(self.gates)
 
     def penalty(self, batch):
-        """beta * sum over layers of L_lbc on this micro-batch, 0 where it has no tokens."""
+        """Return beta times the sum of L_lbc over layers; 0 for a micro-batch of fillers."""
         read = self.settings
         if read.balance_weight == 0:
             return 0.0
-        # Closed before the backward pass, in which checkpointing runs the layers a second time.
+        # Stop before the backward pass, where checkpointing runs the layers again.
         self._collect_gates_in(None)
         mask = batch["attention_mask"].bool()  # (batch, seq)
         real = mask.any(1)  # (batch,): a filler has no tokens

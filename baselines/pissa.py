@@ -8,24 +8,24 @@ from decomposition import InitialBank
 
 
 class PissaLinear(InitialBank, LoraLinear):
-    """y = residual x + s B A dropout(x), started at s B0 A0 = the r leading triplets of W0.
+    """Compute y = residual x + s B A dropout(x), from s B0 A0 = the r leading triplets of W0.
 
-    PiSSA Eq. (2) to (4) with s folded in: A0 = sqrt(S / s) V', B0 = U sqrt(S / s), residual =
-    W0 - s B0 A0, so the layer starts as `base`. `svd=None` decomposes nothing and awaits `restore`.
+    PiSSA's Eq. (2) to (4), with s: A0 = sqrt(S / s) V', B0 = U sqrt(S / s), residual =
+    W0 - s B0 A0, so the layer starts equal to `base`. With `svd=None`, `restore` must follow.
     Raises InputError for a rank outside 1 .. min(in, out).
     """
 
     def __init__(self, base, rank=4, alpha=32, dropout=0.05, svd="exact"):
         super().__init__(base, rank, alpha, dropout)
-        # Deviation: each triplet's sign is fixed, as BADIT's are; the product is the same.
+        # Deviation: triplets get BADIT's sign convention; their products are the same.
         self.add_initial_bank(base, svd)
 
 
 class Pissa(Lora):
-    """Decomposed once, before the first task, then trained as LoRA is."""
+    """Decompose once, before the first task, then train as LoRA does."""
 
-    # Deviation: its authors ask for dropout 0, since dropout here drops principal parts of W0;
-    # every method is given the same dropout by default.
+    # Deviation: its authors use no dropout, which drops principal parts of W0. All methods have the
+    # same default dropout here.
     name = "pissa"
 
     def build_layer(self, linear, fresh):

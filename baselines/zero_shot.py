@@ -1,10 +1,10 @@
-"""The untrained model, for the zero-shot row."""
+"""The untrained model, for the zero-shot row of tables."""
 
 from method import Method
 
 
 class ZeroShot(Method):
-    """Nothing is adapted and nothing is trained."""
+    """Adapt and train nothing."""
 
     name = "zero_shot"
 

@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
+from method import observe
+
 RIDGE = 1e-6  # relative to the mean square of h: unseen directions of h keep the mean factors
 
 
@@ -84,19 +86,16 @@ def calibrate(model, batches):
     """
     sums, tokens = {}, None
 
-    def hook_of(name):
-        def hook(layer, inputs):
-            new = moments(*layer.components(inputs[0][tokens]))  # of x (tokens, in)
-            sums[name] = Moments(*map(torch.add, sums[name], new)) if name in sums else new
-        return hook
+    def add(name, x, _):
+        new = moments(*layers[name].components(x[tokens]))  # of x (tokens, in)
+        sums[name] = Moments(*map(torch.add, sums[name], new)) if name in sums else new
 
-    handles = [layer.register_forward_pre_hook(hook_of(name))
-               for name, layer in model.adapted_by.layers.items() if layer.depends_on_token]
-    for batch in tqdm(batches, desc="calibrate", unit="batch", delay=2, leave=False):
-        tokens = batch["attention_mask"].bool()  # (batch, seq)
-        model(**batch, logits_to_keep=1, use_cache=False)
-    for handle in handles:
-        handle.remove()
+    layers = {name: layer for name, layer in model.adapted_by.layers.items()
+              if layer.depends_on_token}
+    with observe(model, layers, add):
+        for batch in tqdm(batches, desc="calibrate", unit="batch", delay=2, leave=False):
+            tokens = batch["attention_mask"].bool()  # (batch, seq)
+            model(**batch, logits_to_keep=1, use_cache=False)
     return sums
 
 
