@@ -151,6 +151,11 @@ def checkpoints(tmp_path_factory):
     return folders
 
 
+@pytest.fixture(params=ARCHITECTURES)
+def architecture(request):
+    return request.param
+
+
 @pytest.fixture(scope="session")
 def wide(tmp_path_factory):
     """The checkpoint of a random Llama whose linear layers all have whole blocks of 64 inputs."""

@@ -1,4 +1,4 @@
-"""Tiny models, tasks and steps of training that the tests of methods share."""
+"""Tiny layers, models, tasks and training steps that tests share."""
 
 import itertools
 
@@ -9,23 +9,30 @@ from transformers import AutoModelForCausalLM
 import data
 from method import Stage
 
+IN, OUT = 20, 24  # of bare layers
 PROMPTS = [[1, 40, 17, 5, 9, 33], [1, 8], [1, *range(30, 55)], [1, 21, 22, 21]]
 
 
 def randn(seed, *shape):
-    """Fixed float64 normal numbers."""
+    """Return fixed float64 normal numbers."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
+def linear(seed=0, n=IN, m=OUT, bias=True, dtype=torch.float64):
+    """Return a linear layer with fixed weights."""
+    torch.manual_seed(seed)
+    return torch.nn.Linear(n, m, bias=bias).to(dtype)
+
+
 def base_model(architecture="llama", dtype=torch.float32):
-    """A random model, the same at every call."""
+    """Return a random model, the same at every call."""
     torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(CONFIGS[architecture](), dtype=dtype).eval()
 
 
 @torch.no_grad()
 def logits_of(model, prompts=PROMPTS):
-    """Float32 logits of a left-padded batch at its real tokens."""
+    """Return float32 logits of a left-padded batch, without padding."""
     batch = data.pad_left(prompts, 2)
     if hasattr(model, "adapted_by"):
         model.adapted_by.before_forward(batch)
@@ -33,7 +40,7 @@ def logits_of(model, prompts=PROMPTS):
 
 
 def continuations(model, prompts=PROMPTS, **options):
-    """New tokens by model.generate, as its user calls it: no hook of a method."""
+    """Return new tokens of model.generate, called without a method's hooks."""
     batch = data.pad_left(prompts, 2)
     batch.pop("position_ids")
     tokens = model.generate(**batch, max_new_tokens=6, do_sample=False, eos_token_id=2,
@@ -42,7 +49,7 @@ def continuations(model, prompts=PROMPTS, **options):
 
 
 def rows_of(task, count=8):
-    """Random training rows of several lengths; each task has words of its own."""
+    """Return random training rows of several lengths; each task has its own words."""
     generator = torch.Generator().manual_seed(task)
     rows = []
     for i in range(count):
@@ -53,13 +60,13 @@ def rows_of(task, count=8):
 
 
 def batch_of(rows, targets=None):
-    """A micro-batch as the training loop has it; its loss is over `targets`, or its own tokens."""
+    """Collate a micro-batch; its loss is divided by `targets`, or its own target tokens."""
     own = sum(row["num_targets"] for row in rows if row)
     return data.collate_micro_batch([data.MicroBatch(rows, targets or own, 99)], 2)
 
 
 def loader_of(rows, size=4):
-    """What the training loop's loader gives for `rows`, the last batch with a filler."""
+    """Return the training loop's batches of `rows`, the last one with a filler."""
     parts = [rows[first:first + size] for first in range(0, len(rows), size)]
     parts[-1] = [*parts[-1], None]
     return [batch_of(part, sum(row["num_targets"] for row in rows)) for part in parts]
@@ -74,13 +81,13 @@ def trainable(model):
 
 
 def start(method, task, steps=4):
-    """The first hook of a task."""
+    """Call the first hook of a task."""
     torch.manual_seed(task)
     method.start_stage(stage_of(task, steps), loader_of(rows_of(task)))
 
 
 def backward(method, batch):
-    """One micro-batch through the hooks -> (loss, penalty); gradients are added up."""
+    """Run a micro-batch through the hooks and add up gradients; return (loss, penalty)."""
     method.before_forward(batch)
     loss = method.model(**data.model_inputs(batch), use_cache=False).loss
     penalty = torch.as_tensor(method.penalty(batch))
@@ -89,7 +96,7 @@ def backward(method, batch):
 
 
 def train(method, task, steps=4, learning_rate=3e-2):
-    """Steps through the hooks in the order of the loop -> (losses, lines for regroup.jsonl)."""
+    """Train with the loop's order of hooks; return losses and lines for regroup.jsonl."""
     optimizer = torch.optim.AdamW(trainable(method.model).values(), lr=learning_rate,
                                   weight_decay=0.0)
     method.model.train()
@@ -105,7 +112,7 @@ def train(method, task, steps=4, learning_rate=3e-2):
 
 
 def learn(method, *tasks, steps=4):
-    """Whole tasks one after the other -> the losses of the last."""
+    """Train whole tasks in sequence; return the losses of the last."""
     for task in tasks:
         start(method, task, steps)
         losses, _ = train(method, task, steps)
@@ -115,18 +122,18 @@ def learn(method, *tasks, steps=4):
 
 
 def weights_of(module):
-    """A copy of all parameters and buffers by name."""
+    """Copy all parameters and buffers by name."""
     return {name: weight.detach().clone() for name, weight in module.state_dict().items()}
 
 
 def assert_same(left, right):
-    """Two dicts of tensors are bitwise equal."""
+    """Assert that two dicts of tensors are bitwise equal."""
     assert left.keys() == right.keys()
     assert [key for key in left if not torch.equal(left[key], right[key])] == []
 
 
 def one_line(caught):
-    """The message of an InputError, which is one line."""
+    """Return the message of an InputError, and assert that it is one line."""
     message = str(caught.value)
     assert message.strip() and "\n" not in message
     return message
