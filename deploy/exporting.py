@@ -111,12 +111,13 @@ def fit(args, model, tokenizer, train, device):
 
 
 def run_of(path, config):
-    """Return (values, Results) of the results.json of the adapter's run, or None."""
+    """Return the results.json of the adapter's run, or None."""
     path = Path(path).resolve()
     for folder in (path.parent, path.parent.parent):
         if (folder / "results.json").is_file():
-            values, results = formats.read(folder / "results.json", formats.Results)
-            return (values, results) if results.base_sha256 == config.base_sha256 else None
+            results = formats.load_keys(folder / "results.json",
+                                        ("args", "base_sha256", "metrics", "precision"))
+            return results if results["base_sha256"] == config.base_sha256 else None
     return None
 
 
@@ -127,13 +128,13 @@ def read_rows(args, run, tokenizer, config):
         if run is None:
             raise InputError(f"no results.json of its run is beside {args.adapter}: name tasks "
                              "with --suite, to measure the export")
-        name, folder = run[1].args["suite"], run[1].args["data_dir"]
-        tasks = config.trained_on.get("tasks", run[1].args["tasks"])  # one in --setting single
+        name, folder = run["args"]["suite"], run["args"]["data_dir"]
+        tasks = config.trained_on.get("tasks", run["args"]["tasks"])  # one in --setting single
     suite = data.load_suite(name, folder)
     suite = data.select_tasks(suite, tasks) if tasks else suite
     each = -(-args.rows // len(suite.tasks))
     suite = data.cut(suite, each, each)
-    length = 1024 if run is None else run[1].args["max_length"]
+    length = 1024 if run is None else run["args"]["max_length"]
     return suite, data.encode_suite(suite, tokenizer, length, config.chat_template)
 
 
@@ -231,12 +232,11 @@ def card(args, config, settings, run, said):
     lines = [*said, f"method: {config.method} ({given})",
              f"base model: {base}, SHA-256 of its weights as float32 {config.base_sha256}{stored}"]
     if run is not None:
-        values, results = run
-        trained = ", ".join(f"{key} {results.args[key]}" for key in (
+        trained = ", ".join(f"{key} {run['args'][key]}" for key in (
             "suite", "setting", "epochs", "learning_rate", "seed"))
-        scores = ", ".join(f"{key} {value:.2f}" for key, value in named_metrics(values)
+        scores = ", ".join(f"{key} {value:.2f}" for key, value in named_metrics(run)
                            if value is not None)
-        lines += [f"trained: {trained}, precision {results.precision}", f"scores: {scores}"]
+        lines += [f"trained: {trained}, precision {run['precision']}", f"scores: {scores}"]
     return "\n".join([
         "---", *front, "---", "", f"# {config.method} on {base}", "",
         "A whole checkpoint: the adapter is merged into its weights." if args.merged else

@@ -27,6 +27,9 @@ from inputs.tensors import check_tensors, read_tensors, write_tensors
 
 FOLDER, KEPT = "checkpoints", 2
 TENSORS_FILE, STATE_FILE = "tensors.safetensors", "state.json"
+STATE = ("position", "rows", "files", "log_bytes", "identity", "hashes", "seconds", "rng",
+         "allowed_differences")
+RESULTS = (*identity.RECORDED, "rows", "task_order", "scores", "metrics")  # that --resume reads
 
 
 class Checkpoint(NamedTuple):
@@ -180,7 +183,7 @@ def newest(setup):
     """Return the newest readable Checkpoint, or None; unreadable ones are named and skipped.
 
     The main process chooses, and all read the same one: they must all see the folder. Raises
-    InputError where no checkpoint is readable, or the newest is of another version.
+    InputError where there are checkpoints and none is readable.
     """
     folder, chosen = setup.args.output_dir / FOLDER, [None]
     if setup.accelerator.is_main_process:
@@ -188,14 +191,14 @@ def newest(setup):
         while paths and chosen == [None]:
             path = paths.pop()
             try:
-                found = read(path)
+                read(path)
             except InputError as error:
                 print_main(setup.accelerator, f"checkpoint {path} is skipped: {error}")
                 if not paths:
-                    raise InputError(f"no checkpoint in {folder} can be read: give --overwrite to "
-                                     f"start again ({error})") from None
+                    raise InputError(
+                        f"no checkpoint in {folder} can be read ({error}): to start again, give "
+                        "--overwrite in place of --resume, or another --output_dir") from None
             else:
-                formats.convert(found.state, formats.CheckpointState, path / STATE_FILE)
                 chosen = [path.name]
     broadcast_object_list(chosen)
     return None if chosen[0] is None else read(folder / chosen[0])
@@ -204,7 +207,7 @@ def newest(setup):
 def read(path):
     """Return the Checkpoint in the folder `path`. Raises InputError if it cannot be read."""
     return Checkpoint(path.name, read_tensors(path / TENSORS_FILE),
-                      formats.load(path / STATE_FILE))
+                      formats.load_keys(path / STATE_FILE, STATE))
 
 
 def part(checkpoint, name):
@@ -226,13 +229,13 @@ def restore(run, resumed):
 
 
 def finished(setup):
-    """Return the content of the results.json of a run that is already finished, or None."""
+    """Return the results.json of a run that is already finished, or None."""
     file = setup.args.output_dir / "results.json"
     if not file.exists():
         return None
-    content, results = formats.read(file, formats.Results)
+    results = formats.load_keys(file, RESULTS)
     identity.refuse_another_run(setup, identity.recorded_identity(results), file)
-    return content
+    return results
 
 
 def prepare_output_folder(run, resumed):

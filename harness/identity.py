@@ -24,6 +24,8 @@ TRAINS = ("badit.py", "energy.py", "quantized.py", "decomposition.py", "experts.
           "regrouping.py", "method.py", "registry.py", "train.py", "data.py", "models.py",
           "evaluation.py", "metrics.py", "adapter.py", "baselines/*.py", "inputs/*.py",
           "harness/*.py")
+RECORDED = ("args", "tasks", "read_files", "code_sha256", "versions", "run", "precision",
+            "processes", "compiler")  # what `recorded_identity` reads of results.json
 # The hashes of the base model in results.json and in checkpoints, in words.
 MODEL_HASHES = {"base_sha256": "weights", "config_sha256": "a configuration or tokenizer"}
 
@@ -105,12 +107,13 @@ def identity(args, accelerator, tasks, made):
 
 
 def recorded_identity(results):
-    """Return the `identity` of the run that wrote these Results."""
+    """Return the `identity` of the run that wrote this results.json."""
+    run = results["run"]
     return _identity(
-        results.args, {name: task.sha256 for name, task in results.tasks.items()},
-        results.read_files, code=results.code_sha256, versions=results.versions,
-        threads=results.run.threads, device=results.run.device, precision=results.precision,
-        processes=results.processes, compiler=results.compiler)
+        results["args"], {name: task["sha256"] for name, task in results["tasks"].items()},
+        results["read_files"], code=results["code_sha256"], threads=run["threads"],
+        device=run["device"],
+        **{name: results[name] for name in ("versions", "precision", "processes", "compiler")})
 
 
 def _identity(args, data, files, **rest):

@@ -1,4 +1,4 @@
-"""Read files that others may have written, and check each against a declared shape."""
+"""Read JSON and text files. Files that others may have written are checked against a shape."""
 
 import json
 from typing import Annotated, Any, Literal
@@ -52,57 +52,6 @@ class AdapterConfig(Struct, forbid_unknown_fields=True):
     model: str | None = None
     base: Base = "dense"
     trained_on: dict[str, Any] = {}  # flags that --eval_only takes over
-
-
-class Row(Struct, forbid_unknown_fields=True):
-    """Scores per task after one stage, None where not evaluated."""
-
-    name: str
-    best: list[Score | None]
-    first: list[Score | None]
-    loss: list[Amount | None]
-
-
-class CheckpointState(Struct, forbid_unknown_fields=True):
-    """state.json of a checkpoint: how far a run has come."""
-
-    position: tuple[Annotated[int, Meta(ge=0)], Annotated[int, Meta(ge=0)]]
-    rows: list[Row]
-    files: list[str]
-    log_bytes: dict[str, Annotated[int, Meta(ge=0)]]
-    identity: dict[str, Any]
-    hashes: dict[str, str]
-    allowed_differences: list[str]
-    seconds: dict[str, Annotated[float, Meta(ge=0, lt=1e10)]]
-    rng: list[dict[str, Any]]
-
-
-class TaskSummary(Struct):
-    """A task in results.json, as far as another run reads it."""
-
-    sha256: str
-
-
-class RunInfo(Struct):
-    """`run` in results.json, as far as another run reads it."""
-
-    device: str
-    threads: Count
-
-
-class Results(Struct):
-    """results.json of a finished run, as far as another run reads it; other keys are kept."""
-
-    args: dict[str, Any]
-    base_sha256: str
-    code_sha256: str
-    compiler: str
-    precision: str
-    processes: Count
-    read_files: dict[str, str]
-    run: RunInfo
-    tasks: dict[str, TaskSummary]
-    versions: dict[str, str]
 
 
 class References(Struct):
@@ -185,6 +134,16 @@ def load(path):
     So it does for a repeated key and for NaN, which Python's reader accepts.
     """
     return _parse(text(path), path)
+
+
+def load_keys(path, keys):
+    """Return the JSON object in a file that this program wrote. Raises InputError without a key."""
+    content = load(path)
+    for key in keys:
+        if not isinstance(content, dict) or key not in content:
+            raise InputError(f"{path} has no {key!r}: it is damaged, or of another version of this "
+                             "program")
+    return content
 
 
 def convert(value, kind, source, verdict=" is damaged, or of another version of this program"):
