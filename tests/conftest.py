@@ -193,7 +193,7 @@ def smollm2():
 
 @pytest.fixture(scope="session")
 def forks():
-    """The server of processes of their own, which can be killed."""
+    """Runs of train.main in separate processes, which can be killed."""
     server = Forks()
     yield server
     server.close()
@@ -213,7 +213,7 @@ def reset_accelerate():
 
 
 def settings_of(method="badit", **changed):
-    """The settings that a method has by default, with a small bank."""
+    """A method's default settings with a small bank."""
     cls = METHODS[method].settings
     small = {name: value for name, value in dict(rank=2, alpha=16.0).items()
              if name in cls.names()}
@@ -236,7 +236,7 @@ class Outcome(NamedTuple):
 
 
 def run(*argv):
-    """Call train.main in this process; what a terminal would show is captured, logs included."""
+    """Call train.main in this process and capture all that it prints, logs included."""
     out, err = io.StringIO(), io.StringIO()
     loggers = [logging.root, *logging.root.manager.loggerDict.values()]
     moved = [(handler, handler.setStream(err)) for logger in loggers
@@ -256,14 +256,14 @@ def run(*argv):
 
 
 def succeed(*argv):
-    """Call train.main, which must end well."""
+    """Call train.main, which must return 0."""
     outcome = run(*argv)
     assert outcome.status == 0, outcome.err
     return outcome
 
 
 class Killed(BaseException):
-    """What a kill does, as far as one process can do it to itself."""
+    """Raised in place of a kill of this process."""
 
 
 @contextlib.contextmanager
@@ -326,7 +326,7 @@ def files_of(folder):
 
 
 def assert_equal_runs(one, other):
-    """All files have equal bytes; results.json differs under its key `run` alone."""
+    """Assert equal files; results.json may differ under its key `run`."""
     mine, theirs = files_of(one), files_of(other)
     assert mine.keys() == theirs.keys()
     for files in (mine, theirs):
@@ -336,7 +336,7 @@ def assert_equal_runs(one, other):
 
 
 def assert_close_runs(one, other, losses=1e-5, weights=None):
-    """Equal groupings; losses, angles and, if asked for, weights that are as close as that."""
+    """Assert equal groupings, and close losses, angles and, with a tolerance, weights."""
     assert losses_of(one) == pytest.approx(losses_of(other), abs=losses)
     assert groupings_of(one) == groupings_of(other)
     events = [lines_of(folder / "regroup.jsonl") for folder in (one, other)]

@@ -1,7 +1,7 @@
-"""A server of processes that run train.main at once: it has imported the program, and forks.
+"""Serve runs of train.main in forked processes, which need not import the libraries again.
 
-It has not used torch yet, as a fork after that may hang. One JSON order on each line of stdin, one
-JSON answer on each of stdout; `Forks` below is the other end.
+The server must not use torch before it forks: a fork after that may hang. Orders are JSON lines on
+stdin, answers JSON lines on stdout; `Forks` is the client.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ LIMIT = 300  # seconds; no run here takes a tenth of it where the cores are free
 
 
 class Forks:
-    """Runs of train.main in processes of their own, without the seconds that an import takes."""
+    """Run train.main in new processes, without waiting for imports."""
 
     def __init__(self):
         root = Path(__file__).resolve().parent
@@ -38,7 +38,7 @@ class Forks:
                                        env=environment)
 
     def __call__(self, *argv, out, **order):
-        """Run; `out` takes what is printed. Returns the answer of `serve`, plus `lines`."""
+        """Run and print into the file `out` -> the answer of `serve`, plus the printed `lines`."""
         order |= {"argv": [str(part) for part in argv], "out": str(out)}
         self.server.stdin.write(json.dumps(order) + "\n")
         self.server.stdin.flush()
@@ -68,7 +68,7 @@ def serve():
 
 
 def free_port():
-    """A port below those that the system gives to outgoing connections, which could take it."""
+    """Return a free port below the range of outgoing connections, which could take it."""
     while True:
         port = random.randrange(15_000, 30_000)
         with socket.socket() as probe, contextlib.suppress(OSError):
@@ -87,7 +87,7 @@ def fork(order, rank, processes, port):
         os.dup2(handle, 1)
         os.dup2(handle, 2)
         sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
-        faulthandler.enable()  # SIGABRT, of a run that hangs, prints where
+        faulthandler.enable()  # on SIGABRT, a run that hangs prints its stack
         if processes > 1:
             os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_PORT": str(port),
                            "WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes),
@@ -110,7 +110,7 @@ def fork(order, rank, processes, port):
 def watch(children, order, start):
     """Wait for all children, sending the signal of the order when its moment has come."""
     waiting, statuses = list(children), {}
-    old = matches(order)  # of an earlier run
+    old = matches(order)  # left by an earlier run
     pending, limit = order.get("signal"), LIMIT
     while waiting:
         for child in list(waiting):
@@ -138,7 +138,7 @@ def watch(children, order, start):
 
 
 def matches(order):
-    """What is there of the paths that the order waits for, with their times of change."""
+    """Return the paths that match the order's `seen`, with their modification times."""
     found = set()
     for path in glob.glob(order.get("seen", "")):
         with contextlib.suppress(FileNotFoundError):

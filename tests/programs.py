@@ -24,7 +24,7 @@ def fail(*_):
 
 
 def do_nothing(*_):
-    """Ends well, without results."""
+    """Exit with status 0, without results."""
 
 
 def be_killed(*_):
@@ -36,7 +36,7 @@ def touch(path, *_):
 
 
 def finish(_, *flags):
-    """Leave the results of a run with these flags."""
+    """Write the results.json of a run with these flags."""
     from harness.arguments import parse_flags, recorded_args  # here, as the others need neither
 
     args, _ = parse_flags(flags)
@@ -74,7 +74,7 @@ def launch(name, *more):
 
 
 def train_and_list_modules(path, *argv):
-    """One run, and then the names and files of all modules that are loaded."""
+    """Run train.main, then write the names and files of all loaded modules."""
     import train  # here, as the others need not wait for it
 
     assert train.main(argv) == 0

@@ -1,6 +1,6 @@
-"""What a test does to the program in a forked process before its train.main: see forked.py.
+"""Changes to the program in a forked process, made before train.main (see forked.py).
 
-Each function takes the rank of its process. Some break the second process alone.
+Each function takes the rank of its process; some break only the second one.
 """
 
 import functools
@@ -23,7 +23,7 @@ from regrouping import Regrouper
 
 
 def replace(owner, name):
-    """Put the decorated function in the place of owner.name, which it gets before its arguments."""
+    """Replace owner.name by the decorated function, which gets the original first."""
     def decorate(function):
         real = getattr(owner, name)
         setattr(owner, name, functools.wraps(real)(
@@ -32,7 +32,7 @@ def replace(owner, name):
 
 
 def slow_steps(rank):
-    """Time for a second signal before the run answers the first."""
+    """Slow every step, so that a second signal comes before the run answers the first."""
     @replace(Recorder, "add_step")
     def add_step(real, recorder, line):
         time.sleep(0.05)
@@ -40,31 +40,31 @@ def slow_steps(rank):
 
 
 def stop_while_loading(rank):
-    """A signal before the run has touched its folder."""
+    """Send SIGTERM before the run has touched its folder."""
     @replace(models, "load")
     def load(real, *_, **__):
         os.kill(os.getpid(), signal.SIGTERM)
 
 
 def small_files(rank):
-    """A limit on the size of files that no checkpoint fits."""
+    """Limit file sizes below that of a checkpoint."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 
 
 def double_precision(rank):
-    """The base model in float64, where sums in another order are nearly equal."""
+    """Load the base model in float64, where the order of a sum matters little."""
     @replace(models, "load")
     def load(real, name, dtype=None, **more):
         return real(name, torch.float64, **more)
 
 
 def slow_writing(rank):
-    """A checkpoint takes a second; each process leaves a file when it leaves the run."""
+    """Make a checkpoint take a second; each process leaves a file when it ends."""
     @replace(checkpoint, "write")
     def write(real, *args):
         time.sleep(1)
         real(*args)
-        time.sleep(0.1)  # the system's times are not as fine as all that
+        time.sleep(0.1)  # file times are coarse
 
     @replace(Run, "end_together")
     def end_together(real, run):
@@ -116,12 +116,12 @@ def bug(rank):
 
 
 def in_bf16(rank):
-    """As `accelerate launch --mixed_precision bf16` starts it."""
+    """Set the variable of `accelerate launch --mixed_precision bf16`."""
     os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16"
 
 
 def by_fsdp(rank):
-    """As `accelerate launch --use_fsdp` starts it; tells what is left of that for a loader."""
+    """Set the variables of `accelerate launch --use_fsdp`; print those that a loader sees."""
     os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2",
                    "FSDP_CPU_RAM_EFFICIENT_LOADING": "true", "FSDP_OFFLOAD_PARAMS": "false",
                    "FSDP_ACTIVATION_CHECKPOINTING": "false", "ACCELERATE_MIXED_PRECISION": "bf16"}
@@ -133,12 +133,12 @@ def by_fsdp(rank):
 
 
 def expecting_gpus(rank):
-    """As a launcher starts it that was not told to use the CPU."""
+    """Unset the variable that makes Accelerate use the CPU."""
     del os.environ["ACCELERATE_USE_CPU"]
 
 
 def count_bytes(rank):
-    """Says how many bytes of the model a process holds, before and after it shares the base."""
+    """Print the bytes of the model that a process holds, before and after sharding."""
     def held(model):
         return sum(weight.numel() * weight.element_size() for weight in (
             getattr(weight, "_local_tensor", weight) for weight in model.parameters()))

@@ -30,12 +30,12 @@ def test_cudnn_has_no_part_in_a_run():
 
 
 def rounded(left, right):
-    """What a processor that multiplies in bf16 would give."""
+    """Multiply as a processor that uses bf16 inside."""
     return (left.bfloat16() @ right.bfloat16()).float()
 
 
 def test_they_keep_float32s_digits(matmul):
-    """Whatever is chosen on this machine, a product is as near to float64 as float32 is."""
+    """Products on this machine have float32 precision, whatever is chosen."""
     chosen = launch.use_onednn()
     assert matmul.fp32_precision == ("bf16" if chosen else "ieee")
     x, W = torch.randn(40, 96), torch.randn(64, 96)
@@ -44,7 +44,7 @@ def test_they_keep_float32s_digits(matmul):
 
 
 def test_bf16_inside_is_refused(matmul, monkeypatch):
-    """Where the setting does what it is called, it is taken back."""
+    """On a processor that multiplies in bf16, the setting is undone."""
     multiply = torch.Tensor.__matmul__
     monkeypatch.setattr(torch.Tensor, "__matmul__", lambda left, right: (
         rounded(left, right) if left.dtype == torch.float32 == right.dtype

@@ -1,4 +1,4 @@
-"""What a run meets outside: little memory, other threads, users, systems, models of other kinds."""
+"""Little memory, no home, unusual models, and what an adapter says of its training."""
 
 import json
 import os
@@ -10,7 +10,7 @@ import huggingface_hub
 import pytest
 import safetensors.torch
 import torch
-from conftest import SMALL, TRAINED, failing, lines_of, refused, succeed, write_json
+from conftest import SMALL, failing, refused, succeed, write_json
 from suite_files import complaint
 from transformers import AutoModelForCausalLM, GPT2Config, MixtralConfig
 
@@ -25,34 +25,30 @@ from registry import ALL_LINEAR
 ROOT = Path(__file__).resolve().parents[1]
 
 
-# --- memory, threads, users, systems ------------------------------------------------------------
+# --- memory and users ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError(),
-                                   RuntimeError("DefaultCPUAllocator: can't allocate memory")],
-                         ids=lambda error: type(error).__name__)
-def test_out_of_memory_is_one_line_and_keeps_the_checkpoint(tiny, tmp_path, error):
-    """It names what takes memory; the run resumes where there is more."""
+def test_out_of_memory_is_one_line(tiny, tmp_path):
+    """It names the flags that take memory, and the one that continues."""
     argv = [*tiny, *SMALL, "--epochs", 1, "--checkpoint_every", 2, "--output_dir", tmp_path / "out"]
-    with failing(Recorder, "add_step", 4, error):
+    with failing(Recorder, "add_step", 4, torch.OutOfMemoryError("CUDA out of memory")):
         line = refused("out of memory", *argv)
     for flag in ("batch_size 8", "gradient_accumulation_steps 1", "max_length 64",
                  "eval_batch_size 16", "gradient_checkpointing", "resume"):
         assert f"--{flag}" in line
-    succeed(*argv, "--resume")
-    assert len(lines_of(tmp_path / "out" / "log.jsonl")) == 5
 
 
-def test_memory_that_the_machine_does_not_have():
-    """What PyTorch raises in earnest."""
+def test_errors_that_are_out_of_memory():
+    """Python's, CUDA's, and the RuntimeError that PyTorch raises on a CPU."""
     with pytest.raises(RuntimeError) as caught:
         torch.empty(2**60, dtype=torch.uint8)
-    assert launch.is_out_of_memory(caught.value)
+    for error in (caught.value, MemoryError(), torch.OutOfMemoryError("CUDA out of memory")):
+        assert launch.is_out_of_memory(error)
     assert not launch.is_out_of_memory(RuntimeError("shapes do not fit"))
 
 
 def test_a_user_without_a_home(monkeypatch):
-    """The variables that help are named, and do."""
+    """The message names the variables that help."""
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
     message = complaint(cache_dir)
@@ -64,21 +60,22 @@ def test_a_user_without_a_home(monkeypatch):
 # --- models -------------------------------------------------------------------------------------
 
 
-def test_adapted_layers_are_named_by_pattern(tiny, tmp_path):
-    outcome = succeed(*tiny, *SMALL, "--epochs", 1, "--eval_tasks", "none", "--target_modules",
-                      "gate_proj,q_proj", "--output_dir", tmp_path / "out")
-    assert ("adapted layers: model.layers.*.self_attn.q_proj (2), model.layers.*.mlp.gate_proj (2)"
-            in outcome.out)
+@pytest.fixture(scope="module")
+def everywhere(tiny, tmp_path_factory):
+    """A short run on one task that adapts all linear layers: its folder, and what it printed."""
+    folder = tmp_path_factory.mktemp("everywhere") / "run"
+    outcome = succeed(*tiny, *SMALL, "--tasks", "say_both", "--epochs", 1, "--target_modules",
+                      ALL_LINEAR, "--output_dir", folder)
+    return folder, outcome.out
 
 
-@pytest.mark.parametrize("method", TRAINED)
-def test_all_linear_layers_but_the_output(tiny, tmp_path, method):
-    outcome = succeed(*tiny, *SMALL, "--method", method, "--epochs", 1, "--eval_tasks", "none",
-                      "--max_train_per_task", 2, "--target_modules", ALL_LINEAR, "--output_dir",
-                      tmp_path / "out")
-    (line,) = (line for line in outcome.out if line.startswith("adapted layers"))
+def test_adapted_layers_are_named_by_pattern(everywhere):
+    """all-linear adapts every linear layer but the output."""
+    folder, out = everywhere
+    (line,) = (line for line in out if line.startswith("adapted layers"))
+    assert "model.layers.*.self_attn.q_proj (2), " in line
     assert line.count("(2)") == 7 and "lm_head" not in line
-    assert json.loads((tmp_path / "out" / "adapter" / "adapter_config.json").read_text())[
+    assert json.loads((folder / "adapter" / "adapter_config.json").read_text())[
         "settings"]["target_modules"] == [ALL_LINEAR]
 
 
@@ -93,7 +90,7 @@ def skeleton(config):
 
 
 def test_transposed_layers_are_named(llama):
-    """GPT-2's: what they are, and that only others are adapted."""
+    """GPT-2's Conv1D layers are named; only nn.Linear is adapted."""
     model = skeleton(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=9))
     for names in (("gate_proj",), (ALL_LINEAR,), ("c_fc",)):
         message = complaint(checks.check_architecture, model, names)
@@ -116,7 +113,7 @@ def test_fused_experts_do_not_stay_frozen_in_silence(names, fits):
 
 
 def test_a_hub_id_is_asked_for_and_no_code_of_it(monkeypatch):
-    """With the libraries' own loaders, trust_remote_code off; what goes wrong is one line."""
+    """Hub ids go to the libraries' loaders; a failure is one line."""
     asked = []
     monkeypatch.setattr(huggingface_hub, "auth_check", asked.append)
     assert models.locate("Some/model-0.5B") == "Some/model-0.5B" and asked == ["Some/model-0.5B"]
@@ -129,10 +126,9 @@ def test_a_hub_id_is_asked_for_and_no_code_of_it(monkeypatch):
 # --- an adapter knows what it was trained on ----------------------------------------------------
 
 
-def test_evaluation_takes_what_the_adapter_was_trained_on(tiny, tmp_path):
+def test_evaluation_takes_what_the_adapter_was_trained_on(everywhere, tiny, tmp_path):
     """Model, suite and prompts, unless told otherwise; the predictions are those of the run."""
-    run = tmp_path / "run"
-    succeed(*tiny, *SMALL, "--tasks", "say_both", "--epochs", 1, "--output_dir", run)
+    run, _ = everywhere
     succeed("--eval_only", "--adapter", run / "adapter", "--output_dir", tmp_path / "eval")
     (mine,), (theirs,) = ((folder / "predictions").glob("*") for folder in (tmp_path / "eval", run))
     assert mine.read_bytes() == theirs.read_bytes()
@@ -179,10 +175,9 @@ def changed(folder):
 @pytest.mark.parametrize("trained_on, named", [
     ({"max_length": "64"}, "--max_length"), ({"rank": 4}, "'rank'"), ({"tasks": []}, "--tasks"),
     ("mini", "trained_on")])
-def test_what_an_adapter_cannot_have_been_trained_on(tiny, tmp_path, trained_on, named):
-    run = tmp_path / "run"
-    succeed(*tiny, *SMALL, "--epochs", 1, "--max_train_per_task", 2, "--eval_tasks", "none",
-            "--output_dir", run)
+def test_what_an_adapter_cannot_have_been_trained_on(everywhere, tmp_path, trained_on, named):
+    """Unknown flags and bad values in its configuration."""
+    run = shutil.copytree(everywhere[0], tmp_path / "run")
     file = run / "adapter" / "adapter_config.json"
     write_json(file, json.loads(file.read_text()) | {"trained_on": trained_on})
     refused(named, "--eval_only", "--adapter", run / "adapter")

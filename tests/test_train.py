@@ -2,7 +2,6 @@
 
 import json
 import math
-import operator
 import os
 import random
 import shutil
@@ -20,7 +19,6 @@ from conftest import (
     QUIET,
     SMALL,
     TASKS,
-    TRAINED,
     adapter_of,
     assert_close_runs,
     assert_equal_runs,
@@ -102,7 +100,7 @@ def printed(folder):
 
 
 def shuffled(seed, names=TASKS):
-    """The order of a suite that is not SuperNI: sorted names, shuffled by the seed."""
+    """Return the default task order: sorted names, shuffled by the seed."""
     order = sorted(names)
     random.Random(seed).shuffle(order)
     return order
@@ -139,23 +137,17 @@ def test_defaults_are_the_papers():
     assert {name: defaults[name] for name in PAPER} == PAPER
 
 
-def test_the_first_items_of_each_task(trained):
-    """`--max_eval_per_task` and `--max_train_per_task` take the first ones."""
+@pytest.mark.parametrize("more, items, counts", [
+    (("--max_train_per_task", "3", "--max_eval_per_task", "2"), (20, 21), (3, 2)),  # the first
+    (("--max_train_per_task", "5", "--validation", "4"), (8, 9, 10, 11), (5, 4))])  # of training
+def test_which_rows_are_read(trained, more, items, counts):
+    """The first rows of each task, or the last training rows with --validation."""
     tasks = ("which_is", "colour_name")
-    folder = trained("--max_train_per_task", "3", "--max_eval_per_task", "2", "--tasks", *tasks)
+    folder = trained(*more, "--tasks", *tasks)
     assert {row["id"] for row in lines_of(folder / "predictions/01_mixed.jsonl")} == {
-        f"{task}-{i}" for task in tasks for i in (20, 21)}
+        f"{task}-{i}" for task in tasks for i in items}
     assert {name: (task["train"], task["test"])
-            for name, task in results_of(folder)["tasks"].items()} == dict.fromkeys(tasks, (3, 2))
-
-
-def test_validation_rows(trained):
-    """`--validation` tests on the last training rows, and trains on the first of the others."""
-    folder = trained("--validation", "4", "--max_train_per_task", "5", "--tasks", "which_is")
-    assert [row["id"] for row in lines_of(folder / "predictions/01_mixed.jsonl")] == [
-        f"which_is-{i}" for i in (8, 9, 10, 11)]
-    assert {(task["train"], task["test"])
-            for task in results_of(folder)["tasks"].values()} == {(5, 4)}
+            for name, task in results_of(folder)["tasks"].items()} == dict.fromkeys(tasks, counts)
 
 
 def tokenised(tokenizer):
@@ -173,7 +165,7 @@ def test_tokens_in_the_log(trained, llama):
 
 
 def test_results_json(trained, flags, llama):
-    """All flags and what a run was made with; what differs between equal runs is under `run`."""
+    """Flags and versions are recorded; what differs between equal runs is under `run`."""
     folder = trained(*MIXED)
     results = results_of(folder)
     recorded = results["args"] | {name: results["run"][name] for name in NOT_IDENTITY}
@@ -274,27 +266,18 @@ def test_a_task_may_be_called_before(flags, suite, tmp_path):
     assert len(results["scores"]["best"]) == 4 and results["metrics"]["backward"] is not None
 
 
-def test_eval_tasks_seen(trained):
-    """Only tasks trained so far are evaluated: enough for all metrics but the paper's."""
-    results = results_of(trained("--setting", "sequential", "--eval_tasks", "seen"))
+@pytest.mark.parametrize("which, evaluated, metric", [
+    ("seen", lambda i, j: i <= j, "forget_rate"),
+    ("new", lambda i, j: i == j or j == 2, "backward")])  # the last stage evaluates all
+def test_eval_tasks(trained, which, evaluated, metric):
+    """Other scores are null, and the metrics that do not need them are those of a full run."""
+    results = results_of(trained("--setting", "sequential", "--eval_tasks", which))
     full = results_of(trained(*SEQUENTIAL))
     assert results["scores"]["best"] == [
-        [score if i <= j else None for i, score in enumerate(row)]
+        [score if evaluated(i, j) else None for i, score in enumerate(row)]
         for j, row in enumerate(full["scores"]["best"][1:])]
     measured = {name: value for name, value in results["metrics"].items() if value is not None}
-    assert measured.items() <= full["metrics"].items() and "forget_rate" in measured
-
-
-def test_eval_tasks_new(trained):
-    """Every stage evaluates its own tasks and the last one all: the Forget Rate needs more."""
-    results = results_of(trained("--setting", "sequential", "--eval_tasks", "new"))
-    full = results_of(trained(*SEQUENTIAL))
-    rows = full["scores"]["best"][1:]
-    assert results["scores"]["best"] == [
-        [score if i == j or j == len(rows) - 1 else None for i, score in enumerate(row)]
-        for j, row in enumerate(rows)]
-    measured = {name: value for name, value in results["metrics"].items() if value is not None}
-    assert measured.items() <= full["metrics"].items() and "backward" in measured
+    assert measured.items() <= full["metrics"].items() and metric in measured
 
 
 def test_eval_tasks_none(trained):
@@ -329,7 +312,7 @@ def test_single_run(trained):
 
 
 def test_zero_shot(trained, tiny, tmp_path):
-    """The untrained model: the scores of row 0, no adapter, no log, no command that it refuses."""
+    """The untrained model has the scores of row 0, and leaves no adapter and no log."""
     succeed("--method", "zero_shot", *tiny, *BRIEF, "--output_dir", tmp_path)
     files, results = files_of(tmp_path), results_of(tmp_path)
     assert files.keys() == {"results.json", "predictions/01_zero_shot.jsonl"}
@@ -354,13 +337,12 @@ def test_the_first_line_and_the_table(trained):
 
 
 def test_equal_runs_leave_equal_files(trained):
-    """In another folder; the seed decides order, dropout and noise."""
+    """Also in another folder; another seed changes order, dropout and noise."""
     assert_equal_runs(trained(*MIXED), trained(*MIXED, again=True))
     assert losses_of(trained("--seed", "2", *NO_EVAL)) != losses_of(trained(*MIXED))
 
 
-@pytest.mark.parametrize("train_rows", [8, 12])
-@pytest.mark.parametrize("batch, accumulation", [(4, 2), (2, 4)])
+@pytest.mark.parametrize("batch, accumulation, train_rows", [(4, 2, 8), (2, 4, 12)])
 def test_accumulation_equals_one_large_batch(trained, batch, accumulation, train_rows):
     """Losses are means over the target tokens of the global batch, a short last one included."""
     common = (*QUIET, *NO_EVAL, "--max_train_per_task", str(train_rows))
@@ -474,13 +456,12 @@ def test_the_loop_is_algorithm_1(trained, llama, setting, top_k):
 # --- precision and compilation ------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", TRAINED)
-def test_bf16_and_checkpointing_combine(method, tiny, tmp_path, monkeypatch):
+def test_bf16_and_checkpointing_combine(tiny, tmp_path, monkeypatch):
     """Recomputed activations change no loss; bf16 is near float32, its adapter is in float32.
 
     The precision comes from the launcher.
     """
-    argv = (*tiny, *SMALL, "--tasks", "colour_name", "which_is", "--method", method, "--epochs", 2,
+    argv = (*tiny, *SMALL, "--tasks", "colour_name", "which_is", "--epochs", 2,
             "--learning_rate", "1e-2", *NO_EVAL)
     folders = {}
     for precision in ("no", "bf16"):
@@ -560,7 +541,7 @@ def test_when_experts_are_regrouped(trained, every, steps, counts):
 
 
 def test_random_groupings_are_a_control(trained):
-    """Balanced, on the same schedule, of the same gradients at first, and not DOG's."""
+    """They are balanced, follow the same schedule, and differ from DOG's."""
     folder, dog = trained("--grouping", "random", *NO_EVAL), trained(*MIXED)
     mine, theirs = events_of(folder), events_of(dog)
     assert list(mine) == list(theirs)
@@ -605,7 +586,7 @@ def test_static_routing(trained):
 
 @pytest.mark.parametrize("more", [("--no_bad",), ("--no_bad", "--no_dog")])
 def test_no_bad_regroups_the_bank_of_loramoe(trained, more):
-    """`--no_bad` has no initial bank but DOG; with `--no_dog` too it never moves a component."""
+    """`--no_bad` has no initial bank and regroups; with `--no_dog` nothing ever moves."""
     folder = trained(*more, "--regroup_every", "4", *NO_EVAL)
     assert adapter_of(folder).keys() == {f"{layer}.{part}" for layer in LAYERS
                                          for part in ("lora_A", "lora_B", "router", "expert_of")}
@@ -626,9 +607,9 @@ def test_two_target_modules(trained):
 
 
 def test_eval_only_gives_the_runs_predictions(trained, tiny, tmp_path):
-    """As it was when trained, for every batch size, in the same order; nothing is saved."""
+    """Equal for every batch size, in the same order; no adapter is saved."""
     expected = files_of(trained(*MIXED))["predictions/01_mixed.jsonl"]
-    for more in ((), ("--eval_batch_size", 1), ("--eval_batch_size", 2), ("--eval_batch_size", 7)):
+    for more in ((), ("--eval_batch_size", 1), ("--eval_batch_size", 7)):
         folder = tmp_path / f"of-{more[-1:]}"
         succeed("--eval_only", "--adapter", trained(*MIXED) / "adapter", *tiny, *BRIEF, *more,
                 "--output_dir", folder)
@@ -641,7 +622,7 @@ def test_eval_only_gives_the_runs_predictions(trained, tiny, tmp_path):
 
 
 def test_predictions_are_greedy_and_new(trained, llama):
-    """Against a loop over arg-max, although the checkpoint asks for sampling at temperature 5;
+    """Equal to an arg-max loop, although the checkpoint asks for sampling at temperature 5;
     neither prompt nor special tokens are in the text."""
     asked = json.loads((llama / "generation_config.json").read_text())
     assert asked["do_sample"] is True and asked["temperature"] == 5.0
@@ -670,22 +651,6 @@ def test_predictions_are_streamed(flags, tmp_path):
     assert not (tmp_path / "results.json").exists()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("method", TRAINED)
-def test_every_method_loads_in_a_fresh_process(method, tiny, forks, tmp_path):
-    """Base and adapter folder are all that the same predictions need, after two tasks."""
-    tasks = ("--tasks", "colour_name", "which_is", "--max_length", 64, "--max_new_tokens", 6)
-    succeed(*tiny, *tasks, "--method", method, "--rank", 2, "--learning_rate", 0.02, "--epochs", 1,
-            "--setting", "sequential", "--output_dir", tmp_path / "run")
-    answer = forks("--eval_only", "--adapter", tmp_path / "run" / "adapter", *tiny, *tasks,
-                   "--output_dir", tmp_path / "eval", out=tmp_path / "printed")
-    assert answer["statuses"] == [0], answer["lines"]
-    trained, loaded = (lines_of(sorted((tmp_path / name / "predictions").iterdir())[-1])
-                       for name in ("run", "eval"))
-    by_item = operator.itemgetter("task", "id")
-    assert sorted(loaded, key=by_item) == sorted(trained, key=by_item)
-
-
 # --- when things go wrong -----------------------------------------------------------------------
 
 
@@ -703,11 +668,12 @@ def test_a_non_finite_loss_stops_the_run(flags, tmp_path):
 @pytest.mark.parametrize("argv, status", [(["--help"], 0), (["--rank", "0"], 2),
                                           (["--output_dir", "/dev/null"], 2)])
 def test_help_and_wrong_flags_wait_for_no_library(argv, status):
-    """What takes seconds to import is not."""
+    """They end before anything is imported that takes seconds; of two processes, with the rank."""
     done = subprocess.run([sys.executable, "-X", "importtime", ROOT / "train.py", *argv],
+                          env=os.environ | {"WORLD_SIZE": "2", "RANK": "1"},
                           capture_output=True, text=True)
     assert done.returncode == status
-    assert done.stderr.count("error: ") == (status > 0)
+    assert done.stderr.count("[rank 1] error: ") == (status > 0)
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()
                 if line.startswith("import time:")}
     assert "registry" in imported
@@ -716,7 +682,7 @@ def test_help_and_wrong_flags_wait_for_no_library(argv, status):
 
 @pytest.mark.slow
 def test_what_a_run_loads(flags, tmp_path):
-    """Nothing that only others need; of this program, what its hash is over."""
+    """No library that training does not need, and no file of ours that code_sha256 leaves out."""
     argv = (*flags, *MIXED, "--output_dir", tmp_path / "out")
     subprocess.run(programs.words("train_and_list_modules", tmp_path / "list", *argv), check=True,
                    stderr=subprocess.DEVNULL)
@@ -729,32 +695,15 @@ def test_what_a_run_loads(flags, tmp_path):
     assert ROOT / "badit.py" in own and own <= hashed
 
 
-def launch(*argv, processes):
-    """`accelerate launch train.py` on the CPU, in a process of its own."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    several = ["--multi_gpu", "--num_processes", str(processes)] if processes > 1 else [
-        "--cpu", "--num_processes", "1"]
-    return subprocess.run(
-        [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--num_machines", "1",
-         "--mixed_precision", "no", "--dynamo_backend", "no", *several, ROOT / "train.py",
-         *map(str, argv)], env=environment, capture_output=True, text=True, timeout=240)
-
-
 @pytest.mark.slow
 def test_accelerate_launch(trained, flags, tmp_path):
-    """The documented command does what train.main does in this process."""
-    done = launch(*flags, *MIXED, "--output_dir", tmp_path, processes=1)
-    assert done.returncode == 0, done.stderr
-    assert "precision no, processes 1" in done.stdout.splitlines()[0]
-    assert_close_runs(tmp_path, trained(*MIXED))
-    assert results_of(tmp_path)["scores"]["best"] == results_of(trained(*MIXED))["scores"]["best"]
-
-
-@pytest.mark.slow
-def test_two_processes_are_one(trained, flags, tmp_path):
-    """Losses, groupings, predictions and metrics of two processes, a short last batch included."""
+    """The documented command, in two processes, equals one process; a short last batch too."""
     one, two = trained(*QUIET), tmp_path / "out"
-    done = launch(*flags, *QUIET, "--output_dir", two, processes=2)
+    done = subprocess.run(
+        [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--num_machines", "1",
+         "--mixed_precision", "no", "--dynamo_backend", "no", "--multi_gpu", "--num_processes", "2",
+         ROOT / "train.py", *map(str, (*flags, *QUIET)), "--output_dir", two],
+        env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert "processes 2" in lines[0] and sum(line.startswith("badit:") for line in lines) == 1
@@ -768,15 +717,6 @@ def test_two_processes_are_one(trained, flags, tmp_path):
     assert results["scores"]["best"] == results_of(one)["scores"]["best"]
     assert results["processes"] == 2 and results["global_batch_size"] == 8
     assert results["args"]["batch_size"] == 4
-
-
-@pytest.mark.slow
-def test_two_processes_refuse_wrong_flags():
-    """Each with its rank, before the slow imports; a launcher may stop the second one first."""
-    done = launch("--rank", "0", processes=2)
-    assert done.returncode != 0 and not done.stdout
-    reasons = [line for line in done.stderr.splitlines() if "error: " in line]
-    assert reasons and all(line.startswith("[rank ") for line in reasons)
 
 
 def test_predictions_sort_by_number():
@@ -801,10 +741,9 @@ def test_references_that_nothing_counts_are_named(tmp_path, llama):
             in outcome.out)
 
 
-@pytest.mark.parametrize("method", ["badit", "gainlora"])
-@pytest.mark.parametrize("template", [False, True])
+@pytest.mark.parametrize("method, template", [("badit", False), ("gainlora", True)])
 def test_losses_of_answers(llama, suite, tmp_path, method, template):
-    """--eval_loss: row by row what the model itself gives, and its metrics; scores stay."""
+    """Losses equal the model's own, row by row; scores do not change."""
     model_folder = shutil.copytree(llama, tmp_path / "model")
     if template:
         (model_folder / "chat_template.jinja").write_text(

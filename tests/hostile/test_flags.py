@@ -32,7 +32,7 @@ ENDLESS = ("9" * 400, "1e400", "1_0000000000")  # neither an overflow nor an all
 
 @pytest.fixture
 def start(no_weights, llama, suite):
-    """Flags of a run that nothing is wrong with."""
+    """Flags of a valid run."""
     return ("--model", llama, "--suite", suite, *SMALL)
 
 
@@ -58,21 +58,10 @@ def test_bad_numbers(no_weights, name, value):
     ("--target_modules", "--target_modules"),
     ("--no_dog yes", "yes"),
     ("extra", "extra"),
-    ("--learning-rate 1e-3", "--learning-rate"),
-    ("--learning_rate -1", "--learning_rate"),
 ])
 def test_argparse_errors_are_one_line(no_weights, flags, named):
     """No usage text; the line points to --help."""
     assert "--help" in rejected(*flags.split(), named=named)
-
-
-def test_help_tells_every_flag(capsys):
-    """`--help` ends well, and explains what can be refused."""
-    with pytest.raises(SystemExit) as caught:
-        train.main(["--help"])
-    assert caught.value.code == 0
-    out, err = capsys.readouterr()
-    assert err == "" and all(f"--{name}" in out for name in BAD_NUMBERS)
 
 
 # The last word is what is named.
@@ -225,7 +214,7 @@ def test_sharding_that_is_not_asked_for(monkeypatch, variable):
 
 
 def test_names_that_a_terminal_cannot_show(llama, suite, tmp_path):
-    """Escaped, in ASCII and in one line; the run is none the worse."""
+    """They are escaped in ASCII, and the run succeeds."""
     shutil.copytree(suite, tmp_path / "suit\u00e9")
     out, err = (io.TextIOWrapper(io.BytesIO(), encoding="ascii") for _ in range(2))
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
