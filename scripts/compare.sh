@@ -2,7 +2,8 @@
 # Compare all methods on one suite: bash scripts/compare.sh mini|superni|instrument [arguments of sweep.sh]
 #   mini        15 short tasks, 24 rows of each, two epochs: 3 minutes a run on one CPU thread in bf16
 #   superni     the six SuperNI tasks with the shortest inputs, 64 rows of each, one epoch
-#   instrument  the same six tasks, 200 rows of each, two epochs: 36 to 50 steps a task
+#   instrument  the same six tasks, 200 rows of each, two epochs: 36 to 50 steps a task;
+#               also on each task alone, for Forward
 # All methods of a seed run before the next seed. Each has the learning rate that scripts/tune.sh finds
 # for it, or RATE. After a stop the same command continues. Then:
 #   python report.py runs/compare-mini --out report
