@@ -10,10 +10,8 @@ from inputs.errors import InputError
 from inputs.files import read_text
 
 Score = Annotated[float, Meta(ge=0, le=100)]
-Amount = Annotated[float, Meta(ge=-1e100, le=1e100)]  # sums and squares of such are finite
+Amount = Annotated[float, Meta(ge=-1e100, le=1e100)]  # sums and squares of these are finite
 Base = Literal["dense", "int8", "nf4"]  # how a frozen base is stored
-Count = Annotated[int, Meta(ge=0, le=2**62)]
-PositiveCount = Annotated[int, Meta(ge=1, le=2**62)]
 
 
 class Instance(Struct):
@@ -40,7 +38,7 @@ class TaskLine(Instance):
 
 
 class AdapterConfig(Struct, forbid_unknown_fields=True):
-    """adapter_config.json of this program; before format 2 without what has a default."""
+    """adapter_config.json of this program; format 1 lacks the fields with defaults."""
 
     format: int
     method: str
@@ -54,21 +52,6 @@ class AdapterConfig(Struct, forbid_unknown_fields=True):
     trained_on: dict[str, Any] = {}  # flags that --eval_only takes over
 
 
-class References(Struct):
-    """A score against the best and against the first reference."""
-
-    best: Score
-    first: Score
-
-
-class ItemScores(Struct):
-    """The scores of one item, by metric; in a report also its loss, where it was measured."""
-
-    rouge_l: References
-    accuracy: References
-    loss: tuple[Amount, PositiveCount] | UnsetType = UNSET
-
-
 class Prediction(Struct):
     """A line of predictions/*.jsonl, as far as a report reads it."""
 
@@ -77,8 +60,7 @@ class Prediction(Struct):
     prompt: str
     prediction: str
     references: Annotated[list[str], Meta(min_length=1)]
-    scores: ItemScores
-    loss: tuple[Amount, PositiveCount] | UnsetType = UNSET  # of the answer: its sum, its tokens
+    scores: dict[str, dict[str, Score]]  # by metric, then by "best" and "first" reference
 
 
 class Question(Struct):
@@ -95,7 +77,7 @@ class LogLine(Struct):
 
 
 def read(path, kind):
-    """Return (the content of a JSON file as plain values, the same as a `kind`).
+    """Return a JSON file's content twice: as plain values, and as a `kind`.
 
     Raises InputError for a file that cannot be read, is not JSON, or has another shape.
     """
@@ -113,7 +95,7 @@ def read_lines(path, kind):
 def numbered_lines(path, kind):
     """Yield (number, plain value) of every line of a JSON-lines file.
 
-    Raises InputError, which names the line, for what is no JSON or of another shape.
+    Raises InputError naming a line that is not JSON, or of another shape.
     """
     for number, where, line in _lines(path):
         value = _parse(line, where)
@@ -131,7 +113,7 @@ def _lines(path):
 def load(path):
     """Return the content of a JSON file of any shape. Raises InputError as `read` does.
 
-    So it does for a repeated key and for NaN, which Python's reader accepts.
+    It also refuses repeated keys and NaN, which Python's reader accepts.
     """
     return _parse(text(path), path)
 
@@ -149,8 +131,8 @@ def load_keys(path, keys):
 def convert(value, kind, source, verdict=" is damaged, or of another version of this program"):
     """Return plain values as a `kind`. Raises InputError where they have another shape.
 
-    So it does for half of a surrogate pair, which Python accepts. The message begins with `source`,
-    such as a file, and `verdict`.
+    It also refuses half of a surrogate pair, which Python accepts. The message begins with
+    `source`, such as a file, and `verdict`.
     """
     try:
         converted = msgspec.convert(value, kind)

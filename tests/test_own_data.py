@@ -1,9 +1,19 @@
 """Data as people have it: other layouts, what texts may spell, and what no score can show."""
 
 import json
+import shutil
 
 import pytest
-from conftest import write_json
+from conftest import (
+    SMALL,
+    Killed,
+    assert_equal_runs,
+    failing,
+    lines_of,
+    run,
+    succeed,
+    write_json,
+)
 from suite_files import complaint, item, write_task
 from test_data import BOS, CHAT, EOS, FRAME, byte_tokenizer, encode, load
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -11,6 +21,7 @@ from transformers import PreTrainedTokenizerFast
 from transformers.utils import chat_template_utils
 
 import data
+from harness.run import Recorder
 from inputs.errors import InputError
 from inputs.task_files import LAYOUT
 
@@ -208,15 +219,22 @@ def test_answers_that_the_tokenizer_cannot_write(tmp_path):
     assert not any(encode(root, sea).unwritable["train"].values())
 
 
-def test_a_template_that_writes_the_date_writes_the_same_one_every_day(tmp_path, monkeypatch):
-    """Otherwise a run that is resumed on another day would have other prompts."""
-    written = "{% macro header() %}{{ strftime_now('%d %b %Y') }} {% endmacro %}{{ header() }}"
-    tokenizer = byte_tokenizer(chat=written + CHAT)
-    root = write_task(tmp_path / "s", "alpha")
-    rows = encode(root, tokenizer, chat_template=True)
-    assert rows.test["alpha"][0]["prompt"].startswith("26 Jul 2024 [user]")
-    monkeypatch.setattr(chat_template_utils, "datetime", None)  # the clock that it would ask
-    assert encode(root, tokenizer, chat_template=True) == rows
+def test_a_run_with_a_dated_template_resumes_on_another_day(llama, suite, tmp_path, monkeypatch):
+    """A template may write today's date; all runs get the same one, so a resumed run is exact."""
+    dated = "{% macro head() %}{{ strftime_now('%d %b %Y') }} {% endmacro %}{{ head() }}" + CHAT
+    shutil.copytree(llama, tmp_path / "model")
+    tokenizer = tmp_path / "model" / "tokenizer_config.json"
+    write_json(tokenizer, json.loads(tokenizer.read_text()) | {"chat_template": dated})
+    argv = ("--model", tmp_path / "model", "--suite", suite, *SMALL, "--tasks", "colour_name",
+            "--epochs", 2, "--chat_template", "--checkpoint_every", 1, "--max_eval_per_task", 1)
+    succeed(*argv, "--output_dir", tmp_path / "whole")
+    with failing(Recorder, "add_step", 2), pytest.raises(Killed):
+        run(*argv, "--output_dir", tmp_path / "out")
+    monkeypatch.setattr(chat_template_utils, "datetime", None)  # the clock
+    succeed(*argv, "--output_dir", tmp_path / "out", "--resume")
+    assert_equal_runs(tmp_path / "out", tmp_path / "whole")
+    (prediction,) = lines_of(next((tmp_path / "out" / "predictions").iterdir()))
+    assert prediction["prompt"].startswith("26 Jul 2024 [user]")
 
 
 def test_shortened_inputs_and_known_ones_are_counted_by_task(tmp_path):
