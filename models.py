@@ -61,6 +61,9 @@ def load_tokenizer(name_or_path):
         if not getattr(tokenizer, "is_fast", False):
             raise ValueError(f"{type(tokenizer).__name__} is not a fast tokenizer: there is no "
                              "tokenizer.json")
+        unknown = tokenizer.unk_token
+        if unknown is not None and tokenizer.backend_tokenizer.token_to_id(unknown) is None:
+            raise ValueError(f"unk_token {unknown!r} is not in its vocabulary")
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

@@ -79,9 +79,6 @@ LAYOUTS = {  # files, the only task: name, definition, category, metric
     "TRACE": ({"t/train.json": [{"prompt": "a", "answer": "b"}], "t/eval.json": "?",
                "t/test.json": [{"prompt": "a", "answer": "b"}]}, ("t", "", "other", "rouge_l")),
     "Alpaca": ({"t/train.json": ALPACA}, ("t", "Say.", "other", "rouge_l")),
-    "shards of the hub": ({f"t/data/{split}-0000{i}-of-00002.parquet": parquet(
-        [{"text": f"{split} {i}", "label": "x"}]) for split in ("train", "test") for i in (0, 1)},
-        ("t", "", "other", "rouge_l")),
     "JSON lines named JSON": ({"t.json": lines(PAIR)}, ("t", "", "other", "rouge_l")),
     "Dolly": ({"t.jsonl": lines([{"instruction": "I", "context": f"c{i}", "response": "r"}
                                  for i in range(2)])}, ("t", "I", "other", "rouge_l")),
@@ -103,7 +100,7 @@ def test_layouts(tmp_path, capsys, layout):
     assert first.startswith(f"{task.name}: {len(task.train)} training and {len(task.test)} test")
     assert len(task.train + task.test) == (
         6 if layout in ("natural-instructions", "its tasks", "Alpaca") else
-        4 if layout in ("labels", "shards of the hub") else 2)
+        4 if layout == "labels" else 2)
     left_out = "".join(line for line in rest if line.startswith("left out"))
     for name in ("Contributors", "Positive Examples", "dev.json", "eval.json"):
         assert (name in left_out) == (name in str(files))
@@ -238,12 +235,11 @@ def test_separators(tmp_path, capsys):
 
 def test_instructions_of_rows(tmp_path, capsys):
     """One for a whole task is its Definition; several are put before the inputs."""
-    rows = [{"instruction": "A.", "input": "x", "output": "1", "kind": "first one"},
-            {"instruction": "A.", "input": "y", "output": "2", "kind": "first one"},
-            {"instruction": "B.", "input": "z", "output": "3", "kind": "second"},
-            {"instruction": "C.", "input": None, "output": "4", "kind": "second"}]
-    tasks = converted(write(tmp_path, {"t.json": rows}) / "t.json", tmp_path, "--task_column",
-                      "kind")
+    first = [{"instruction": "A.", "input": text, "output": "1"} for text in "xy"]
+    second = [{"instruction": "B.", "input": "z", "output": "3"},
+              {"instruction": "C.", "input": None, "output": "4"}]
+    tasks = converted(write(tmp_path / "source", {"first one.json": first, "second.json": second}),
+                      tmp_path)
     assert {name: (task.definition, {row["input"] for row in task.train + task.test})
             for name, task in tasks.items()} == {
         "first_one": ("A.", {"x", "y"}), "second": ("", {"B.\n\nz", "C."})}
@@ -341,7 +337,7 @@ def test_bad_files_are_refused(tmp_path, capsys, case):
 
 @pytest.mark.parametrize("flags, named", [
     (["--tasks", "u"], "'u'"), (["--input_column", "text"], "'text'"),
-    (["--task_column", "text"], "'text'"), (["--test_items", "0"], "'0'"),
+    (["--test_items", "0"], "'0'"),
     (["--metric", "f1"], "rouge_l"), (["--test", "5"], "--test"),
 ])
 def test_bad_flags_are_refused(tmp_path, capsys, flags, named):

@@ -51,6 +51,7 @@ def unloadable(model):
     ("tokenizer.json", Path.unlink, ()),
     ("tokenizer.json", writing("{"), ()),
     ("tokenizer_config.json", setting(tokenizer_class="ByT5Tokenizer"), "ByT5Tokenizer"),
+    ("tokenizer_config.json", setting(unk_token=""), "unk_token ''"),
     ("adapter_config.json", writing("{}"), "adapter_config.json"),
     ("model.safetensors", writing("version https://git-lfs.github.com/spec/v1\noid sha256:0\n"),
      ("model.safetensors", "git lfs pull")),
