@@ -340,7 +340,7 @@ def _make_task(name, files, args, notes):
         missing = [number for number, row in rows
                    if _is_missing(row.get(columns["output"]), declared)]
         if split == "test" and len(missing) == len(rows):
-            notes.add(f"not used, because no row has a {columns['output']}", file)
+            notes.add(f"not used, because no row has a {columns['output']}", str(file))
             continue
         if missing:
             more = f", nor have {len(missing) - 1} other rows" if len(missing) > 1 else ""
