@@ -87,7 +87,7 @@ def select_tasks(suite, names):
 
 
 def cut(suite, max_train, max_test):
-    """Return the suite with the first so many rows of each task; None for all."""
+    """Return the suite with the first `max_train` and `max_test` rows of each task (None: all)."""
     return suite._replace(tasks={name: task._replace(train=task.train[:max_train],
                                                      test=task.test[:max_test])
                                  for name, task in suite.tasks.items()})
@@ -96,8 +96,8 @@ def cut(suite, max_train, max_test):
 def hold_out(suite, count):
     """Return the suite with the last `count` training rows of each task as its test rows.
 
-    They are for choosing settings, and are not trained on. Raises InputError for a task that has no
-    other training rows.
+    These held-out rows serve to choose settings and are not trained on. Raises InputError for a
+    task without other training rows.
     """
     for name, task in suite.tasks.items():
         if len(task.train) <= count:
@@ -138,7 +138,7 @@ def task_order(names, seed, explicit=None):
 
 
 class Encoded(NamedTuple):
-    """A tokenised suite: rows by task, and counts of what a score could hide."""
+    """A tokenised suite: rows by task, and counts of instances that distort a score."""
 
     train: dict[str, list]  # rows of task, id, input_ids (prompt + target), num_targets
     test: dict[str, list]  # rows of task, id, prompt, input_ids, references
@@ -290,7 +290,7 @@ def encode_suite(suite, tokenizer, max_length, chat_template=False, splits=SPLIT
 
 
 def describe(suite, encoded, max_length, max_new_tokens):
-    """Yield lines about what of a suite is used, and about what its scores could hide."""
+    """Yield lines about the used part of a suite, and about instances that distort its scores."""
     counts = [sum(map(len, split.values())) for split in (encoded.train, encoded.test)]
     shortened = [sum(encoded.shortened[split].values()) for split in SPLITS]
     yield (f"suite {suite.name}: {len(suite.tasks)} tasks, {counts[0]} training and {counts[1]} "
@@ -309,7 +309,7 @@ def describe(suite, encoded, max_length, max_new_tokens):
 
 
 def _describe_task(task, encoded, unread, max_length, max_new_tokens):
-    """Yield a line for each thing that a reader of the task's score should know."""
+    """Yield lines about instances that distort the score of a task."""
     train, test = encoded.train[task.name], encoded.test[task.name]
     shortened = [encoded.shortened[split][task.name] for split in SPLITS]
     if any(shortened):

@@ -28,8 +28,8 @@ HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 def load(name_or_path, dtype=torch.float32, padded=True):
     """Load (model, tokenizer) by a name in MODELS, from a local folder, or by a hub id.
 
-    Of a multimodal checkpoint, the text model. The tokenizer has a pad token (its own, or EOS). The
-    model's generation config holds special tokens only, so generation is greedy by default.
+    A multimodal checkpoint gives its text model. The tokenizer has a pad token (its own, or EOS).
+    The model's generation config holds special tokens only, so generation is greedy by default.
     `padded`: whether the caller pads rows. Raises InputError for a model that cannot be loaded or
     trained.
     """
@@ -54,7 +54,7 @@ def load(name_or_path, dtype=torch.float32, padded=True):
 
 
 def load_tokenizer(name_or_path):
-    """Load the tokenizer alone. Its pad token is its own, or EOS where it has none."""
+    """Load the tokenizer alone; EOS becomes its pad token if it has none. Raises InputError."""
     source = locate(name_or_path)
     with reading(name_or_path, source):
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)

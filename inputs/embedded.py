@@ -18,7 +18,7 @@ SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 
 def embedded_folder(name):
-    """Return the folder of the converted model `name`, made on first use. Raises InputError."""
+    """Return the folder of the model `name`, converted on first use. Raises InputError."""
     source = _find_gguf(name)
     folder = cache_dir() / f"{name}-{SHA256[:12]}"
     if folder.is_dir():

@@ -1,4 +1,4 @@
-"""Errors that end a program with one clear line instead of a traceback."""
+"""Define the errors that end a program with one clear line instead of a traceback."""
 
 import contextlib
 import io
@@ -40,7 +40,7 @@ def error_lines(error):
 
 @contextlib.contextmanager
 def library_errors(what, advice=""):
-    """Turn whatever a library raises into an InputError: what, the reason, advice."""
+    """Turn any error of a library into an InputError: what, the reason, advice."""
     try:
         yield
     except InputError:

@@ -75,7 +75,7 @@ def open_file(path):
 def read_text(path):
     """Return the UTF-8 text of a file, without a byte order mark.
 
-    Raises OSError, also for what is not a file or is larger than 1 GiB.
+    Raises OSError, also for a pipe, a device or a file larger than 1 GiB.
     """
     with open_file(path) as file:
         if os.fstat(file.fileno()).st_size > LARGEST_TEXT:

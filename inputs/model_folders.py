@@ -1,4 +1,4 @@
-"""Checkpoint folders that others wrote: what cannot be trained is refused in one line."""
+"""Check checkpoint folders that others wrote, and refuse in one line what cannot be trained."""
 
 import contextlib
 import inspect
@@ -26,7 +26,7 @@ ROUNDING = {torch.float64: 1e-3, torch.float32: 1e-3, torch.bfloat16: 2e-2}
 
 @contextlib.contextmanager
 def one_line_errors(what, advice):
-    """Raise an InputError with `what`, the reason and `advice` for any error of a library."""
+    """Turn any error of a library into an InputError: `what`, the reason, `advice`."""
     verbosity = hf_logging.get_verbosity()
     hf_logging.set_verbosity(logging.CRITICAL)  # what matters is raised
     try:
@@ -37,7 +37,7 @@ def one_line_errors(what, advice):
 
 
 def check_folder(folder):
-    """Raise ValueError for a folder with git-lfs pointers as weights, or with an adapter."""
+    """Raise ValueError for a folder that holds an adapter, or git-lfs pointers as weights."""
     for path in folder.glob("*.safetensors"):
         with open_file(path) as file:
             if file.read(len(LFS_POINTER)) == LFS_POINTER:
@@ -49,9 +49,9 @@ def check_folder(folder):
 
 
 def read_config(source):
-    """Return the configuration of a checkpoint's text model, and whether there is more beside it.
+    """Return (the configuration of a checkpoint's text model, whether it is multimodal).
 
-    Raises ValueError for a checkpoint without a causal language model, stored quantised, or that
+    Raises ValueError for a checkpoint that has no causal language model, is stored quantised, or
     asks for an unknown attention implementation.
     """
     whole = AutoConfig.from_pretrained(source, trust_remote_code=False)
@@ -105,11 +105,11 @@ def check_loaded(name, model, report, multimodal):
 
 @torch.no_grad()
 def check_forward(name, model, tokenizer, padded):
-    """Raise InputError where logits depend on later tokens or on padding, or for another loss.
+    """Raise InputError if logits depend on later tokens or padding, or the loss is not Eq. (1)'s.
 
-    One forward pass as in training, of rows that share their first PREFIX tokens; a last row, where
-    the caller pads rows (`padded`), holds these tokens after padding. The logits of the shared
-    tokens must be equal up to rounding, whatever the type of the weights.
+    Runs one forward pass, as in training, on rows that share their first PREFIX tokens. If the
+    caller pads rows (`padded`), a last row holds these tokens after padding. The logits of the
+    shared tokens must be equal up to rounding.
     """
     kind = f"model {name}, of type {model.config.model_type}"
     vocabulary = min(len(tokenizer), model.get_input_embeddings().weight.shape[0])
@@ -145,5 +145,5 @@ def check_forward(name, model, tokenizer, padded):
 
 
 def distance(logits, others):
-    """Return the norm of the difference of two tensors of logits (tokens, vocabulary), relative."""
+    """Return the relative distance of two tensors of logits (tokens, vocabulary)."""
     return (logits - others).norm() / (logits - logits.mean(-1, keepdim=True)).norm()

@@ -1,4 +1,4 @@
-"""Types of numbers in flags and files, and seeds made of names.
+"""Define the types of numbers in flags and files, and make seeds of names.
 
 Each is a type for msgspec: one declaration checks a file and, through `from_text`, a flag.
 """
@@ -36,6 +36,6 @@ def from_text(kind):
 
 
 def stable_seed(*parts):
-    """Return a 63-bit seed for strings and numbers, the same on every machine."""
+    """Return a 63-bit seed from strings and numbers, the same on every machine."""
     digest = hashlib.sha256(json.dumps(parts).encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1

@@ -87,13 +87,13 @@ class NamedSuite(NamedTuple):
         return Path(shared) if self.is_in(Path(shared)) else Path(shared) / self.name
 
     def is_in(self, folder):
-        """Return whether the folder has any task of the suite."""
+        """Return whether the folder holds any task of the suite."""
         return any((folder / name).is_dir() for name in self.tasks)
 
     def download(self, folder):
-        """Fetch every file that is not in the folder, or not with its checksum.
+        """Fetch every file that is missing in the folder or has another checksum.
 
-        A second call goes on where the first was stopped. Raises InputError naming the file.
+        A second call continues where the first one stopped. Raises InputError naming the file.
         """
         pooch.get_logger().setLevel("WARNING")
         # The manifest of long_sequence has git's ids, which pooch cannot check.
@@ -107,13 +107,13 @@ class NamedSuite(NamedTuple):
                 fetcher.fetch(name)
                 if self.checksum(path) != known:
                     path.unlink()
-                    raise ValueError("its checksum is not that of the published file")
+                    raise ValueError("it differs from the published file (checksum)")
             except (OSError, ValueError) as error:  # OSError of requests; ValueError: an odd answer
                 raise InputError(f"could not download {self.url + name}: {error}; run the command "
                                  "again to go on from here") from None
 
     def find(self, data_dir=None):
-        """Return the folder of the suite, with its files checked. Raises InputError for none."""
+        """Return the folder of the suite after checking its files. Raises InputError."""
         folder = self.folder(data_dir)
         if not self.is_in(folder):
             shared = os.environ.get("BADIT_DATA")

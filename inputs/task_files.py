@@ -112,7 +112,7 @@ def _find(folder, split):
 
 
 def _read_split(file):
-    """Return (the TaskHead of a task file, its instances)."""
+    """Return (TaskHead, instances) of a task file. Raises InputError."""
     if file.suffix == ".jsonl":
         return _read_lines(file)
     with showing_layout():
@@ -125,7 +125,7 @@ def _read_split(file):
 
 
 def _read_lines(file):
-    """Return the same for JSON lines; the definition is the instruction that they share."""
+    """Return (TaskHead, instances) of a file of JSON lines, which share one instruction."""
     with showing_layout():
         rows = formats.read_lines(file, formats.TaskLine)
         if not rows:
@@ -140,7 +140,7 @@ def _read_lines(file):
 
 @contextlib.contextmanager
 def showing_layout():
-    """Add the right layout to every InputError raised in this context."""
+    """Show the right layout below every InputError raised in this context."""
     try:
         yield
     except InputError as error:
