@@ -197,8 +197,8 @@ def test_kills(argv, whole, forks, tmp_path):
     assert min(kinds.values()) == 3
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("moment", ["checkpoints/000002", "predictions/*.partial"])
+@pytest.mark.parametrize("number, moment", [(signal.SIGTERM, "checkpoints/000002"),
+                                            (signal.SIGINT, "predictions/*.partial")])
 def test_a_signal_saves_and_stops(number, moment, argv, whole, forks, tmp_path):
     """One line with the command that continues, its own exit status, and an exact resume."""
     answer = forks(*argv, out=tmp_path / "a", signal=number, seen=f"{tmp_path}/out/{moment}")

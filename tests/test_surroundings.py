@@ -79,8 +79,12 @@ def test_adapted_layers_are_named_by_pattern(everywhere):
         "settings"]["target_modules"] == [ALL_LINEAR]
 
 
-def test_all_linear_stands_alone(llama):
+def test_targets_are_selected_by_name(llama):
+    """Every named module of every layer; all-linear stands alone."""
     model, _ = models.load(llama)
+    assert find_targets(model, ("gate_proj", "o_proj")).keys() == {
+        f"model.layers.{i}.{name}" for i in range(2) for name in ("mlp.gate_proj",
+                                                                  "self_attn.o_proj")}
     assert "stands alone" in complaint(find_targets, model, (ALL_LINEAR, "gate_proj"))
 
 

@@ -246,8 +246,8 @@ BY_HAND = ["which_is", "say_both", "colour_name"]
 
 
 @pytest.mark.parametrize("more, order", [
-    (("--seed", "3"), shuffled(3)), (("--seed", "4"), shuffled(4)),
-    (("--task_order", *BY_HAND), BY_HAND), (("--tasks", *BY_HAND[:2]), shuffled(1, BY_HAND[:2]))])
+    (("--seed", "3"), shuffled(3)), (("--task_order", *BY_HAND), BY_HAND),
+    (("--tasks", *BY_HAND[:2]), shuffled(1, BY_HAND[:2]))])
 def test_task_orders(trained, more, order):
     """By seed, by hand, and of a part of the suite."""
     folder = trained("--setting", "sequential", "--max_train_per_task", "3", *NO_EVAL, *more)
@@ -592,15 +592,6 @@ def test_no_bad_regroups_the_bank_of_loramoe(trained, more):
                                          for part in ("lora_A", "lora_B", "router", "expert_of")}
     assert list(events_of(folder)) == [4, 8, 10]
     assert (moved(lines_of(folder / "regroup.jsonl")) > 0) == ("--no_dog" not in more)
-
-
-def test_two_target_modules(trained):
-    """Every named module of every layer is adapted and logged."""
-    folder = trained("--target_modules", "gate_proj", "o_proj", *NO_EVAL)
-    names = {layer["layer"] for layer in lines_of(folder / "regroup.jsonl")}
-    assert names == {f"model.layers.{i}.{name}" for i in range(2)
-                     for name in ("mlp.gate_proj", "self_attn.o_proj")}
-    assert {key.rpartition(".")[0] for key in groupings_of(folder)} == names
 
 
 # --- evaluation ---------------------------------------------------------------------------------
