@@ -819,7 +819,7 @@ def test_the_table_of_the_readme_is_made_from_the_records(tmp_path, monkeypatch)
     """The command that stands above it changes nothing."""
     monkeypatch.chdir(ROOT)
     text = Path("README.md").read_text()
-    (command,) = (code for code in text.split("`") if code.startswith("python report.py results")
+    (command,) = (code for code in text.split("`") if code.startswith("python report.py")
                   and "--readme" in code)
     *words, last = command.split()[2:]
     shutil.copy(last, tmp_path)

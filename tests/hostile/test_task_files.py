@@ -1,11 +1,10 @@
 """Malformed task files: one line that names the file and what is wrong in it."""
 
 import pytest
-from conftest import SMALL, write_json
+from conftest import write_json
 from suite_files import DEFINITION, complaint, item, write_task
 
 import data
-from hostile.conftest import rejected
 from inputs.task_files import LONGEST
 
 GOOD = {"Definition": [DEFINITION],
@@ -148,10 +147,3 @@ def test_no_suite(tmp_path):
     for name in ("nowhere", "hollow", "file", "maxi", ""):
         assert name in complaint(data.load_suite, name)
     assert "download" in complaint(data.load_suite, "superni")
-
-
-def test_a_whole_run_with_a_bad_file(no_weights, llama, tmp_path):
-    """Status 2 and the same line; the disk stays."""
-    write_task(tmp_path / "suite", "alpha", [item(5)])
-    rejected("--model", llama, "--suite", "suite", *SMALL,
-             named=("suite/alpha/train.json, instance 0", "input"))
