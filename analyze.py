@@ -2,7 +2,7 @@
 
     python analyze.py sharing                                  # neurons and weights (Fig. 1)
     python analyze.py experts --adapter runs/X/adapter         # experts (Fig. 2)
-    python analyze.py mmlu --adapter runs/X/adapter            # experts on MMLU (Fig. 13)
+    python analyze.py mmlu --adapter runs/X/adapter --mmlu questions.jsonl    # Fig. 13
     python analyze.py conflict --adapter runs/X/adapter        # gradients of tasks
 
 Writes analysis.json, analysis.md and figures/ into --out. docs/analyses.md explains every number.
@@ -15,10 +15,10 @@ from typing import Annotated
 
 from msgspec import Meta
 
-from analysis.mmlu import FAMILY, PACKAGE
+from analysis.mmlu import FAMILY
 from inputs.errors import InputError, error_lines, one_line
 from inputs.numbers import Positive, PositiveInt, Seed
-from inputs.settings import Flag, Parser, add_flags
+from inputs.settings import REQUIRED, Flag, Parser, add_flags
 from inputs.suites import NAMED
 from registry import EMBEDDED, MODELS
 
@@ -33,7 +33,6 @@ COMMON = (
     Flag("out", Path, None, "an empty or new folder (default: runs/analysis-<command>)", "DIR"),
     Flag("rows", PositiveInt, 16, "rows of each task (default: 16)"),
     Flag("max_length", PositiveInt, 384, "tokens of prompt and target (default: 384)"),
-    Flag("micro_batch", PositiveInt, 1, "rows in one pass (default: 1)"),
     Flag("seed", Seed, 1, "draws the rows and all permutations (default: 1)"),
     Flag("bf16", bool, False, "load the weights in bf16; gradients are still squared in float32"),
 )
@@ -48,7 +47,6 @@ LAYERS = Flag("layers", tuple[Index, ...], (), "decoder layers from 0 (default: 
 COMMANDS = {  # command: (help, flags)
     "sharing": ("find the neurons and weights that tasks activate and share", (
         *SUITE, LAYERS,
-        Flag("adapter", Path, None, "analyse the adapted model instead of the base model", "DIR"),
         Flag("target_modules", tuple[str, ...], MODULES, "linear layers to analyse (default: "
              f"{' '.join(MODULES)})", "NAME"),
         Flag("share", Share, 0.1, "share of the units that count as active (default: 0.1)"))),
@@ -56,8 +54,7 @@ COMMANDS = {  # command: (help, flags)
         *SUITE, ADAPTERS)),
     "mmlu": ("measure routing and accuracy on MMLU's questions", (
         ADAPTERS,
-        Flag("mmlu", str, None, f"questions as JSON lines (default: the package {PACKAGE}, or the "
-             "hub)", "FILE"),
+        Flag("mmlu", Path, REQUIRED, "questions as JSON lines (docs/analyses.md)", "FILE"),
         Flag("subjects", tuple[str, ...], tuple(FAMILY), "subjects of MMLU (default: 20 in five "
              "families)", "SUBJECT"))),
     "conflict": ("measure whether tasks' gradients conflict, and whether steps harm other tasks", (

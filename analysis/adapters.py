@@ -47,14 +47,11 @@ def find(paths):
         found = [each._replace(name=str(path)) for each, path in zip(found, paths, strict=True)]
     first = found[0].config
     for path, each in zip(paths, found, strict=True):
-        if each.config.base_sha256 != first.base_sha256:
-            raise InputError(f"--adapter {path} was made on another base model than {paths[0]}")
-        if each.config.base != first.base:
-            raise InputError(f"--adapter {path} was made on a base stored as {each.config.base}, "
-                             f"{paths[0]} on one stored as {first.base}")
-        if each.config.chat_template != first.chat_template:
-            raise InputError(f"--adapter {path} and {paths[0]}: only one of them was trained on "
-                             "prompts in the chat template")
+        for what in ("base_sha256", "base", "chat_template"):
+            mine, other = getattr(each.config, what), getattr(first, what)
+            if mine != other:
+                raise InputError(f"--adapter {path} was trained with {what} {mine}, {paths[0]} "
+                                 f"with {other}: they cannot be compared")
     return found
 
 
@@ -101,13 +98,10 @@ def unseen(suite, adapters, needed):
 
     These are the training rows beyond --max_train_per_task of every run, with the test rows where
     a task has fewer than `needed`. Test rows alone where a run's rows are unknown: its results.json
-    is missing, it drew its rows at random, or it continued another run.
+    is missing, or it continued another run.
     """
-    seen = []
-    for each in adapters:
-        args = each.results.get("args", {})
-        unknown = each.results.get("went_on_from") or args.get("sample")
-        seen.append(None if unknown else args.get("max_train_per_task"))
+    seen = [None if each.results.get("went_on_from") else
+            each.results.get("args", {}).get("max_train_per_task") for each in adapters]
     first = None if None in seen else max(seen)
     rest = {name: task.train[first:] if first else [] for name, task in suite.tasks.items()}
     if all(len(rows) >= needed for rows in rest.values()):

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from scipy import stats
 
-RELIABLE = 0.2  # smallest reliability for a cosine corrected for noise
 DECIDED = 0.975  # quantile of Student's t that decides the sign of a pair
 CHUNK = 2**20  # columns converted to float64 at a time
 
@@ -25,8 +24,7 @@ def gram_matrix(vectors):
 
 
 def own_products(G):
-    """Average G (T, H, T, H) of a task over pairs of different folds, (T,): unbiased for |E g_t|^2.
-    """
+    """Estimate |E g_t|^2 (T,) without bias from G (T, H, T, H): the mean over different folds."""
     T, H = G.shape[:2]
     own = G[np.arange(T), :, np.arange(T), :]  # (T, H, H)
     return (own.sum((1, 2)) - np.trace(own, axis1=1, axis2=2)) / (H * (H - 1))
@@ -55,18 +53,12 @@ def conflict(G):
     pair = np.triu_indices(T, 1)
     cosine = mean / np.sqrt(np.outer(size, size))
     own = own_products(G)
-    reliability = own / size
-    reliable = np.outer(reliability >= RELIABLE, reliability >= RELIABLE)[pair]
-    corrected = mean[pair][reliable] / np.sqrt(np.outer(own, own)[pair][reliable])
     margin = stats.t.ppf(DECIDED, H - 1) * jackknife_error(G)
     sign = np.where(mean < -margin, -1, np.where(mean > margin, 1, 0))
     total = own.sum()
     return {
         "cosine": float(cosine[pair].mean()), "negative": float((cosine[pair] < 0).mean()),
-        "smallest": float(cosine[pair].min()), "largest": float(cosine[pair].max()),
-        "reliability": reliability.tolist(), "median_reliability": float(np.median(reliability)),
-        "corrected": float(corrected.mean()) if len(corrected) else None,
-        "corrected_pairs": len(corrected), "pairs": len(pair[0]),
+        "reliability": (own / size).tolist(), "median_reliability": float(np.median(own / size)),
         "decided": [float((sign[pair] == which).mean()) for which in (-1, 0, 1)],
         "cancellation": float((mean.sum() - size.sum()) / ((T - 1) * total)) if total > 0
         else None, "norms": np.sqrt(size).tolist(),

@@ -46,10 +46,10 @@ def label_tasks(axes, tasks, order, axis="y"):
 # --- sharing ------------------------------------------------------------------------------------
 
 
-def neurons(result, arrays, place, in_order):
+def neurons(result, arrays, place):
     """Draw Fig. 1 (left) and 5: active neurons of each task, and the number of tasks per neuron.
 
-    `in_order` sorts the neurons by this number, then by pattern.
+    The neurons are sorted by this number, then by their tasks.
     """
     found = middle_first([line for line in result["neurons"] if line["positions"] == place])
     tasks, order = result["tasks"], by_category(result["tasks"])
@@ -57,8 +57,7 @@ def neurons(result, arrays, place, in_order):
                                 layout="constrained", height_ratios=[3, 1] * len(found))
     for index, line in enumerate(found):
         mask = arrays[f"neurons.{line['layer']}.{place}"][:len(tasks)][order]  # (T, m)
-        if in_order:
-            mask = mask[:, np.lexsort([*~mask[::-1], -mask.sum(0)])]
+        mask = mask[:, np.lexsort([*~mask[::-1], -mask.sum(0)])]
         image, bars = axes[2 * index:2 * index + 2]
         m = mask.shape[1]
         image.imshow(mask, cmap=ACTIVE, aspect="auto", interpolation="nearest", vmin=0, vmax=1,
@@ -69,7 +68,7 @@ def neurons(result, arrays, place, in_order):
                         f"two halves of a task {line['ceiling']:.2f})")
         bars.stairs(mask.sum(0), np.arange(m + 1), fill=True, color="#ffb000")
         bars.set(xlim=(0, m), ylim=(0, len(tasks)), ylabel="tasks",
-                 xlabel="neuron, sorted by its number of tasks" if in_order else "neuron")
+                 xlabel="neuron, sorted by its number of tasks")
         bars.set_facecolor("#1b2a52")
     return figure
 
@@ -109,31 +108,20 @@ def weights(result, arrays, module):
     return figure
 
 
-def signs(result, arrays, module="gate_proj"):
-    """Draw Fig. 10, and beside it whether the same weight has both signs."""
+def signs(result, arrays, module):
+    """Draw Fig. 10: active weights of each row by the sign of the mean gradient, over tasks."""
     found = middle_first([line for line in result["weights"] if line["module"] == module])
-    figure, axes = grid(3 * len(found), width=4.6, height=3.8)
-    for index, line in enumerate(found):
-        rows, both, minority = axes[3 * index:3 * index + 3]
+    figure, axes = grid(len(found), width=4.6, height=3.8)
+    for place, line in zip(axes, found, strict=True):
         up, down = binned(arrays[f"signs.{module}.{line['layer']}"].T).T
         edges = np.linspace(0, line["shape"][0], len(up) + 1)
         for counts, colour, name in ((up, "tab:red", "positive"), (-down, "tab:blue", "negative")):
-            rows.stairs(counts, edges, orientation="horizontal", fill=True, color=colour,
-                        label=name)
-        rows.set(title=f"layer {line['layer']}: activations by sign", ylim=(edges[-1], 0),
-                 ylabel="row", xlabel="active weights of the row, over tasks")
-        rows.legend(fontsize=8)
-        by_n = line["signs"]["by_n"]
-        n = [each["n"] for each in by_n]
-        for axes_, key, title in ((both, "both", "weights with both signs"),
-                                  (minority, "minority", "share of the rarer sign")):
-            values = [np.nan if each[key] is None else each[key] for each in by_n]
-            axes_.plot(n, values, marker="o", markersize=4, label="measured")
-            axes_.plot(n, [each[f"{key}_chance"] for each in by_n], color="black",
-                       label="fair coin flips")
-            axes_.set(title=title, xlabel="tasks in which the weight is active", ylim=(0, None))
-            axes_.xaxis.get_major_locator().set_params(integer=True)
-            axes_.legend(fontsize=8)
+            place.stairs(counts, edges, orientation="horizontal", fill=True, color=colour,
+                         label=name)
+        both, chance = (number(line["signs"][key]) for key in ("both", "both_chance"))
+        place.set(title=f"layer {line['layer']}: both signs {both} (coin flips {chance})",
+                  ylim=(edges[-1], 0), ylabel="row", xlabel="active weights of the row, over tasks")
+        place.legend(fontsize=8)
     figure.suptitle(f"{module}: signs of the mean gradient on active weights")
     return figure
 
@@ -146,57 +134,13 @@ def measured_units(result):
         yield f"{line['module']}, layer {line['layer']}", line
 
 
-def sharing(result):
-    """Draw the units by their number of tasks, with the expectation for independent tasks."""
-    found = list(measured_units(result))
-    figure, axes = grid(len(found), width=4.2, height=2.9)
-    for place, (title, line) in zip(axes, found, strict=True):
-        n = np.arange(1, len(line["histogram"]))
-        place.bar(n, line["histogram"][1:], color="#ffb000", label="measured")
-        place.plot(n, line["chance_histogram"][1:], color="black", marker=".", label="chance")
-        place.set(yscale="log", ylim=(0.5, None), xlabel="tasks", ylabel="units")
-        place.set_title(f"{title}\nin no task {line['histogram'][0] / line['units']:.2f} (chance "
-                        f"{line['chance_histogram'][0] / line['units']:.2f})", fontsize=9)
-        place.xaxis.get_major_locator().set_params(integer=True)
-        place.yaxis.set_major_formatter("{x:,.0f}")
-    axes[0].legend(fontsize=8)
-    return figure
-
-
-def overlap(result):
-    """Draw the Jaccard index of tasks and controls; two halves of a task on the diagonal."""
-    found = list(measured_units(result))
-    figure, axes = grid(len(found), width=4.4, height=3.6)
-    tasks, order = result["tasks"], by_category(result["tasks"])
-    for place, (title, line) in zip(axes, found, strict=True):
-        matrix = np.array(line["matrix"])[np.ix_(order, order)]
-        controls = line["controls"]
-        rows = [np.array(control["by_task"])[order] for control in controls.values()]
-        drawn = place.imshow(np.vstack([matrix, *rows]), vmin=0, vmax=1, cmap="viridis",
-                             interpolation="nearest")
-        place.axhline(len(order) - 0.5, color="white")
-        label_tasks(place, tasks, order)
-        label_tasks(place, tasks, order, "x")
-        place.set_yticks(range(len(order) + len(rows)),
-                         [*(short(tasks[t]["name"]) for t in order), *controls], fontsize=6)
-        place.tick_params(axis="x", labelsize=6)
-        place.set_title(title, fontsize=9)
-    figure.colorbar(drawn, ax=axes, label="Jaccard index; diagonal: two halves of a task",
-                    shrink=0.5)
-    return figure
-
-
 def of_sharing(result, arrays):
     """Yield (name, figure) of the command `sharing`."""
     for place in ("all", "target"):
-        for in_order in (False, True):
-            name = f"neurons-{place}{'-sorted' if in_order else ''}"
-            yield name, neurons(result, arrays, place, in_order)
+        yield f"neurons-{place}", neurons(result, arrays, place)
     for module in dict.fromkeys(line["module"] for line in result["weights"]):
         yield f"weights-{module}", weights(result, arrays, module)
         yield f"signs-{module}", signs(result, arrays, module)
-    yield "sharing", sharing(result)
-    yield "overlap", overlap(result)
 
 
 # --- experts ------------------------------------------------------------------------------------
@@ -229,29 +173,14 @@ def largest_information(adapter):
     return np.log(adapter["experts"] / adapter["top_k"])
 
 
-def draw_information(axes, adapter):
-    """Draw the routing information of every layer with its null distribution."""
-    layers = np.arange(len(adapter["layers"]))
-    for place, colour in (("all", "tab:blue"), ("target", "tab:orange")):
-        found = adapter["places"][place]
-        values, null = (np.array(found[key], dtype=float) for key in ("information", "null_95"))
-        axes.plot(layers, values, color=colour, marker="o", markersize=3, label=f"{place} tokens")
-        axes.fill_between(layers, 0, null, color=colour, alpha=0.25,
-                          label=f"95% of random assignments, {place}")
-    axes.set(xlabel="adapted layer", ylabel="nats", ylim=(0, None),
-             title=f"routing information (upper bound {largest_information(adapter):.2f})")
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.legend(fontsize=7)
-
-
 def experts(result):
-    """Draw Fig. 2 and 13: active experts of each task, and the routing information."""
+    """Draw Fig. 2 and 13: active experts of each task."""
     tasks = result["tasks"]
-    figure, axes = grid(3 * len(result["adapters"]), width=5.6, height=1.4 + 0.3 * len(tasks))
-    for index, adapter in enumerate(result["adapters"]):
-        for place, where in zip(axes[3 * index:], ("all", "target"), strict=False):
-            draw_active(place, adapter, where, tasks)
-        draw_information(axes[3 * index + 2], adapter)
+    figure, axes = grid(2 * len(result["adapters"]), columns=2, width=5.6,
+                        height=1.4 + 0.3 * len(tasks))
+    panels = [(adapter, place) for adapter in result["adapters"] for place in adapter["places"]]
+    for axis, (adapter, place) in zip(axes, panels, strict=True):
+        draw_active(axis, adapter, place, tasks)
     if result["command"] == "mmlu":
         figure.suptitle(mmlu_title(result))
     return figure
@@ -291,8 +220,7 @@ def information(result):
 def of_experts(result, _):
     """Yield (name, figure) of the commands `experts` and `mmlu`."""
     yield result["command"], experts(result)
-    same = {len(adapter["layers"]) for adapter in result["adapters"]}
-    if len(result["adapters"]) > 1 and len(same) == 1 and result["command"] == "experts":
+    if len({len(adapter["places"]["all"]["information"]) for adapter in result["adapters"]}) == 1:
         yield "information", information(result)
 
 
@@ -334,47 +262,9 @@ def conflicts(result):
     return figure
 
 
-def conflict_layers(result):
-    """Draw the shares of decided pairs by layer."""
-    figure, axes = grid(len(result["adapters"]), width=6, height=3.6)
-    for place, adapter in zip(axes, result["adapters"], strict=True):
-        shares = np.array([line["decided"] or [np.nan] * 3 for line in adapter["by_layer"]])
-        place.stackplot(range(len(shares)), shares.T, step="mid", labels=(
-            "conflict", "undecided", "agreement"), colors=("tab:red", "lightgrey", "tab:blue"))
-        place.set(xlabel="adapted layer", ylabel="share of pairs", ylim=(0, 1),
-                  xlim=(0, max(1, len(shares) - 1)), title=adapter["name"])
-        place.xaxis.get_major_locator().set_params(integer=True)
-    figure.legend(*axes[0].get_legend_handles_labels(), ncols=3, loc="outside lower center")
-    return figure
-
-
-def lookahead(result):
-    """Draw the gain of every task after a step for one task, relative to that task's gain."""
-    adapters, tasks = result["adapters"], result["tasks"]
-    order = by_category(tasks)
-    figure, axes = grid(len(adapters), width=6, height=5.4)
-    for place, adapter in zip(axes, adapters, strict=True):
-        found = adapter["lookahead"]
-        delta = np.array(found["delta"])
-        own = np.abs(delta.diagonal())[:, None]
-        relative = (delta / np.where(own > 0, own, np.nan))[np.ix_(order, order)]
-        drawn = place.imshow(-relative, vmin=-1, vmax=1, cmap=CONFLICT)
-        label_tasks(place, tasks, order)
-        label_tasks(place, tasks, order, "x")
-        place.set(ylabel="task of the step", xlabel="task whose loss changes")
-        place.set_title(f"{adapter['name']} (loss {adapter['loss']:.2f}): a step improves its own "
-                        f"task\nin {found['improved']} of {found['tasks']} cases", fontsize=9)
-    figure.colorbar(drawn, ax=axes, shrink=0.7,
-                    label="gain / gain of the step's task (red: loss rises)")
-    return figure
-
-
 def of_conflict(result, _):
     """Yield (name, figure) of the command `conflict`."""
     yield "conflict", conflicts(result)
-    yield "conflict-layers", conflict_layers(result)
-    if result["adapters"][0]["lookahead"] is not None:
-        yield "lookahead", lookahead(result)
 
 
 DRAWN = {"sharing": of_sharing, "experts": of_experts, "mmlu": of_experts, "conflict": of_conflict}

@@ -10,6 +10,7 @@ from inputs.files import write_text
 from inputs.formats import load
 from reporting.figures import save
 from reporting.runs import short
+from reporting.tables import Table
 
 
 def write(folder):
@@ -48,9 +49,7 @@ def settings(result):
 
 def table(title, note, header, rows):
     """Return a Markdown table under its heading, "" without rows."""
-    lines = [header, ["---"] * len(header), *rows]
-    body = "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
-    return f"## {title}\n\n{note}\n\n{body}" if rows else ""
+    return Table("", title, note, header, rows).markdown() if rows else ""
 
 
 def numbers(values, digits=2, between=", "):
@@ -67,15 +66,11 @@ def effect_and_p(line):
 # --- sharing ------------------------------------------------------------------------------------
 
 
-def matrix_name(line):
-    return f"{line['module']} of layer {line['layer']}"
-
-
 def sharing_table(result):
     rows = []
     for title, line in measured_units(result):
         T, controls = len(line["histogram"]) - 1, line["controls"]
-        observed, permuted = line["patterns"]["observed"], line["patterns"]["permuted"]
+        patterns, permuted = line["patterns"]
         rows.append([
             title, f"{line['jaccard']:.3f} ({line['smallest']:.2f} to {line['largest']:.2f})",
             number(line["chance"], 3), number(line["ceiling"], 3), number(line["kappa"]),
@@ -85,73 +80,37 @@ def sharing_table(result):
             f"{line['histogram'][T]:,} ({line['chance_histogram'][T]:.2g})",
             numbers([controls[name]["jaccard"] for name in ("pooled", "shuffled", "random")], 3),
             number(controls["random"]["core"]), effect_and_p(line),
-            f"{observed['distinct']:,} of {observed['active']:,}; {observed['cover_half']:,} cover "
-            f"half (permuted: {permuted['distinct']:,.0f}; {permuted['cover_half']:.0f})",
-            number(line["lower_half"])])
+            f"{patterns} ({permuted:.0f})", number(line["lower_half"])])
     return table("Shared units", "J: Jaccard index, mean over pairs of tasks (smallest to "
                  "largest), of random sets, of two halves of a task, of tasks and controls. Core: "
-                 "share of the units active in all tasks that are active on random tokens.",
+                 "share of the units active in all tasks that are active on random tokens. "
+                 "Patterns: sets of tasks that cover half of the active units (after permutation).",
                  ["units", "J tasks", "J chance", "J halves", "kappa", "shared (chance)",
                   "in no task (chance)", "in all (chance)", "J pooled, shuffled, random", "core",
                   "category effect, p", "patterns", "in lower half of ids"], rows)
 
 
-def structure_table(result):
-    return table("Structure of the weights' scores", "Share of the sum in the top 1% and 10%; R2 "
-                 "of log F on row and column effects; correlation between tasks of column effects "
-                 "(input channels), row effects and active weights per row; entries of 0.",
-                 ["matrix", "top 1%, 10%", "R2", "columns", "rows", "row counts",
-                  "in lower half of rows", "clamped"],
-                 [[matrix_name(line), numbers(line["concentration"]), *(
-                     number(line[key]) for key in (
-                         "additive_r2", "column_profiles", "row_profiles",
-                         "row_counts_correlation", "lower_half_rows")), line["clamped"]]
-                  for line in result["weights"]])
-
-
-def sign_table(result):
-    rows = []
-    for line in result["weights"]:
-        signs = line["signs"]
-        rows.append([matrix_name(line), number(signs["both"]), number(signs["both_chance"]),
-                     f"{number(signs['minority_all'])} "
-                     f"({signs['by_n'][-1]['minority_chance']:.2f})",
-                     number(signs["pairwise"]), number(signs["reliability"])])
-    return table("Signs of the mean gradients", "Share with both signs among the weights active in "
-                 "two tasks or more, and for fair coin flips; share of the rarer sign in weights "
-                 "active in all tasks; agreement of two tasks, and of two halves of a task.",
-                 ["matrix", "both signs", "chance", "rarer sign (chance)", "pairs", "halves"], rows)
-
-
-def share_table(result):
-    lines = {}
-    for line in result["shares"]:
-        lines.setdefault(f"{line['what']}, layer {line['layer']}", {})[line["share"]] = line
-    shares = sorted({line["share"] for line in result["shares"]})
-    return table("Other shares of active units", "J of tasks, of random sets, of two halves.",
-                 ["units", *(f"{share:.0%}" for share in shares)],
-                 [[what, *(numbers([found[share][key] for key in ("jaccard", "chance", "ceiling")],
-                                   3) if share in found else "–" for share in shares)]
-                  for what, found in lines.items()])
-
-
-def base_conflict_table(result):
-    return table("Mean gradients of gate_proj", "Cosines over pairs of tasks; R: median "
-                 "reliability; rho: 1 for aligned, 0 for orthogonal gradients.",
-                 ["matrix", "mean cosine", "smallest", "negative", "R", "rho"],
-                 [[matrix_name(line), number(found["cosine"], 3), *(number(found[key]) for key in (
-                     "smallest", "negative", "median_reliability", "cancellation"))]
-                  for line in result["weights"] if (found := line.get("conflict"))])
+def weight_table(result):
+    return table("Scores and signs of weights", "R2 of log F on row and column effects; "
+                 "correlation between tasks of column effects (input channels) and row effects. "
+                 "Share with both signs among the weights active in two tasks or more (fair coin "
+                 "flips); share of the rarer sign in weights active in all tasks; agreement of two "
+                 "tasks, and of two halves of a task.",
+                 ["matrix", "R2", "columns", "rows", "both signs (chance)", "rarer sign (chance)",
+                  "pairs", "halves"],
+                 [[f"{line['module']}, layer {line['layer']}", *(number(line[key]) for key in (
+                     "additive_r2", "columns_profiles", "rows_profiles")),
+                   f"{number(signs['both'])} ({number(signs['both_chance'])})",
+                   f"{number(signs['minority_all'])} ({number(signs['minority_chance'])})",
+                   number(signs["pairwise"]), number(signs["reliability"])]
+                  for line in result["weights"] for signs in [line["signs"]]])
 
 
 def task_table(result):
-    gates = [line for line in result["weights"] if line["module"] == "gate_proj"]
-    return table("Tasks", "Mean loss of the rows, and the norm of the mean gradient of gate_proj.",
-                 ["task", "category", "rows", "tokens", "loss",
-                  *(f"norm, layer {line['layer']}" for line in gates)],
+    return table("Tasks", "Mean loss of the rows.",
+                 ["task", "category", "rows", "tokens", "loss"],
                  [[short(task["name"]), task["category"], task["rows"], task["tokens"],
-                   number(task["loss"]), *(number(line["gradient_norms"][t], 3) for line in gates)]
-                  for t, task in enumerate(result["tasks"])])
+                   number(task["loss"])] for task in result["tasks"]])
 
 
 # --- experts and mmlu ---------------------------------------------------------------------------
@@ -161,14 +120,13 @@ def routing_table(result):
     rows = []
     for adapter in result["adapters"]:
         for place, found in adapter["places"].items():
-            above = sum(value is not None and value > null for value, null in zip(
-                found["information"], found["null_95"], strict=True))
+            above = np.greater(found["information"], found["null_95"])
             rows.append([
                 adapter["name"], adapter["variant"], place, number(found["jaccard"]),
                 number(adapter["chance"]), " ".join(map(str, found["tasks_per_expert"])),
                 found["unused"], number(found["mean_information"], 4),
                 number(largest_information(adapter)), number(found["mean_null"], 4),
-                f"{above} of {len(adapter['layers'])}", number(found["mean_of_weights"], 5),
+                f"{above.sum()} of {len(above)}", number(found["mean_of_weights"], 5),
                 number(adapter["mean_energy"], 3), number(adapter["loss"]), effect_and_p(found)])
     return table("Routing", "J of the tasks' active experts, tasks per expert and experts "
                  "without a token: last layer. Mutual information of task and expert in nats, mean "
@@ -177,16 +135,6 @@ def routing_table(result):
                  ["adapter", "method", "tokens", "J", "J chance", "tasks per expert", "unused",
                   "information", "bound", "null", "above null", "of weights", "of energy", "loss",
                   "category effect, p"], rows)
-
-
-def weight_table(result):
-    return table("Routing of each task", "Last layer, all tokens: mean routing weight before "
-                 "top-k, and share of tokens that select each expert.",
-                 ["adapter", "task", "mean weights", "shares of tokens"],
-                 [[adapter["name"], short(task["name"]), numbers(found["w"][t]),
-                   numbers(found["u"][t])] for adapter in result["adapters"]
-                  for found in [adapter["places"]["all"]]
-                  for t, task in enumerate(result["tasks"])])
 
 
 def loss_table(result):
@@ -212,46 +160,37 @@ def accuracy_table(result):
 # --- conflict -----------------------------------------------------------------------------------
 
 
+def conflict_cells(found):
+    """Return the cells that show `analysis.conflict.conflict`, of an empty dict: dashes."""
+    return [number(found.get("cosine"), 3), number(found.get("negative")),
+            number(found.get("median_reliability")), numbers(found.get("decided"), between=" / "),
+            number(found.get("cancellation"), 3)]
+
+
 def conflict_table(result):
-    rows = []
-    for adapter in result["adapters"]:
-        whole, experts = adapter["whole"] or {}, adapter["by_expert"]
-        rows.append([adapter["name"], adapter["variant"], number(adapter["loss"]),
-                     number(whole.get("cosine"), 3), number(whole.get("negative")),
-                     number(whole.get("median_reliability")),
-                     numbers(whole.get("decided"), between=" / "),
-                     f"{number(whole.get('corrected'), 3)} ({whole.get('corrected_pairs', 0)} of "
-                     f"{whole.get('pairs', 0)})", number(whole.get("cancellation"), 3),
-                     f"{number(experts.get('cosine'), 3)}, {number(experts.get('negative'))}, "
-                     f"{numbers(experts.get('decided'), between=' / ')} ({experts['measured']} of "
-                     f"{experts['groups']})" if experts["groups"] else "no experts",
-                     number(adapter["energy"], 3)])
     return table("Conflict in the trained weights", "Cosine of mean gradients, mean over pairs of "
                  "tasks; share of negative cosines; R: median reliability; decided: conflict / "
-                 "undecided / agreement; cosine corrected for noise (pairs of reliable tasks); "
-                 "rho; by expert: cosine, negative, decided (experts with a gradient from all "
-                 "tasks); information of gradient energy, in nats.",
-                 ["adapter", "method", "loss", "cosine", "negative", "R", "decided", "corrected",
-                  "rho", "by expert", "energy"], rows)
+                 "undecided / agreement; rho.",
+                 ["adapter", "method", "loss", "cosine", "negative", "R", "decided", "rho"],
+                 [[adapter["name"], adapter["variant"], number(adapter["loss"]),
+                   *conflict_cells(adapter["whole"] or {})] for adapter in result["adapters"]])
 
 
 def effective_table(result):
     return table("Conflict in the effective weight", "The gradient of the adapted weight: the same "
                  "space for all methods.",
-                 ["adapter", "layer", "cosine", "negative", "R", "decided"],
-                 [[adapter["name"], line["layer"], number(line["cosine"], 3),
-                   number(line["negative"]), number(line["median_reliability"]),
-                   numbers(line["decided"], between=" / ")] for adapter in result["adapters"]
-                  for line in adapter["effective"] if "cosine" in line])
+                 ["adapter", "layer", "cosine", "negative", "R", "decided", "rho"],
+                 [[adapter["name"], line["layer"], *conflict_cells(line)]
+                  for adapter in result["adapters"] for line in adapter["effective"]])
 
 
 def lookahead_table(result):
-    keys = ("interference_share", "harm_ratio", "transfer", "prediction_correlation")
+    keys = ("interference_share", "harm_ratio", "transfer")
     return table("One step for each task", "Steps that improve their own task, and by how much; "
                  "share of other tasks whose loss rises; harm over all change; median gain of "
-                 "another task over own gain; correlation with the first-order prediction.",
+                 "another task over own gain.",
                  ["adapter", "loss", "improved", "own gain", "interference share", "harm ratio",
-                  "transfer", "predicted", "step", "not measured because"],
+                  "transfer", "step", "not measured because"],
                  [[adapter["name"], number(adapter["loss"]),
                    f"{found['improved']} of {found['tasks']}", f"{found['own_gain']:.2e}",
                    *(number(found[key], 3) for key in keys), f"{found['step_size']:g}",
@@ -272,11 +211,10 @@ def norm_table(result):
                   for t, task in enumerate(result["tasks"])])
 
 
-ROUTING = (routing_table, weight_table, loss_table)
 TABLES = {
     "sharing": ("Neurons and weights that tasks activate", (
-        sharing_table, structure_table, sign_table, share_table, base_conflict_table, task_table)),
-    "experts": ("Experts of each task", ROUTING),
-    "mmlu": ("Experts of each MMLU subject", (*ROUTING, accuracy_table)),
+        sharing_table, weight_table, task_table)),
+    "experts": ("Experts of each task", (routing_table, loss_table)),
+    "mmlu": ("Experts of each MMLU subject", (routing_table, loss_table, accuracy_table)),
     "conflict": ("Conflict between tasks", (
         conflict_table, effective_table, lookahead_table, norm_table))}

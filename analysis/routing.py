@@ -3,12 +3,10 @@
 The commands `experts` and `mmlu`. Axis names
     T, n      tasks, rows of a task
     L, K      adapted layers, experts
-    B, S      rows and tokens of a micro-batch
+    S         tokens of a row
     w         mean routing weight of each expert before the top-k selection
     u         share of tokens that select an expert
 """
-
-import math
 
 import numpy as np
 import torch
@@ -16,17 +14,15 @@ from scipy import stats
 
 import models
 from analysis import adapters, mmlu, session
-from analysis.probes import batch_of, check_finite, positions, row_means
-from analysis.sharing import category_effect, chance_jaccard, jaccard, off_diagonal
+from analysis.probes import PLACES, loss_of, means_at_places
+from analysis.sharing import category_effect, chance_jaccard, jaccard, mean, off_diagonal
 from data import Suite
-from evaluation import row_losses, target_logits
 from experts import select_experts
 from inputs.errors import InputError
 from inputs.numbers import stable_seed
-from method import find_targets, observe
+from method import observe
 
 PERMUTATIONS = 1000
-PLACES = ("all", "target")
 
 
 # --- statistics ---------------------------------------------------------------------------------
@@ -65,11 +61,6 @@ def null_information(rows, sizes, generator):
     return np.array(found)
 
 
-def without_nan(values):
-    """Return numbers as a list for JSON, with None for NaN."""
-    return [None if math.isnan(value) else float(value) for value in np.ravel(values)]
-
-
 # --- one adapter --------------------------------------------------------------------------------
 
 
@@ -98,51 +89,41 @@ def expert_energy(layer):
     return zeros.index_add(0, layer.expert_of, each)
 
 
-def measure_task(model, rows, args, pad_token_id, count, letters=None):
+def measure_task(model, rows, count, letters=None):
     """Measure the routing of one task's rows -> tensors by name.
 
     routed (n, 2: w and u, 2: PLACES, L, K); energy (L, K) of the mean gradient; losses (n,). With
-    `letters` (4,), token ids of A to D, the second place is only the token that predicts the letter
-    of the answer, and right (n,) says whether the correct letter is the most probable of the four.
+    `letters` (4,), token ids of A to D, the target is only the letter of the answer, and right (n,)
+    says whether the correct letter is the most probable of the four.
     """
     layers = model.adapted_by.layers
     model.zero_grad()
     routed, losses, right = [], [], []
-    routing = {}  # layer: (w, u), each (B, S, K), of the last forward pass
-
-    def look(name, x, _):
-        routing[name] = weights_and_selection(layers[name], x)
-
-    for _, some in session.micro_batches(rows, 1, args.micro_batch):
-        batch = batch_of(some, pad_token_id, model.device)
-        where = positions(batch)  # (2, B, S)
+    for row in rows:
+        seen = {}  # (w, u) by layer, each (S, K)
+        with observe(model, layers, lambda name, x, _, seen=seen: seen.update(
+                {name: weights_and_selection(layers[name], x[0])})):
+            loss, logits = loss_of(model, row)
+            loss.backward()
+        n, last = row["num_targets"], -1
         if letters is not None:
-            where[1] &= where[1].cumsum(-1) == 1
-        with observe(model, layers, look):
-            logits = target_logits(model, batch)  # (B, k - 1, vocabulary)
-        loss = row_losses(logits, batch)
-        check_finite(loss, some, "the loss")
-        loss.sum().backward()
-        if letters is not None:
-            row, place = where[1][:, -logits.shape[1] - 1:-1].nonzero(as_tuple=True)
-            answer = batch["labels"][row, place + 1]
-            right.append(letters.to(answer)[logits[row, place][:, letters].argmax(-1)] == answer)
-        seen = [torch.stack([row_means(each, where) for each in pair])  # (2, 2, B, K)
-                for pair in routing.values()]
-        routed.append(torch.stack(seen, 3).movedim(2, 0))  # (B, 2, 2, L, K)
+            right.append(int(letters[int(logits[0, letters].argmax())]) == row["input_ids"][-n])
+            last = -n  # only the first target
+        routed.append(torch.stack([torch.stack([means_at_places(each, n, last) for each in pair])
+                                   for pair in seen.values()], 2))  # (2, 2, L, K)
         losses.append(loss.detach())
-        count(len(some))
+        count(1)
     energy = torch.stack([expert_energy(layer) for layer in layers.values()]) / len(rows)**2
-    return {"routed": torch.cat(routed).double(), "energy": energy, "losses": torch.cat(losses)} | (
-        {"right": torch.cat(right)} if letters is not None else {})
+    return {"routed": torch.stack(routed).double(), "energy": energy,
+            "losses": torch.stack(losses), "right": torch.tensor(right)}
 
 
-def statistics(adapter, categories, kept, layer_names, seed):
+def statistics(adapter, categories, kept, seed):
     """Return the entry of an adapter in analysis.json, from `measure_task` of every task."""
     routed = [each["routed"].numpy() for each in kept]  # T of (n, 2, 2, L, K)
     means = np.stack([each.mean(0) for each in routed])  # (T, 2, 2, L, K)
     sizes = np.array([len(each) for each in routed])
-    T, K, top_k = len(kept), means.shape[-1], adapter.settings.top_k
+    K, top_k = means.shape[-1], adapter.settings.top_k
     generator = np.random.default_rng(stable_seed("routing", seed, adapter.name))
     observed = information(np.moveaxis(means, 0, -2))  # (2, 2, L)
     null = null_information(np.concatenate(routed)[:, 1], sizes, generator)  # (., 2, L)
@@ -156,21 +137,19 @@ def statistics(adapter, categories, kept, layer_names, seed):
         effect, p = (None, None) if (norms == 0).any() else category_effect(
             centred @ centred.T / np.outer(norms, norms), categories, generator)
         places[where] = {
-            "w": w.tolist(), "u": u.tolist(), "active": active.tolist(),
+            "w": w.tolist(), "active": active.tolist(),
             "jaccard": float(off_diagonal(jaccard(active, active)).mean()),
             "tasks_per_expert": active.sum(0).tolist(), "unused": int((u.sum(0) == 0).sum()),
             "category_effect": effect, "category_p": p,
-            "information": without_nan(observed[1, place]),
-            "null_95": without_nan(np.quantile(null[:, place], 0.95, axis=0)),
+            "information": observed[1, place].tolist(),
+            "null_95": np.quantile(null[:, place], 0.95, axis=0).tolist(),
             "mean_information": float(observed[1, place].mean()),
             "mean_of_weights": float(observed[0, place].mean()),
             "mean_null": float(null[:, place].mean())}
     losses = [float(each["losses"].double().mean()) for each in kept]
     return adapter.about | {
         "experts": K, "top_k": top_k, "chance": chance_jaccard(top_k, top_k, K),
-        "tasks_per_expert": T * top_k / K, "layers": layer_names, "places": places,
-        "energy": without_nan(energy), "mean_energy": float(np.nanmean(energy))
-        if not np.isnan(energy).all() else None,
+        "places": places, "mean_energy": mean(energy[~np.isnan(energy)]),
         "losses": losses, "loss": float(np.mean(losses))}
 
 
@@ -191,12 +170,9 @@ def run_mmlu(args):
     """Run the command `mmlu`: routing and accuracy on MMLU's questions."""
     found = adapters.find(args.adapter)
     adapters.check_experts(args.adapter, found)
-    tasks, source, dropped = mmlu.load(args.mmlu, args.subjects)
-    suite = Suite("mmlu", tasks)
+    suite = Suite("mmlu", mmlu.load(args.mmlu, args.subjects))
     adapters.check_tasks(found, suite)
-    about = f"MMLU's test questions from {source}" + (
-        f", without {dropped} header lines" if dropped else "")
-    measure_all(args, found, suite, about, letters_of)
+    measure_all(args, found, suite, f"MMLU's questions from {args.mmlu}", letters_of)
 
 
 def letters_of(tokenizer):
@@ -210,22 +186,25 @@ def letters_of(tokenizer):
 
 def measure_all(args, found, suite, about, letters_of=None):
     """Measure all adapters on all tasks of a suite, and write analysis.json."""
-    tokenizer, skeleton = models.load_tokenizer(args.model), models.skeleton(args.model)
+    tokenizer = models.load_tokenizer(args.model)
     drawn = session.draw(suite, tokenizer, args, 1, found[0].config.chat_template)
     letters = letters_of and letters_of(tokenizer)
-    print(session.describe(drawn, args), flush=True)
     args.out.mkdir(parents=True, exist_ok=True)
-    loaded, lines = session.Loaded(args), []
-    lengths = {name: len(rows) for name, rows in drawn.rows.items()}
+    lines, lengths = [], {name: len(rows) for name, rows in drawn.items()}
     categories = [task.category for task in suite.tasks.values()]
-    for each in found:
-        def compute(task, count, each=each):
-            return measure_task(loaded(each.folder(task)), drawn.rows[task], args,
-                                tokenizer.pad_token_id, count, letters)
+    model = loaded = None  # one model in memory, and the folder of its adapter
 
+    def compute(task, count):
+        nonlocal model, loaded
+        if each.folder(task) != loaded:
+            model = None  # frees its memory first
+            model, _ = session.load_model(args, each.folder(task))
+            loaded = each.folder(task)
+        return measure_task(model, drawn[task], count, letters)
+
+    for each in found:
         kept = list(session.by_task(lengths, compute, each.name).values())
-        names = list(find_targets(skeleton, each.settings.target_modules))
-        lines.append(statistics(each, categories, kept, names, args.seed))
+        lines.append(statistics(each, categories, kept, args.seed))
         if letters is not None:
             right = [task["right"] for task in kept]
             lines[-1]["accuracy"] = [float(answers.double().mean()) for answers in right]

@@ -5,7 +5,6 @@ import json
 import random
 import re
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,37 +22,30 @@ from inputs.numbers import stable_seed
 from method import find_targets, fingerprint
 
 RESULT, ARRAYS = "analysis.json", "arrays.npz"
+MOST_TASKS = 62  # a set of tasks is an int64
 LOCATIONS = {"out", "data_dir"}  # flags that analysis.json does not record
 
 
 # --- rows ---------------------------------------------------------------------------------------
 
 
-class Drawn(NamedTuple):
-    """The rows of an analysis by task, and how they were selected."""
-
-    rows: dict[str, list]  # {task, id, input_ids (prompt + target), num_targets}
-    available: dict[str, int]  # rows of each task that fit --max_length
-    left_out: int  # rows that do not fit
-    shortened: int  # fitting rows with a shortened input
-
-
-def read_suite(args, largest=62):
+def read_suite(args):
     """Return the suite, reduced to --tasks. Raises InputError for fewer than 2 or too many tasks.
     """
     suite = data.load_suite(args.suite, args.data_dir)
     suite = data.select_tasks(suite, args.tasks) if args.tasks else suite
-    if not 2 <= len(suite.tasks) <= largest:
+    if not 2 <= len(suite.tasks) <= MOST_TASKS:
         raise InputError(f"suite {suite.name}: {len(suite.tasks)} task(s); an analysis compares "
-                         f"2 to {largest} tasks")
+                         f"2 to {MOST_TASKS} tasks")
     return suite
 
 
 def draw(suite, tokenizer, args, folds, chat_template, more=0):
-    """Draw --rows plus `more` training rows of each task without replacement -> Drawn.
+    """Draw --rows plus `more` training rows of each task -> {task: rows}.
 
-    Rows are drawn at random because neighbouring rows can share a passage. Row j of a task belongs
-    to fold j mod `folds`. Raises InputError for a task with fewer than two rows in a fold.
+    A row has task, id, input_ids (prompt + target) and num_targets. Rows are drawn at random
+    because neighbouring rows can share a passage. Row j of a task belongs to fold j mod `folds`.
+    Prints the number of rows. Raises InputError for a task with fewer than two rows in a fold.
     """
     count, needed = args.rows + more, 2 * folds + more
     encoded = data.encode_suite(suite, tokenizer, args.max_length, chat_template, ("train",))
@@ -65,35 +57,20 @@ def draw(suite, tokenizer, args, folds, chat_template, more=0):
             raise InputError(f"{name}: needs {needed} rows, two in each of {folds} fold(s) and "
                              f"{more} more; --rows {args.rows} gives {len(rows[name])} of the "
                              f"{len(fitting)} rows that fit --max_length {args.max_length}")
-    available = {name: len(fitting) for name, fitting in encoded.train.items()}
-    return Drawn(rows, available, len(encoded.left_out), sum(encoded.shortened["train"].values()))
-
-
-def describe(drawn, args):
-    """Return a line about the drawn rows."""
-    counts = [len(rows) for rows in drawn.rows.values()]
-    fewer = [f"{name} {len(rows)}" for name, rows in drawn.rows.items() if len(rows) < args.rows]
-    tokens = sum(len(row["input_ids"]) for rows in drawn.rows.values() for row in rows)
-    line = (f"{len(counts)} tasks, {sum(counts)} rows, {tokens:,} tokens; of "
-            f"{sum(drawn.available.values()):,} rows that fit {args.max_length} tokens "
-            f"{drawn.shortened:,} have a shortened input; {drawn.left_out:,} do not fit")
-    return line + (f"; fewer than {args.rows} rows: {', '.join(fewer)}" if fewer else "")
+    tokens = sum(len(row["input_ids"]) for mine in rows.values() for row in mine)
+    print(f"{len(rows)} tasks, {sum(map(len, rows.values()))} rows, {tokens:,} tokens; of "
+          f"{sum(map(len, encoded.train.values())):,} rows that fit {args.max_length} tokens "
+          f"{sum(encoded.shortened['train'].values()):,} have a shortened input; "
+          f"{len(encoded.left_out):,} do not fit", flush=True)
+    return rows
 
 
 def task_lines(suite, drawn):
     """Return the entry of each task in analysis.json."""
     return [{"name": name, "category": suite.tasks[name].category,
-             "rows": len(drawn.rows[name]), "available": drawn.available[name],
-             "tokens": sum(len(row["input_ids"]) for row in drawn.rows[name])}
+             "rows": len(drawn[name]),
+             "tokens": sum(len(row["input_ids"]) for row in drawn[name])}
             for name in suite.tasks]
-
-
-def micro_batches(rows, folds, size):
-    """Yield (fold, rows) with at most `size` rows of one fold."""
-    for fold in range(folds):
-        mine = rows[fold::folds]
-        for first in range(0, len(mine), size):
-            yield fold, mine[first:first + size]
 
 
 def by_task(lengths, compute, title):
@@ -144,20 +121,6 @@ def load_model(args, path=None):
     if path is None:
         return model.requires_grad_(False).eval(), fingerprint(model)
     return adapter.load(model, path).eval(), model.adapted_by.base_sha256
-
-
-class Loaded:
-    """Calling it with an adapter folder returns the adapted model; it keeps one in memory."""
-
-    def __init__(self, args):
-        self.args, self.path, self.model = args, None, None
-
-    def __call__(self, path):
-        if path != self.path:
-            self.model = None  # frees its memory first
-            self.model, _ = load_model(self.args, path)
-            self.path = path
-        return self.model
 
 
 # --- the folder ---------------------------------------------------------------------------------

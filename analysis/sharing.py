@@ -8,55 +8,45 @@ Pure functions for Fig. 1, 5 to 10 and Appendix H.1. Axis names
 Masks M (T, P) are bool arrays of NumPy; scores are tensors, on the device where they were made.
 """
 
+import math
+
 import numpy as np
 import torch
 from scipy import stats
 
-LABEL_PERMUTATIONS, MASK_PERMUTATIONS = 10_000, 20
+LABEL_PERMUTATIONS = 10_000
 EXACT_UNITS = 10**5  # more units: E[J] is the ratio of expectations, with an error of O(1 / P)
-SAMPLED_UNITS = 10**6  # patterns of larger matrices are counted on a random sample of this size
-MOST_TASKS = 62  # a pattern is an int64
 SMALLEST_HEADROOM = 0.02  # ceiling minus chance; below this, kappa would be noise
 
 
 # --- from scores to masks -----------------------------------------------------------------------
 
 
-def top_masks(scores, counts):
-    """Yield the mask (P,) of the k largest scores (P,) for every k in `counts`.
-
-    Ties go to the lower index, so every mask has exactly k units and contains the smaller ones.
+def top_mask(scores, share):
+    """Return the mask (..., P) of the `share` of largest scores (..., P), ties to the lower index.
     """
-    order = scores.sort(descending=True, stable=True).indices  # (P,)
-    for k in counts:
-        mask = torch.zeros(len(scores), dtype=torch.bool, device=scores.device)
-        mask[order[:k]] = True
-        yield mask
-
-
-def concentration(scores, shares=(0.01, 0.1)):
-    """Compute the share of the sum of scores (P,) >= 0 in the largest 1% and 10% of the units."""
-    ordered = scores.double().sort(descending=True).values  # (P,)
-    total = ordered.sum()
-    return [float(ordered[:round(share * len(ordered))].sum() / total) if total > 0 else None
-            for share in shares]
+    order = scores.sort(descending=True, stable=True).indices[..., :round(share * scores.shape[-1])]
+    return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, order, True)
 
 
 def additive_structure(F):
-    """Fit log F (out, in) by row effects plus column effects -> (R2, rows, columns, clamped).
+    """Fit log F (out, in) by row effects plus column effects -> (R2, rows, columns).
 
-    R2 = 1 - SS(log F - mean - row - column) / SS(log F - mean), None where F is constant; the
-    effects are (out,) and (in,). Entries of 0 are clamped to the smallest normal number; `clamped`
-    is their number.
+    R2 = 1 - SS(log F - mean - row - column) / SS(log F - mean), NaN where F is constant; the
+    effects are (out,) and (in,). Entries of 0 are clamped to the smallest normal number.
     """
-    tiny = torch.finfo(torch.float32).tiny
-    logs = F.double().clamp_min(tiny).log()  # (out, in)
+    logs = F.double().clamp_min(torch.finfo(torch.float32).tiny).log()  # (out, in)
     logs = logs - logs.mean()
     rows, columns = logs.mean(1), logs.mean(0)  # (out,), (in,)
     residual = logs - rows[:, None] - columns
     total = float(logs.square().sum())
-    R2 = 1 - float(residual.square().sum()) / total if total > 0 else None
-    return R2, rows, columns, int((F < tiny).sum())
+    return 1 - float(residual.square().sum()) / total if total > 0 else math.nan, rows, columns
+
+
+def mean(values):
+    """Return the mean of numbers, None where one is NaN or there is none."""
+    values = np.asarray(values, dtype=float)
+    return float(values.mean()) if len(values) and not np.isnan(values).any() else None
 
 
 def mean_correlation(profiles):
@@ -149,47 +139,17 @@ def shared_chance(q):
     return float(np.mean([1 - np.prod(np.delete(idle, t)) for t in range(len(idle))]))
 
 
-# --- base groups --------------------------------------------------------------------------------
+# --- patterns and categories --------------------------------------------------------------------
 
 
-def pattern_sizes(M):
-    """Count the units of each pattern, the tasks of a unit as bits -> (patterns, sizes).
+def covering_patterns(M):
+    """Count the patterns that cover half of the active units, the most frequent ones first.
 
-    Units that are active in no task are left out. Sorted by decreasing size.
+    The pattern of a unit is the set of tasks in which it is active.
     """
-    codes = np.zeros(M.shape[1], dtype=np.int64)
-    for t, mask in enumerate(M):
-        codes |= mask.astype(np.int64) << t
-    patterns, sizes = np.unique(codes[codes > 0], return_counts=True)
-    order = np.lexsort((patterns, -sizes))
-    return patterns[order], sizes[order]
-
-
-def pattern_summary(sizes, patterns, T):
-    """Summarise the pattern groups."""
-    active = int(sizes.sum())
-    covering = int(np.searchsorted(sizes.cumsum(), active / 2) + 1)
-    everywhere = sizes[patterns == 2**T - 1].sum()
-    return {"active": active, "distinct": len(sizes), "cover_half": covering,
-            "largest": float(sizes[0] / active), "all_tasks": float(everywhere / active)}
-
-
-def base_groups(M, generator):
-    """Group units with equal patterns, and compare with random permutations of each task's mask.
-
-    Returns the number of units and `pattern_summary`: "observed", and "permuted" as a mean.
-    """
-    T, P = M.shape
-    if P > SAMPLED_UNITS:
-        M = M[:, np.sort(generator.choice(P, SAMPLED_UNITS, replace=False))]
-    patterns, sizes = pattern_sizes(M)
-    permuted = []
-    for _ in range(MASK_PERMUTATIONS):
-        shuffled = generator.permuted(M, axis=1)
-        permuted.append(pattern_summary(*reversed(pattern_sizes(shuffled)), T))
-    return {"units": M.shape[1], "observed": pattern_summary(sizes, patterns, T),
-            "permuted": {key: float(np.mean([each[key] for each in permuted]))
-                         for key in permuted[0]}}
+    codes = sum(mask.astype(np.int64) << t for t, mask in enumerate(M))  # (P,)
+    sizes = np.sort(np.unique(codes[codes > 0], return_counts=True)[1])[::-1]
+    return int(np.searchsorted(sizes.cumsum(), sizes.sum() / 2) + 1)
 
 
 def category_effect(J, categories, generator):
@@ -223,33 +183,30 @@ def category_effect(J, categories, generator):
 def sharing(M, halves, controls, categories, generator):
     """Compute all statistics of masks M (T, P), the folds' halves (2, T, P), {name: control (P,)}.
 
-    Every mask has an active and an inactive unit. None marks what cannot be measured.
+    Every mask has an active and an inactive unit. None: cannot be measured. `patterns` are
+    `covering_patterns` of M, and after a random permutation of each task's mask.
     """
     T, P = M.shape
     k, n = M.sum(1), M.sum(0)  # (T,), (P,)
     J = jaccard(M, M)
-    pairs, own = off_diagonal(J), own_jaccard(halves)
+    pairs, ceiling = off_diagonal(J), float(own_jaccard(halves).mean())
     half_chance = mean_chance_jaccard(halves.sum(2).mean(0).round(), P)
-    cross = cross_jaccard(halves)
     effect, p = category_effect(J, categories, generator)
     core = n == T
     return {
-        "units": P, "active": k.tolist(), "histogram": np.bincount(n, minlength=T + 1).tolist(),
+        "units": P, "histogram": np.bincount(n, minlength=T + 1).tolist(),
         "chance_histogram": (P * chance_histogram(k / P)).tolist(),
         "shared": shared_share(M), "shared_chance": shared_chance(k / P),
         "jaccard": float(pairs.mean()), "smallest": float(pairs.min()),
         "largest": float(pairs.max()), "chance": mean_chance_jaccard(k, P),
-        "ceiling": float(own.mean()), "cross": cross,
-        "kappa": kappa(cross, half_chance, float(own.mean())),
+        "ceiling": ceiling, "kappa": kappa(cross_jaccard(halves), half_chance, ceiling),
         "category_effect": effect, "category_p": p,
         "lower_half": float(M[:, :P // 2].sum() / M.sum()),
-        "matrix": np.where(np.eye(T, dtype=bool), own, J).tolist(),
         "controls": {name: {
             "jaccard": float(jaccard(M, mask[None]).mean()),
-            "by_task": jaccard(M, mask[None])[:, 0].tolist(),
             "core": float(mask[core].mean()) if core.any() else None}
             for name, mask in controls.items()},
-        "patterns": base_groups(M, generator)}
+        "patterns": [covering_patterns(M), covering_patterns(generator.permuted(M, axis=1))]}
 
 
 # --- signs --------------------------------------------------------------------------------------
@@ -261,42 +218,26 @@ def minority_chance(n):
     return float((stats.binom(n, 0.5).pmf(i) * np.minimum(i, n - i)).sum() / n)
 
 
-def signs(M, positive, negative, halves):
+def signs(M, positive, negative):
     """Count weights whose gradients have opposite signs in different tasks (Fig. 10).
 
-    Masks M and signs of the mean gradient are all (T, P); `halves` is a pair of (positive,
-    negative) of the two folds. A zero gradient has neither sign. By n, the number of tasks with a
-    sign: the share of weights with both signs and the mean share of the rarer sign, each with its
-    value for fair coin flips; None where no weight has n signs.
+    M (T, P) is the mask of active weights, `positive` and `negative` (3, T, P) are the signs of the
+    mean gradient over all rows and over each fold. A zero gradient has neither sign. `both`: share
+    of weights with both signs among those with a sign in two tasks or more; `minority_all`: mean
+    share of the rarer sign in those with a sign in all tasks; `_chance`: for fair coin flips.
+    `pairwise`, `reliability`: agreement of two tasks, of two halves of a task. None: no weight.
     """
-    up, down = M & positive, M & negative
+    up, down = M & positive[0], M & negative[0]
     pos, neg = up.sum(0), down.sum(0)  # (P,)
-    n, T = pos + neg, len(M)
-    by_n = []
-    for count in range(2, T + 1):
-        here = n == count
-        rarer = np.minimum(pos, neg)[here]
-        by_n.append({"n": count, "weights": int(here.sum()),
-                     "both": float((rarer > 0).mean()) if len(rarer) else None,
-                     "both_chance": 1 - 2.0**(1 - count),
-                     "minority": float(rarer.mean() / count) if len(rarer) else None,
-                     "minority_chance": minority_chance(count)})
-    weights = sum(line["weights"] for line in by_n)
-    signed = up | down
-    agree, shared = common(up, up) + common(down, down), common(signed, signed)
-    pairs = off_diagonal(shared) > 0
-    first, second = (p.astype(np.int8) - m.astype(np.int8) for p, m in halves)  # (T, P)
-    both_folds = M & (first != 0) & (second != 0)
-    reliable = [float((first == second)[t][both_folds[t]].mean()) for t in range(T)
-                if both_folds[t].any()]
-
-    def weighted(key):
-        """Average over all weights that are active in at least two tasks."""
-        return sum(line["weights"] * line[key] for line in by_n
-                   if line["weights"]) / weights if weights else None
-
-    return {"by_n": by_n, "both": weighted("both"), "both_chance": weighted("both_chance"),
-            "minority_all": by_n[-1]["minority"], "zero": int((M & ~signed).sum()),
-            "pairwise": float((off_diagonal(agree)[pairs] / off_diagonal(shared)[pairs]).mean())
-            if pairs.any() else None,
-            "reliability": float(np.mean(reliable)) if reliable else None}
+    n, rarer, T = pos + neg, np.minimum(pos, neg), len(M)
+    shared = common(up | down, up | down)
+    with np.errstate(invalid="ignore"):  # 0 / 0
+        agreement = off_diagonal((common(up, up) + common(down, down)) / shared)
+    first, second = (p.astype(np.int8) - m.astype(np.int8)
+                     for p, m in zip(positive[1:], negative[1:], strict=True))  # (T, P)
+    signed = M & (first != 0) & (second != 0)
+    return {"both": mean(rarer[n >= 2] > 0), "both_chance": mean(1 - 2.0**(1 - n[n >= 2])),
+            "minority_all": mean(rarer[n == T] / T), "minority_chance": minority_chance(T),
+            "pairwise": mean(agreement[~np.isnan(agreement)]),
+            "reliability": mean([(first[t] == second[t])[signed[t]].mean() for t in range(T)
+                                 if signed[t].any()])}

@@ -1,6 +1,9 @@
 """Find the neurons and weights that each task activates, and compare them (Sec. 2, Fig. 1, 5-10).
 
-The command `sharing`. Axis names as in probes.py and sharing.py, and H = 2 folds of rows.
+The command `sharing`. Axis names as in probes.py and sharing.py, and
+    H     2 folds of the rows of a task
+    m     neurons of a layer: intermediate size of the MLP
+Masks are made of all rows and of each fold: 3 parts.
 """
 
 import random
@@ -11,31 +14,18 @@ from tqdm import tqdm
 
 import models
 from analysis import session, sharing
-from analysis.conflict import conflict, gram_matrix
-from analysis.probes import (
-    GradientProbe,
-    NeuronProbe,
-    batch_of,
-    check_finite,
-    mlp_names,
-    positions,
-    row_means,
-)
-from evaluation import row_losses, target_logits
-from harness.adapter_config import read_adapter_config
+from analysis.probes import PLACES, check_finite, loss_of, means_at_places, row_gradients
 from inputs.errors import InputError
 from inputs.numbers import stable_seed
+from method import observe
 
 FOLDS = 2
-SHARES = (0.01, 0.05, 0.1, 0.2)  # a small table shows whether a conclusion depends on --share
-POSITIONS = ("all", "target")
 CONTROLS = ("pooled", "shuffled", "random")
-PARTS = ("all", "fold0", "fold1")
 
 
 def run(args):
     """Run the command `sharing`."""
-    suite = session.read_suite(args, largest=sharing.MOST_TASKS)
+    suite = session.read_suite(args)
     skeleton = models.skeleton(args.model)
     args.layers = session.check_layers(args, skeleton)
     gates = session.linear_layers(skeleton, args.layers, ["gate_proj"])
@@ -43,27 +33,24 @@ def run(args):
     for name in names:
         check_share(args.share, skeleton.get_submodule(name).weight.numel(), name)
     check_share(args.share, skeleton.get_submodule(gates[0]).out_features, "a layer's neurons")
-    chat = args.adapter and read_adapter_config(args.adapter)[0].chat_template
     tokenizer = models.load_tokenizer(args.model)
-    drawn = session.draw(suite, tokenizer, args, FOLDS, bool(chat))
-    print(session.describe(drawn, args), flush=True)
-    model, sha256 = session.load_model(args, args.adapter)
-    model.requires_grad_(False)  # hooks see all gradients that are needed
+    drawn = session.draw(suite, tokenizer, args, FOLDS, chat_template=False)
+    model, sha256 = session.load_model(args)
     args.out.mkdir(parents=True, exist_ok=True)
     # Parentheses: no task has such a name.
-    rows = drawn.rows | {f"({name})": mine for name, mine in
-                         controls(drawn.rows, tokenizer, args.seed).items()}
-    sweep = Sweep(args, model, tokenizer.pad_token_id, names,
-                  mlp_names(dict(zip(args.layers, gates, strict=True))))
-    kept = session.by_task({name: len(mine) for name, mine in rows.items()},
-                           lambda name, count: sweep.task(rows[name], count), "tasks")
-    result = {"command": "sharing", "layers": args.layers, "share": args.share,
-              "head_dim": head_dim(model.config), "tasks": session.task_lines(suite, drawn),
-              "made": session.made_with(args, suite, sha256,
-                                        [args.adapter] if args.adapter else [])}
+    rows = drawn | {f"({name})": mine for name, mine in
+                         controls(drawn, tokenizer, args.seed).items()}
+    kept = session.by_task(
+        {name: len(mine) for name, mine in rows.items()},
+        lambda name, count: measure_task(model, rows[name], names, gates, args.share, count),
+        "tasks")
+    result = {"command": "sharing", "share": args.share, "head_dim": head_dim(model.config),
+              "tasks": session.task_lines(suite, drawn),
+              "made": session.made_with(args, suite, sha256)}
     for line in result["tasks"]:
         line["loss"] = float(kept[line["name"]]["loss"])
-    counted, arrays = Comparison(args, suite, kept).statistics(sweep)
+    shapes = {name: tuple(skeleton.get_submodule(name).weight.shape) for name in names}
+    counted, arrays = statistics(args, suite, list(kept.values()), shapes)
     session.write(args.out, result | counted, arrays)
 
 
@@ -95,191 +82,100 @@ def controls(rows, tokenizer, seed):
     return made
 
 
-class Sweep:
-    """Forward and backward passes over the rows of one task."""
-
-    def __init__(self, args, model, pad_token_id, names, mlps):
-        self.args, self.model, self.pad_token_id = args, model, pad_token_id
-        self.names, self.mlps = names, mlps
-        self.shares = sorted({args.share, *SHARES})
-        self.shapes = {name: layer_shape(model.get_submodule(name)) for name in names}
-        self.neurons = {layer: layer_shape(model.get_submodule(f"{name}.gate_proj"))[0]
-                        for layer, name in mlps.items()}
-
-    def task(self, rows, count):
-        """Return what the statistics need of one task's rows, as tensors by name.
-
-        Sums over rows of activations, gradients and squared gradients are kept for each fold until
-        the task ends. Then one bit for each mask and sign of a weight remains.
-        """
-        device = self.model.device
-        neurons = {layer: torch.zeros(FOLDS, len(POSITIONS), m, dtype=torch.float64, device=device)
-                   for layer, m in self.neurons.items()}
-        sums = {name: torch.zeros(2, FOLDS, *shape, device=device)  # (moment, H, out, in)
-                for name, shape in self.shapes.items()}
-        losses, in_fold = 0.0, [len(rows[fold::FOLDS]) for fold in range(FOLDS)]
-        for fold, some in session.micro_batches(rows, FOLDS, self.args.micro_batch):
-            batch = batch_of(some, self.pad_token_id, device)
-            with (NeuronProbe(self.model, self.mlps) as seen,
-                  GradientProbe(self.model, self.names) as probe):
-                loss = row_losses(target_logits(self.model, batch), batch)  # (B,)
-                check_finite(loss, some, "the loss")
-                loss.sum().backward()
-            losses += float(loss.detach().double().sum())
-            where = positions(batch)  # (positions, B, S)
-            for layer, values in seen.values.items():
-                means = row_means(values.double().abs(), where).sum(1)  # (positions, m)
-                check_finite(means, some, f"an activation of layer {layer}")
-                neurons[layer][fold] += means
-            for name in self.names:
-                G = probe.gradients(name)  # (B, out, in)
-                squares = G.square().sum(0)
-                check_finite(squares, some, f"the square of the gradient of {name}")
-                sums[name][0, fold] += G.sum(0)
-                sums[name][1, fold] += squares
-            count(len(some))
-        kept = {"loss": torch.tensor(losses / len(rows))}
-        each = torch.tensor([len(rows), *in_fold], device=device)[:, None, None]
-        for layer, total in neurons.items():
-            kept[f"neurons.{layer}"] = torch.cat([total.sum(0, True), total]) / each
-        for name, (first, second) in sums.items():
-            kept |= {f"{name}.{key}": value for key, value in
-                     self.reduce(first, second, in_fold).items()}
-            if name.endswith("gate_proj"):
-                kept[f"{name}.folds"] = first / torch.tensor(in_fold, device=device)[:, None, None]
-        return kept
-
-    def reduce(self, first, second, in_fold):
-        """Reduce S1 and S2 (H, out, in), sums of gradients and of squares, to masks and numbers."""
-        n, kept = sum(in_fold), {}
-        F = second.sum(0) / n  # empirical Fisher information, (out, in)
-        for part, scores, total in zip(
-                PARTS, (F, *(second[fold] / in_fold[fold] for fold in range(FOLDS))),
-                (first.sum(0), *first), strict=True):
-            for share, mask in self.masks(scores.flatten()).items():
-                kept[f"{share}.{part}"] = packed(mask)
-            kept[f"up.{part}"] = packed(total.flatten() > 0)
-            kept[f"down.{part}"] = packed(total.flatten() < 0)
-        R2, rows, columns, clamped = sharing.additive_structure(F)
-        numbers = [*sharing.concentration(F.flatten()), R2, clamped, float(first.sum(0).norm() / n)]
-        kept["numbers"] = torch.tensor([float("nan") if number is None else number
-                                        for number in numbers], dtype=torch.float64)
-        return kept | {"rows": rows, "columns": columns}
-
-    def masks(self, scores):
-        """Return {share: mask of the largest scores}, scores (P,)."""
-        counts = [round(share * len(scores)) for share in self.shares]
-        return dict(zip(self.shares, sharing.top_masks(scores, counts), strict=True))
-
-
 def head_dim(config):
     """Return the number of rows of q, k and v in one attention head."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
-def layer_shape(layer):
-    """Return (out, in) of a linear layer, adapted or not."""
-    return tuple(getattr(layer, "weight", getattr(layer, "residual", None)).shape)
+def measure_task(model, rows, names, gates, share, count):
+    """Find the active neurons and weights of one task -> tensors by name.
+
+    For each layer of `gates` the masks neurons.{layer} (3 parts, 2 places, m). For each matrix of
+    `names` packed masks (3 parts, P / 8 bytes) of the active weights and of the signs of the mean
+    gradient, and R2, rows and columns of `sharing.additive_structure`. Sums over rows are float32
+    for gradients and their squares, and are freed at the end of a task.
+    """
+    neurons, losses = {}, 0.0  # neurons by layer: (H, 2 places, m)
+    sums = {name: torch.zeros(2, FOLDS, *model.get_submodule(name).weight.shape,
+                              device=model.device) for name in names}  # (moment, H, out, in)
+    activations = {session.layer_number(name): model.get_submodule(
+        name.replace("gate_proj", "act_fn")) for name in gates}
+    for index, row in enumerate(rows):
+        fold, values = index % FOLDS, {}
+        with (observe(model, activations, lambda layer, _, y, values=values: values.update(
+                {layer: y[0].detach()})), row_gradients(model, names) as gradient):
+            loss, _ = loss_of(model, row)
+            loss.backward()
+        losses += loss.item()
+        for layer, activation in values.items():  # (S, m)
+            means = means_at_places(activation.double().abs(), row["num_targets"])
+            check_finite(means, row, f"an activation of layer {layer}")
+            neurons.setdefault(layer, means.new_zeros(FOLDS, *means.shape))[fold] += means
+        for name in names:
+            G = gradient(name)
+            check_finite(G.square(), row, f"the square of the gradient of {name}")
+            sums[name][0, fold] += G
+            sums[name][1, fold] += G.square()
+        count(1)
+    kept = {"loss": torch.tensor(losses / len(rows))}
+    for layer, each in neurons.items():
+        kept[f"neurons.{layer}"] = sharing.top_mask(parts(each), share)
+    for name, (first, second) in sums.items():
+        mean = parts(first).flatten(1)  # (3, P), up to a factor
+        kept |= {f"{name}.active": packed(sharing.top_mask(parts(second).flatten(1), share)),
+                 f"{name}.up": packed(mean > 0), f"{name}.down": packed(mean < 0)}
+        R2, rows_effect, columns_effect = sharing.additive_structure(second.sum(0) / len(rows))
+        kept |= {f"{name}.R2": torch.tensor(R2), f"{name}.rows": rows_effect,
+                 f"{name}.columns": columns_effect}
+    return kept
 
 
-def packed(mask):
-    """Pack a bool mask (P,) into bytes."""
-    return torch.from_numpy(np.packbits(mask.cpu().numpy()))
+def parts(sums):
+    """Stack the sum over folds and the folds: (H, ...) -> (1 + H, ...)."""
+    return torch.cat([sums.sum(0, keepdim=True), sums])
 
 
-def unpacked(bits, P):
-    """Return the bool mask (P,) of packed bytes."""
-    return np.unpackbits(bits.numpy(), count=P).astype(bool)
+def packed(masks):
+    """Pack bool masks (3, P) into bytes."""
+    return torch.from_numpy(np.packbits(masks.cpu().numpy(), axis=-1))
 
 
-class Comparison:
-    """The statistics over all tasks, one layer or matrix at a time."""
+def unpacked(kept, key, P):
+    """Return the bool masks (3 parts, tasks, P) of the packed masks `key` of tasks."""
+    return np.stack([np.unpackbits(task[key].numpy(), axis=-1, count=P).astype(bool)
+                     for task in kept], 1)
 
-    def __init__(self, args, suite, kept):
-        self.args, self.kept = args, kept
-        self.tasks = [kept[name] for name in suite.tasks]
-        self.categories = [task.category for task in suite.tasks.values()]
 
-    def statistics(self, sweep):
-        """Return (entries of analysis.json, arrays) of all neurons and weights."""
-        neurons, weights, table, arrays = [], [], [], {}
-        T = len(self.tasks)
-        for layer in self.args.layers:
-            for index, place in enumerate(POSITIONS):
-                masks = self.neuron_masks(sweep, layer, index)
-                neurons.append({"layer": layer, "positions": place}
-                               | self.compare(masks[self.args.share], f"neurons {layer} {place}"))
-                table += self.at_shares(masks.get, f"neurons, {place} tokens", layer)
-                arrays[f"neurons.{layer}.{place}"] = masks[self.args.share][0]
-        for name in tqdm(sweep.names, desc="statistics", unit="matrix"):
-            module, layer = name.rpartition(".")[2], session.layer_number(name)
-            shape = sweep.shapes[name]
-            main = self.bits(name, self.args.share, shape)
-            row_counts = main[0][:T].reshape(T, *shape).sum(2)  # (T, out)
-            line = {"layer": layer, "module": module, "shape": shape} | self.compare(
-                main, f"weights {name}") | self.structure(name, row_counts)
-            line["signs"], arrays[f"signs.{module}.{layer}"] = self.signs(name, shape, main[0][:T])
-            if module == "gate_proj":
-                folds = torch.cat([task[f"{name}.folds"].flatten(1) for task in self.tasks])
-                line["conflict"] = conflict(gram_matrix(folds).view(T, FOLDS, T, FOLDS).numpy())
-            weights.append(line)
-            arrays[f"rows.{module}.{layer}"] = row_counts / shape[1]
-            table += self.at_shares(lambda share, name=name, shape=shape: self.bits(
-                name, share, shape), module, layer)
-        return {"neurons": neurons, "weights": weights, "shares": table}, arrays
+def statistics(args, suite, kept, shapes):
+    """Return (entries of analysis.json, arrays) from `measure_task` of tasks, then controls."""
+    T = len(suite.tasks)
+    categories = [task.category for task in suite.tasks.values()]
+    neurons, weights, arrays = [], [], {}
 
-    def neuron_masks(self, sweep, layer, place):
-        """Return {share: masks (3 parts, tasks and controls, m)} of a layer's neurons."""
-        found = [[sweep.masks(scores) for scores in kept[f"neurons.{layer}"][:, place]]
-                 for kept in self.kept.values()]
-        return {share: np.array([[masks[share].numpy() for masks in parts] for parts in found]
-                                ).swapaxes(0, 1) for share in sweep.shares}
+    def compare(masks, name):  # masks (3 parts, tasks and controls, P)
+        generator = np.random.default_rng(stable_seed("sharing", args.seed, name))
+        return sharing.sharing(masks[0][:T], masks[1:, :T], dict(
+            zip(CONTROLS, masks[0][T:], strict=True)), categories, generator)
 
-    def bits(self, name, key, shape):
-        """Return masks (3 parts, tasks and controls, P) of a matrix."""
-        return np.array([[unpacked(kept[f"{name}.{key}.{part}"], shape[0] * shape[1])
-                          for kept in self.kept.values()] for part in PARTS])
-
-    def compare(self, parts, seed_name):
-        """Return `sharing.sharing` of masks (3 parts, tasks and controls, P)."""
-        T = len(self.tasks)
-        generator = np.random.default_rng(stable_seed("sharing", self.args.seed, seed_name))
-        return sharing.sharing(parts[0][:T], parts[1:, :T], dict(
-            zip(CONTROLS, parts[0][T:], strict=True)), self.categories, generator)
-
-    def at_shares(self, masks, what, layer):
-        """Yield Jaccard indices of masks(share) at each of SHARES that leaves a unit in and out."""
-        for share in SHARES:
-            parts = masks(share)[:, :len(self.tasks)]
-            k, P = parts[0].sum(1), parts.shape[2]
-            if 1 <= k[0] < P:
-                J = sharing.off_diagonal(sharing.jaccard(parts[0], parts[0]))
-                yield {"what": what, "layer": layer, "share": share, "jaccard": float(J.mean()),
-                       "chance": sharing.mean_chance_jaccard(k, P),
-                       "ceiling": float(sharing.own_jaccard(parts[1:]).mean())}
-
-    def signs(self, name, shape, M):
-        """Return `sharing.signs` of a matrix, and counts by row (2, out).
-
-        The counts are of active weights, over tasks, with a positive and a negative gradient.
-        """
-        T = len(self.tasks)
-        up, down = (self.bits(name, sign, shape)[:, :T] for sign in ("up", "down"))  # (3, T, P)
-        by_row = np.stack([(M & sign[0]).sum(0).reshape(shape).sum(1) for sign in (up, down)])
-        return sharing.signs(M, up[0], down[0], [(up[1], down[1]), (up[2], down[2])]), by_row
-
-    def structure(self, name, row_counts):
-        """Return concentration, additive structure and row counts of a matrix, means over tasks."""
-        numbers = np.array([task[f"{name}.numbers"].tolist() for task in self.tasks])  # (T, 5)
-        top1, top10, R2 = [None if np.isnan(column).any() else float(column.mean())
-                           for column in numbers[:, :3].T]
-        profiles = {side: sharing.mean_correlation([task[f"{name}.{side}"].tolist()
-                                                    for task in self.tasks])
-                    for side in ("rows", "columns")}
-        half = len(row_counts[0]) // 2
-        return {"concentration": [top1, top10], "additive_r2": R2,
-                "clamped": int(numbers[:, 3].sum()),
-                "row_profiles": profiles["rows"], "column_profiles": profiles["columns"],
-                "row_counts_correlation": sharing.mean_correlation(row_counts),
-                "lower_half_rows": float(row_counts[:, :half].sum() / row_counts.sum()),
-                "gradient_norms": numbers[:, 4].tolist()}
+    for layer in args.layers:
+        masks = np.stack([task[f"neurons.{layer}"].numpy() for task in kept], 2)
+        for place, mine in zip(PLACES, masks.swapaxes(0, 1), strict=True):
+            neurons.append({"layer": layer, "positions": place}
+                           | compare(mine, f"neurons {layer} {place}"))
+            arrays[f"neurons.{layer}.{place}"] = mine[0]
+    for name, shape in tqdm(shapes.items(), desc="statistics", unit="matrix"):
+        module, layer, P = name.rpartition(".")[2], session.layer_number(name), np.prod(shape)
+        active = unpacked(kept, f"{name}.active", P)
+        up, down = (unpacked(kept[:T], f"{name}.{sign}", P) for sign in ("up", "down"))
+        M = active[0][:T]
+        weights.append({
+            "layer": layer, "module": module, "shape": shape,
+            "additive_r2": sharing.mean([float(task[f"{name}.R2"]) for task in kept[:T]]),
+            **{f"{side}_profiles": sharing.mean_correlation([
+                task[f"{name}.{side}"].tolist() for task in kept[:T]])
+               for side in ("rows", "columns")},
+            "signs": sharing.signs(M, up, down)} | compare(active, f"weights {name}"))
+        arrays[f"rows.{module}.{layer}"] = M.reshape(T, *shape).mean(2)  # (T, out)
+        arrays[f"signs.{module}.{layer}"] = np.stack([  # (2, out): summed over tasks
+            (M & sign[0]).sum(0).reshape(shape).sum(1) for sign in (up, down)])
+    return {"neurons": neurons, "weights": weights}, arrays

@@ -235,8 +235,9 @@ class Outcome(NamedTuple):
     err: list
 
 
-def run(*argv):
-    """Call train.main in this process and capture all that it prints, logs included."""
+def run(*argv, main=train.main):
+    """Call train.main, or another `main`, in this process and capture all that it prints, logs too.
+    """
     out, err = io.StringIO(), io.StringIO()
     loggers = [logging.root, *logging.root.manager.loggerDict.values()]
     moved = [(handler, handler.setStream(err)) for logger in loggers
@@ -245,7 +246,7 @@ def run(*argv):
     with (contextlib.redirect_stdout(out), contextlib.redirect_stderr(err),
           warnings.catch_warnings(record=True) as caught):
         try:
-            status = train.main([str(part) for part in argv])
+            status = main([str(part) for part in argv])
         finally:
             reset_accelerate()
             for handler, stream in moved:
@@ -255,9 +256,9 @@ def run(*argv):
     return Outcome(status, out.getvalue().splitlines(), err.getvalue().splitlines())
 
 
-def succeed(*argv):
-    """Call train.main, which must return 0."""
-    outcome = run(*argv)
+def succeed(*argv, **more):
+    """Call train.main, or another `main`, which must return 0."""
+    outcome = run(*argv, **more)
     assert outcome.status == 0, outcome.err
     return outcome
 
@@ -281,9 +282,9 @@ def failing(owner, name, count, error=Killed):
         yield
 
 
-def refused(named, *argv):
-    """Call train.main, which must say `named` in one line of its own and end with status 2."""
-    outcome = run(*argv)
+def refused(named, *argv, **more):
+    """Call train.main, or another `main`, which must say `named` in one line and return 2."""
+    outcome = run(*argv, **more)
     assert outcome.status == 2, outcome.err
     (line,) = (line for line in outcome.err if line.startswith("error: "))
     assert named in line and not any("Traceback" in line for line in outcome.err)

@@ -1,28 +1,25 @@
 """Test activations and gradients of rows against naive versions in float64."""
 
-import argparse
-
-import numpy as np
 import pytest
 import torch
 from conftest import wrapped
 from tiny import base_model, one_line, rows_of
 
-from analysis import probes, session, sharing, units
-from analysis.probes import GradientProbe, NeuronProbe, batch_of, positions
-from evaluation import row_losses, target_logits
+from analysis import session, sharing, units
+from analysis.probes import loss_of, means_at_places, row_gradients
 from inputs.errors import InputError
+from method import observe
 
 LAYERS = (0, 1)
 MODULES = ["gate_proj", "q_proj", "v_proj"]
-ROWS = rows_of(0, 6)
+ROWS = [row | {"id": f"r{i}"} for i, row in enumerate(rows_of(0, 6))]
 
 
 def model_of(architecture):
     return base_model(architecture, torch.float64).requires_grad_(False)
 
 
-def loss_of(model, row):
+def naive_loss(model, row):
     """Compute the loss of one row, token by token."""
     logits = model(input_ids=torch.tensor([row["input_ids"]])).logits[0].log_softmax(-1)
     n = len(row["input_ids"])
@@ -33,144 +30,101 @@ def loss_of(model, row):
 def naive_gradients(model, name, rows):
     """Compute the gradients (rows, out, in) by one autograd pass for each row."""
     weight = model.get_submodule(name).weight.requires_grad_()
-    found = [torch.autograd.grad(loss_of(model, row), weight)[0] for row in rows]
+    found = [torch.autograd.grad(naive_loss(model, row), weight)[0] for row in rows]
     weight.requires_grad_(False)
     return torch.stack(found)
 
 
-def probed(model, names, rows, size):
-    """Compute the same gradients by hooks, in micro-batches."""
+def gradients_of(model, names, rows):
+    """Compute the same gradients by hooks: {name: (rows, out, in)}."""
     found = {name: [] for name in names}
-    for first in range(0, len(rows), size):
-        with GradientProbe(model, names) as probe:
-            batch = batch_of(rows[first:first + size], 2, "cpu")
-            row_losses(target_logits(model, batch), batch).sum().backward()
+    for row in rows:
+        with row_gradients(model, names) as gradient:
+            loss, _ = loss_of(model, row)
+            loss.backward()
+        assert loss.item() == pytest.approx(naive_loss(model, row).item())
         for name in names:
-            found[name].append(probe.gradients(name))
-    return {name: torch.cat(parts) for name, parts in found.items()}
+            found[name].append(gradient(name))
+    return {name: torch.stack(parts) for name, parts in found.items()}
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen3", "gemma2"])
-@pytest.mark.parametrize("size", [1, 3])
-def test_gradients(architecture, size):
-    """Equal to autograd, with and without padding; the mean of squares is no square of a mean."""
-    model, close = model_of(architecture), dict(rtol=1e-10, atol=1e-12)
-    if architecture == "gemma2" and size > 1:  # its attention mask overflows in float64
-        model, close = model.float(), dict(rtol=1e-3, atol=1e-4)
+def test_gradients(architecture):
+    """Equal to autograd, for all rows; the mean of squares is not the square of the mean."""
+    model = model_of(architecture)
     names = session.linear_layers(model, LAYERS, MODULES)
     assert len(names) == len(LAYERS) * len(MODULES)
-    found = probed(model, names, ROWS, size)
+    found = gradients_of(model, names, ROWS)
     for name in names:
         naive = naive_gradients(model, name, ROWS)
-        assert torch.allclose(found[name], naive, **close)
+        assert torch.allclose(found[name], naive, rtol=1e-10, atol=1e-12)
         assert not torch.allclose(found[name].square().mean(0), naive.mean(0).square())
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen3", "gemma2"])
 def test_neurons(architecture):
-    """Equal to calling the MLP by hand, token by token, also with padding."""
-    model = model_of(architecture)
-    close = 1e-12
-    if architecture == "gemma2":  # its attention mask overflows in float64
-        model, close = model.float(), 1e-4
-    names = session.linear_layers(model, LAYERS, ["gate_proj"])
-    mlps = probes.mlp_names(dict(zip(LAYERS, names, strict=True)))
-    inputs = {}
-    handles = [model.get_submodule(name).register_forward_pre_hook(
-        lambda _, args, name=name: inputs.__setitem__(name, args[0])) for name in mlps.values()]
-    with torch.no_grad(), NeuronProbe(model, mlps) as probe:
-        batch = batch_of(ROWS, 2, "cpu")
-        model(**{key: batch[key] for key in ("input_ids", "attention_mask", "position_ids")})
-        means = {layer: probes.row_means(values.abs(), positions(batch))
-                 for layer, values in probe.values.items()}
-        for index, row in enumerate(ROWS):
-            model(input_ids=torch.tensor([row["input_ids"]]))
-            length, n = len(row["input_ids"]), row["num_targets"]
-            for layer, name in mlps.items():
-                mlp, h = model.get_submodule(name), inputs[name][0]
-                value = torch.stack([mlp.act_fn(mlp.gate_proj(h[p])) for p in range(length)]).abs()
-                for place, tokens in enumerate((range(length), range(length - n - 1, length - 1))):
-                    naive = torch.stack([value[p] for p in tokens]).mean(0)
-                    assert torch.allclose(means[layer][place, index], naive, atol=close)
-    for handle in handles:
-        handle.remove()
-
-
-def test_padding_is_not_counted():
-    """Padding is found by the length of a row: a pad token inside the text counts."""
-    planted = [ROWS[0] | {"input_ids": [2, *ROWS[0]["input_ids"]]}, ROWS[-1]]
-    where = positions(batch_of(planted, 2, "cpu"))
-    assert where[0].sum(1).tolist() == [len(row["input_ids"]) for row in planted]
-    assert where[1].sum(1).tolist() == [row["num_targets"] for row in planted]
-
-
-def test_row_losses():
-    model = model_of("llama")
-    naive = [float(loss_of(model, row)) for row in ROWS]
-    batch = batch_of(ROWS, 2, "cpu")
-    logits = target_logits(model, batch)
-    assert row_losses(logits, batch).tolist() == pytest.approx(naive)
+    """Equal to calling the MLP by hand, token by token."""
+    model, seen = model_of(architecture), {}
+    mlps = {layer: model.get_submodule(f"model.layers.{layer}.mlp") for layer in LAYERS}
+    for row in ROWS:
+        with (torch.no_grad(), observe(model, {layer: mlp.act_fn for layer, mlp in mlps.items()},
+                                       lambda layer, _, y: seen.update({layer: y[0]})),
+              observe(model, {f"x{layer}": mlp for layer, mlp in mlps.items()},
+                      lambda name, x, _: seen.update({name: x[0]}))):
+            loss_of(model, row)
+        length, n = len(row["input_ids"]), row["num_targets"]
+        for layer, mlp in mlps.items():
+            value = [mlp.act_fn(mlp.gate_proj(h)).abs() for h in seen[f"x{layer}"]]
+            means = means_at_places(seen[layer].abs(), n)
+            for mean, tokens in zip(means, (range(length), range(length - n - 1, length - 1)),
+                                    strict=True):
+                naive = torch.stack([value[p] for p in tokens]).mean(0)
+                assert torch.allclose(mean, naive, atol=1e-12)
 
 
 def test_adapted_layer():
     """The gradient belongs to the effective weight."""
     model = wrapped(base_model("llama", torch.float64), "lora")
     name = next(iter(model.adapted_by.layers))
-    (found,) = probed(model, [name], ROWS[:1], 1).values()
-    bare = model_of("llama")
-    assert torch.allclose(found, naive_gradients(bare, name, ROWS[:1]))
+    (found,) = gradients_of(model, [name], ROWS[:1]).values()
+    assert torch.allclose(found, naive_gradients(model_of("llama"), name, ROWS[:1]))
 
 
-# --- the sweep over a task ----------------------------------------------------------------------
+# --- all rows of a task -------------------------------------------------------------------------
 
 
-def sweep_of(model, **changed):
-    args = argparse.Namespace(**{"micro_batch": 2, "share": 0.1} | changed)
-    gates = session.linear_layers(model, LAYERS, ["gate_proj"])
-    return units.Sweep(args, model, 2, session.linear_layers(model, LAYERS, MODULES),
-                       probes.mlp_names(dict(zip(LAYERS, gates, strict=True))))
+def measured(model, rows=ROWS, share=0.1):
+    names, gates = (session.linear_layers(model, LAYERS, each) for each in
+                    (MODULES, ["gate_proj"]))
+    kept = units.measure_task(model, rows, names, gates, share, lambda rows: None)
+    return names, kept
 
 
-def test_sweep():
-    """Masks, signs and numbers agree with naive gradients; repeating all rows changes nothing."""
-    model = base_model("llama").requires_grad_(False)
-    sweep, exact = sweep_of(model), base_model("llama").double().requires_grad_(False)
-    kept = sweep.task(ROWS, lambda rows: None)
-    for name in sweep.names:
-        G = naive_gradients(exact, name, ROWS).flatten(1)
-        P = G.shape[1]
-        parts = {"all": G, "fold0": G[::2], "fold1": G[1::2]}
-        for part, mine in parts.items():
-            F = mine.square().mean(0)
-            mask = units.unpacked(kept[f"{name}.0.1.{part}"], P)
-            assert mask.sum() == round(0.1 * P)
-            assert F[mask].min() >= 0.999 * F[~mask].max()
-            up = units.unpacked(kept[f"{name}.up.{part}"], P)
-            clear = (mine.mean(0).abs() > 1e-7).numpy()
-            assert (up == (mine.sum(0) > 0).numpy())[clear].all()
-        numbers = kept[f"{name}.numbers"]
-        assert numbers[2] == pytest.approx(sharing.additive_structure(
-            G.square().mean(0).view(sweep.shapes[name]))[0], abs=1e-4)
-        assert numbers[4] == pytest.approx(float(G.mean(0).norm()), rel=1e-4)
-    assert float(kept["loss"]) == pytest.approx(float(sum(loss_of(exact, row)
-                                                          for row in ROWS) / 6), rel=1e-4)
-    doubled = sweep.task([row for row in ROWS for _ in range(2)], lambda rows: None)
+def test_measure_task():
+    """Masks, signs and R2 agree with naive gradients; repeating all rows changes nothing."""
+    model, exact = (base_model("llama").to(dtype).requires_grad_(False)
+                    for dtype in (torch.float32, torch.float64))
+    names, kept = measured(model)
+    for name in names:
+        G = naive_gradients(exact, name, ROWS)
+        shape, P = G.shape[1:], G[0].numel()
+        active, up, down = (units.unpacked([kept], f"{name}.{key}", P)[:, 0]
+                            for key in ("active", "up", "down"))
+        for part, mine in enumerate((G, G[::2], G[1::2])):
+            F, mean = mine.flatten(1).square().mean(0), mine.flatten(1).mean(0).numpy()
+            mask = active[part]
+            assert mask.sum() == round(0.1 * P) and F[mask].min() >= 0.999 * F[~mask].max()
+            clear = abs(mean) > 1e-7
+            assert (up[part] == (mean > 0))[clear].all() and (down[part] == (mean < 0))[clear].all()
+        assert float(kept[f"{name}.R2"]) == pytest.approx(sharing.additive_structure(
+            G.square().mean(0).view(shape))[0], abs=1e-4)
+    assert float(kept["loss"]) == pytest.approx(
+        float(sum(naive_loss(exact, row) for row in ROWS) / 6), rel=1e-4)
+    _, doubled = measured(model, [row for row in ROWS for _ in range(2)])
     for layer in LAYERS:
-        assert torch.allclose(kept[f"neurons.{layer}"][0], doubled[f"neurons.{layer}"][0])
-        assert torch.allclose(kept[f"neurons.{layer}"][1:].mean(0), kept[f"neurons.{layer}"][0])
-
-
-def test_planted_input_channel():
-    """An input channel that is always large contains the active weights."""
-    model = base_model("llama").requires_grad_(False)
-    sweep = sweep_of(model, share=1 / 32)
-    name = sweep.names[0]
-    layer = model.get_submodule(name)
-    layer.register_forward_pre_hook(lambda _, args: (
-        torch.cat([args[0][..., :3], args[0][..., 3:4] * 1e4, args[0][..., 4:]], -1),))
-    kept = sweep.task(ROWS, lambda rows: None)
-    mask = units.unpacked(kept[f"{name}.{1 / 32}.all"], np.prod(sweep.shapes[name]))
-    assert mask.reshape(sweep.shapes[name])[:, 3].mean() > 0.95
+        masks, again = kept[f"neurons.{layer}"], doubled[f"neurons.{layer}"]
+        assert masks.shape[:2] == (3, 2) and torch.equal(masks[0], again[0])
+        assert torch.equal(again[0], again[1]) and torch.equal(again[1], again[2])
 
 
 @pytest.mark.parametrize("what", ["model.layers.0.self_attn.q_proj", "lm_head"])
@@ -178,6 +132,5 @@ def test_non_finite(what):
     model = base_model("llama").requires_grad_(False)
     model.get_submodule(what).weight[0, 0] = torch.nan
     with pytest.raises(InputError, match="NaN or infinite") as caught:
-        sweep_of(model).task([row | {"id": f"r{i}"} for i, row in enumerate(ROWS)],
-                             lambda rows: None)
+        measured(model)
     assert "task0, row r0" in one_line(caught)

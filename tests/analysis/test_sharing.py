@@ -30,30 +30,19 @@ def measured(M, halves=None, categories=None, controls=None, seed=0):
 # --- masks --------------------------------------------------------------------------------------
 
 
-def test_top_masks():
-    """Exact counts, ties by index, nested masks, invariant under increasing maps of the scores."""
-    scores = torch.tensor([3., 1., 3., 2., 3., 0.])
-    masks = [mask.tolist() for mask in sharing.top_masks(scores, (1, 2, 4))]
-    assert masks == [[True] + 5 * [False], [True, False, True] + 3 * [False],
-                     [True, False, True, True, True, False]]
-    assert masks == [mask.tolist() for mask in sharing.top_masks(scores.exp(), (1, 2, 4))]
-    order = torch.tensor([5, 3, 1, 0, 2, 4])
-    distinct = torch.tensor([3., 1., 2.5, 2., 7., 0.])
-    (mask,), (moved,) = (list(sharing.top_masks(each, (3,))) for each in (distinct,
-                                                                          distinct[order]))
-    assert torch.equal(moved, mask[order])
-
-
-def test_concentration():
-    assert sharing.concentration(torch.tensor([0., 0., 6., 4.]), (0.25, 0.5)) == [0.6, 1.0]
-    assert sharing.concentration(torch.zeros(4)) == [None, None]
+def test_top_mask():
+    """Exact counts, ties by index, one mask for each row."""
+    scores = torch.tensor([[3., 1., 3., 2., 3., 0.], [0., 1., 2., 2., 1., 0.]])
+    assert sharing.top_mask(scores, 1 / 3).int().tolist() == [[1, 0, 1, 0, 0, 0],
+                                                              [0, 0, 1, 1, 0, 0]]
+    assert sharing.top_mask(scores[0], 4 / 6).int().tolist() == [1, 0, 1, 1, 1, 0]
 
 
 def test_additive_structure():
-    """The log of a product of row and column effects is additive; zeros are counted."""
+    """The log of a product of row and column effects is additive."""
     rows, columns = torch.rand(6, dtype=torch.float64) + 1, torch.rand(9, dtype=torch.float64) + 1
-    R2, row_effects, column_effects, clamped = sharing.additive_structure(rows[:, None] * columns)
-    assert R2 == pytest.approx(1) and clamped == 0
+    R2, row_effects, column_effects = sharing.additive_structure(rows[:, None] * columns)
+    assert R2 == pytest.approx(1)
     assert row_effects.numpy() == pytest.approx((rows.log() - rows.log().mean()).numpy())
     assert column_effects.numpy() == pytest.approx((columns.log() - columns.log().mean()).numpy())
     noise = torch.rand(40, 50, generator=torch.Generator().manual_seed(0)).double()
@@ -61,8 +50,8 @@ def test_additive_structure():
     naive = sum(float(logs[i, j] - logs[i].mean() - logs[:, j].mean())**2
                 for i in range(40) for j in range(50)) / float((logs**2).sum())
     assert sharing.additive_structure(noise)[0] == pytest.approx(1 - naive)
-    assert sharing.additive_structure(torch.ones(3, 3)) [0] is None
-    assert sharing.additive_structure(torch.tensor([[0., 1.], [1., 1.]]))[3] == 1
+    assert np.isnan(sharing.additive_structure(torch.ones(3, 3))[0])
+    assert sharing.mean([1.0, np.nan]) is sharing.mean([]) is None
 
 
 # --- overlap ------------------------------------------------------------------------------------
@@ -78,6 +67,9 @@ def test_overlap_by_loops():
     own = [(a & b).sum() / (a | b).sum() for a, b in zip(*halves, strict=True)]
     assert sharing.own_jaccard(halves) == pytest.approx(own)
     assert measured(M, halves)["ceiling"] == pytest.approx(np.mean(own))
+    cross = [sharing.jaccard(halves[:1, t], halves[1:, u]) for t, u in
+             itertools.permutations(range(4), 2)]
+    assert sharing.cross_jaccard(halves) == pytest.approx(np.mean(cross))
     n = M.sum(0)
     pairs = sum(len(sets[t] & sets[u]) for t, u in itertools.combinations(range(4), 2))
     assert pairs == (n * (n - 1) // 2).sum() == sharing.off_diagonal(sharing.common(M, M)).sum()
@@ -89,15 +81,11 @@ def test_overlap_by_loops():
 
 
 @pytest.mark.parametrize("k", [2, 3])
-def test_chance_jaccard_by_enumeration(k):
+def test_chance_jaccard(k):
+    """Equal to an enumeration; the approximation for large matrices."""
     sets = [set(each) for each in itertools.combinations(range(6), k)]
     mean = np.mean([len(a & b) / len(a | b) for a in sets for b in sets])
     assert sharing.chance_jaccard(k, k, 6) == pytest.approx(mean)
-
-
-def test_chance_jaccard():
-    """Four experts of eight; the approximation for large matrices."""
-    assert sharing.chance_jaccard(4, 4, 8) == pytest.approx(0.35551, abs=1e-5)
     exact = sharing.chance_jaccard(10_000, 10_000, 100_000)
     assert sharing.chance_jaccard(10_001, 10_001, 100_010) == pytest.approx(exact, abs=1e-5)
 
@@ -111,39 +99,22 @@ def test_chance_histogram_by_enumeration():
     assert sharing.shared_chance([0.1] * 15) == pytest.approx(1 - 0.9**14)
 
 
+def test_kappa():
+    assert sharing.kappa(0.2, 0.1, 0.5) == pytest.approx(0.25)
+    assert sharing.kappa(0.1, 0.1, 0.11) is None
+
+
 # --- planted ------------------------------------------------------------------------------------
 
 
-def test_independent_masks_have_no_structure():
-    """kappa is 0, and p of the category test is uniform."""
-    generator, kappas, ps = rng(3), [], []
-    for _ in range(200):
-        M = exact_masks(generator, 6, 300, 30)
-        J = sharing.jaccard(M, M)
-        ps.append(sharing.category_effect(J, list("aabbcc"), generator)[1])
-        swapped = [np.where(generator.random((6, 300)) < 0.5, M, exact_masks(
-            generator, 6, 300, 30)) for _ in range(2)]
-        chance = sharing.mean_chance_jaccard(np.array(swapped).sum(2).mean(0).round(), 300)
-        kappas.append(sharing.kappa(sharing.cross_jaccard(np.array(swapped)), chance, 0.4))
-    assert abs(np.mean(kappas)) < 0.05 and 0.4 < np.mean(ps) < 0.6
-
-
-def test_equal_tasks():
-    M = np.repeat(exact_masks(rng(4), 1, 100, 10), 5, axis=0)
-    found = measured(M)
-    assert found["jaccard"] == found["ceiling"] == found["kappa"] == found["shared"] == 1
-    assert found["patterns"]["observed"] == {"active": 10, "distinct": 1, "cover_half": 1,
-                                             "largest": 1, "all_tasks": 1}
-    assert found["histogram"] == [90, 0, 0, 0, 0, 10] and found["patterns"]["permuted"][
-        "distinct"] > 4
-
-
-def test_base_groups_of_units():
-    """Three groups of units, each task active in two of them, give these three patterns."""
-    units = np.repeat(np.arange(4), [60, 10, 20, 30])  # 0: never active
+@pytest.mark.parametrize("sizes, covering", [
+    ((60, 10, 20, 31), 1), ((60, 10, 20, 29), 2), ((0, 20, 20, 20), 2)])
+def test_covering_patterns(sizes, covering):
+    """Three groups of units, each active in two tasks; units that are active in none are left out.
+    """
+    units = np.repeat(np.arange(4), sizes)  # 0: never active
     M = np.array([(units > 0) & (units != absent) for absent in (1, 2, 3)])
-    patterns, sizes = sharing.pattern_sizes(M)
-    assert patterns.tolist() == [0b011, 0b101, 0b110] and sizes.tolist() == [30, 20, 10]
+    assert sharing.covering_patterns(M) == covering <= measured(M)["patterns"][1]
 
 
 def test_core_and_control():
@@ -151,10 +122,7 @@ def test_core_and_control():
     M = exact_masks(rng(5), 6, 400, 20)
     M[:, :15] = True
     control = np.arange(400) < 30
-    found = measured(M, controls={"random": control})["controls"]["random"]
-    assert found["core"] == 1
-    assert found["by_task"] == pytest.approx([sharing.jaccard(M[t:t + 1], control[None])[0, 0]
-                                              for t in range(6)])
+    assert measured(M, controls={"random": control})["controls"]["random"]["core"] == 1
 
 
 def test_planted_categories():
@@ -162,6 +130,7 @@ def test_planted_categories():
                         ^ (rng(c).random((3, 200)) < 0.02) for c in range(3)])
     found = measured(M, categories=list("aaabbbccc"))
     assert found["category_p"] < 0.01 and found["category_effect"] > 0.5
+    assert measured(M, categories=list("abcabcabc"))["category_p"] > 0.2
     assert measured(M)["category_p"] is None
     assert measured(M, categories=list("aabcdefgh"))["category_p"] is None
 
@@ -181,15 +150,16 @@ def test_signs():
     M = np.ones((5, 20_000), dtype=bool)
     up = rng(9).random(M.shape) < 0.5
     other = rng(10).random(M.shape) < 0.5
-    found = sharing.signs(M, up, ~up, [(up, ~up), (other, ~other)])
+    found = sharing.signs(M, [up, up, other], [~up, ~up, ~other])
     assert found["both"] == pytest.approx(1 - 2**-4, abs=0.01) == found["both_chance"]
-    assert found["minority_all"] == pytest.approx(sharing.minority_chance(5), abs=0.005)
+    assert found["minority_all"] == pytest.approx(found["minority_chance"], abs=0.005)
     assert found["pairwise"] == pytest.approx(0.5, abs=0.01)
     assert found["reliability"] == pytest.approx(0.5, abs=0.01)
-    same = sharing.signs(M, M, ~M, [(M, ~M)] * 2)
+    same = sharing.signs(M, [M] * 3, [~M] * 3)
     assert same["both"] == same["minority_all"] == 0
     assert same["pairwise"] == same["reliability"] == 1
-    up[:, 0] = False
-    none = sharing.signs(M[:, :1], up[:, :1], up[:, :1], [(up[:, :1], up[:, :1])] * 2)
-    assert none["zero"] == 5 and none["both"] is None and none["pairwise"] is None
+    none = sharing.signs(M, [~M] * 3, [~M] * 3)
+    assert none["both"] is none["pairwise"] is none["reliability"] is None
+    half = np.arange(5)[:, None] < 2  # active in two tasks: other tasks do not count
+    assert sharing.signs(M & half, [up] * 3, [~up] * 3)["both_chance"] == 0.5
     assert sharing.minority_chance(15) == pytest.approx(0.395, abs=0.001)
