@@ -26,12 +26,12 @@ class Adapter(NamedTuple):
 
     @property
     def single(self):
-        """Whether each task has an adapter of its own."""
+        """Return whether each task has an adapter of its own."""
         return None not in self.folders
 
     @property
     def about(self):
-        """The entries of analysis.json that say which adapter it is."""
+        """Return the entries of analysis.json that say which adapter it is."""
         return {"name": self.name, "method": self.config.method, "alone": self.single,
                 "variant": self.results.get("variant", self.config.method)}
 

@@ -48,7 +48,7 @@ def run(args):
 
 
 class OneAdapter:
-    """Measures one adapter on `rows` by task; the last --lookahead rows of each are held out."""
+    """Measure one adapter on `rows` by task; the last --lookahead rows of each are held out."""
 
     def __init__(self, args, adapter, model, rows, chosen):
         self.args, self.adapter, self.model, self.chosen = args, adapter, model, chosen

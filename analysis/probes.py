@@ -43,7 +43,7 @@ def means_at_places(values, n, last=-1):
 
 
 def check_finite(tensor, row, what):
-    """Raise InputError with the names of the quantity and the row for a NaN or infinite value."""
+    """Raise InputError, with the names of quantity and row, for a NaN or infinite value."""
     if not torch.isfinite(tensor).all():
         raise InputError(f"{row['task']}, row {row['id']}: {what} is NaN or infinite: the weights "
                          "of the model or the adapter overflow")

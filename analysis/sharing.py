@@ -165,7 +165,7 @@ def category_effect(J, categories, generator):
     left, right = np.triu_indices(len(J), 1)
 
     def effect(labels):
-        """labels (..., T) -> (...)."""
+        """Compute the effect of labels (..., T) -> (...)."""
         same = labels[..., left] == labels[..., right]  # (..., pairs)
         within, between = same.sum(-1), (~same).sum(-1)
         return (same * values).sum(-1) / within - (~same * values).sum(-1) / between

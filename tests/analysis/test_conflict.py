@@ -153,6 +153,10 @@ def test_lookahead():
     kept = {task: {key: value.double() for key, value in each.items()}
             for task, each in kept_of(one).items()}
     steps = one.steps(kept)
+    for name in one.weights:
+        g = torch.stack([each[name].mean(0) for each in kept.values()])
+        naive = -1e-6 * g[1] / (((g**2).sum(0) / 3).sqrt() + 1e-8)
+        assert torch.allclose(steps[1][name], naive, atol=0)
     start = one.losses_after({}, lambda rows: None)
     delta = torch.stack([one.losses_after(step, lambda rows: None) for step in steps]) - start
     assert_same(before, weights_of(one.model))
