@@ -285,6 +285,11 @@ def test_a_subspace_grows_by_gpms_rule(eps):
     assert sizes[0] < sizes[2] or eps == 0.05
 
 
+def test_second_moments_of_bf16_are_float32():
+    v = randn(1, 7, 12).bfloat16()
+    assert_close(gainlora.second_moment(v), v.float().T @ v.float())
+
+
 def test_thresholds_rise_as_published():
     """eps_t = eps + (1 - eps)(t - 1) / 15, and never 1."""
     found = [gainlora.scheduled_threshold(0.995, t) for t in (1, 2, 15, 16, 40)]
