@@ -20,6 +20,7 @@ from inputs.model_folders import (
     one_line_errors,
     read_config,
 )
+from inputs.settings import did_you_mean
 from registry import EMBEDDED, MODELS
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
@@ -119,7 +120,8 @@ def locate(name_or_path):
         check_hub(name_or_path, name_or_path)
         return name_or_path
     raise InputError(f"model {str(name_or_path)!r} is unknown: allowed are {', '.join(MODELS)}, "
-                     "the path of a folder with a checkpoint, and a hub id such as Qwen/Qwen3-0.6B")
+                     "the path of a folder with a checkpoint, and a hub id such as Qwen/Qwen3-0.6B"
+                     f"{did_you_mean(name_or_path, MODELS)}")
 
 
 def check_hub(name, repository):

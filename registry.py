@@ -72,19 +72,20 @@ class BaditSettings(Decomposed, Experts):
     """Settings of BADIT, its ablations and controls."""
 
     routing: Literal["token", "static", "energy"] = setting(
-        "token", "how experts are weighted: by a router per token (token, default); by one trained "
-        "scalar per layer and expert, all experts active (static, Eq. 7); or, not in the paper, "
-        "equally for the experts whose initial components a token activates most, while the others "
-        "act as pre-trained (energy)")
+        "token", "token: a router selects top_k experts for each token; static: all experts are "
+        "active, with one learnable weight per layer and expert (Eq. 7); energy (beyond the "
+        "paper): a token selects the top_k experts whose initial components it activates most, "
+        "weighted equally (default: token)")
     router_noise: NonNegative | None = setting(
-        None, "std of the Gaussian noise added to the router logits that select experts during "
-        "training (default: 1 / num_experts)", metavar="STD")
+        None, "standard deviation of the Gaussian noise that training adds to the logits that "
+        "select experts (default: 1 / num_experts)", metavar="STD")
     inactive: Literal["keep", "drop", "initial"] = setting(
-        "keep", "what unselected experts do: act without learning from the token (keep, default), "
-        "not act, which breaks the base model (drop), or act as pre-trained (initial)")
+        "keep", "experts that a token does not select; keep: they act on it but do not learn from "
+        "it; drop: they do not act on it (this breaks the base model); initial: they act on it as "
+        "pre-trained (default: keep)")
     grouping: Literal["dog", "random", "fixed"] = setting(
-        "dog", "regroup by gradients (dog, default), or use a control with the same schedule: "
-        "random groups, or fixed ones")
+        "dog", "dog: regroup by gradients; random and fixed: controls on the same schedule, which "
+        "regroup at random or never (default: dog)")
     no_bad: bool = setting(False, "ablation: LoRAMoE's layers, regrouped by DOG")
     no_dog: bool = setting(False, "ablation: never regroup, only log the angles")
     seed: Seed = setting(1, "random seed, also of the task order (default: 1)", names_variant=False)
@@ -108,8 +109,9 @@ class LoraSettings(LowRank):
     """Settings of LoRA."""
 
     match_parameters: Literal["badit"] | None = setting(
-        None, "set --rank for the number of trainable parameters nearest to BADIT's (34 on "
-        "SmolLM2) and, unless --alpha is given, alpha = 8 * rank for BADIT's scaling")
+        None, "badit: set --rank so that the number of trainable parameters is nearest to BADIT's "
+        "(34 on SmolLM2) and, unless --alpha is given, use BADIT's scaling, alpha = 8 * rank "
+        "(default: no matching)")
 
     def has_no_effect(self):
         if self.match_parameters is None:
@@ -155,11 +157,14 @@ class LoraMoeSettings(Experts):
     """Settings of LoRAMoE and its localized balancing constraint."""
 
     balance_weight: NonNegative = setting(
-        0.0, "weight of the balancing loss, summed over layers (default: 0)", metavar="BETA")
+        0.0, "weight of the balancing loss, which is summed over layers (default: 0)",
+        metavar="BETA")
     balance_delta: Fraction = setting(
-        0.1, "how strongly an expert prefers its type of task (default: 0.1)", metavar="DELTA")
+        0.1, "LoRAMoE's delta: 1 + delta weights an expert on tasks of its own type, 1 - delta on "
+        "others (default: 0.1)", metavar="DELTA")
     balance_types: tuple[str, ...] | None = setting(
-        None, "type of every task, by name or T-number: 0 (knowledge questions) or 1 (other)",
+        None, "type of every task, by name or T-number; 0: questions about world knowledge, 1: all "
+        "other tasks",
         metavar="TASK=TYPE", check=task_type)
 
     def check(self):
@@ -183,10 +188,11 @@ class GainLoraSettings(BranchPenalty, LowRank):
     """Settings of GainLoRA with InfLoRA's or O-LoRA's branches."""
 
     branches: Literal["inflora", "olora"] = setting(
-        "inflora", "type of the gated branches (default: inflora)")
+        "inflora", "how each task's LoRA branch is trained: by InfLoRA or by O-LoRA (default: "
+        "inflora)")
     threshold: Fraction = setting(
-        0.995, "share of the energy of the inputs of layers and gates kept in the first task's "
-        "subspaces; it rises with every task (default: 0.995)", metavar="EPS")
+        0.995, "share of variance kept in the input subspaces of layers and gates (GPM) after the "
+        "first task; rises with every task (default: 0.995)", metavar="EPS")
 
     def has_no_effect(self):
         return {"--branches inflora": {"orth_weight"}} if self.branches == "inflora" else {}

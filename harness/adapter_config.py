@@ -16,7 +16,9 @@ def read_adapter_config(path):
     """Return (configuration, settings) of a saved adapter. Raises InputError."""
     file = Path(path) / ADAPTER_CONFIG
     if not file.exists():
-        raise InputError(f"no adapter at {path}: there is no {file}{nearest_adapter(Path(path))}")
+        raise InputError(f"no adapter at {path}, which holds no {ADAPTER_CONFIG}: give the folder "
+                         f"adapter/ of a run, such as runs/X/adapter"
+                         f"{nearest_adapter(Path(path))}")
     content = formats.load(file)
     kind = content.get("peft_type", NOT_OF_PEFT) if isinstance(content, dict) else NOT_OF_PEFT
     if kind != NOT_OF_PEFT:

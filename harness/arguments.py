@@ -20,7 +20,7 @@ from harness.adapter_config import base_name, read_adapter_config
 from inputs import formats, settings
 from inputs.errors import InputError, error_lines, escape_output
 from inputs.numbers import Fraction, Positive, PositiveInt, Seed
-from inputs.settings import Parser, add_flags, check_each
+from inputs.settings import Parser, add_flags, check_each, did_you_mean
 from inputs.suites import NAMED, ORDERS
 from registry import EMBEDDED, METHODS, MODELS, VARIANTS
 
@@ -48,15 +48,18 @@ RUN = (
          set_by_study=True),
     Flag("model", str, EMBEDDED, f"one of {', '.join(MODELS)}, a checkpoint's folder, or a hub id "
          f"such as Qwen/Qwen3-0.6B (default: {EMBEDDED})", is_path=True, set_by_study=True),
-    Flag("base", formats.Base, "dense", "store the frozen linear layers of the model's blocks "
-         "unchanged, in 8 bits per weight, or in 4.5 (default: dense)", same_in_table=True),
+    Flag("base", formats.Base, "dense", "storage of the frozen linear layers of the model's "
+         "blocks; dense: unchanged; int8: 8 bits per weight; nf4: 4.5 bits per weight (default: "
+         "dense)", same_in_table=True),
     Flag("shard_base", bool, False, "shard the frozen base over the processes (FSDP2); the result "
          "equals DDP's; the same as `accelerate launch --use_fsdp`", not_identity=True),
-    Flag("setting", Literal["mixed", "sequential", "single"], "mixed", "train all tasks together, "
-         "one after another, or each alone from the base model (default: mixed)",
-         only_training=True, ignored_by_single=True, set_by_study=True),
-    Flag("seed", Seed, 1, "also decides the task order (default: 1)", set_by_study=True),
-    Flag("output_dir", str | None, None, "default: runs/<method>-<setting>-<model>-seed<seed>",
+    Flag("setting", Literal["mixed", "sequential", "single"], "mixed", "mixed: train all tasks "
+         "together; sequential: one after another; single: each alone from the base model "
+         "(default: mixed)", only_training=True, ignored_by_single=True, set_by_study=True),
+    Flag("seed", Seed, 1, "seed of all random draws, and of the order of the tasks (default: 1)",
+         set_by_study=True),
+    Flag("output_dir", str | None, None, "folder of the run (default: "
+         "runs/<method>-<setting>-<model>-seed<seed>)",
          not_identity=True, set_by_study=True),
     Flag("overwrite", bool, False, "delete the run in --output_dir, and start again there",
          not_identity=True, set_by_study=True),
@@ -67,8 +70,8 @@ RUN = (
          "(default: only before and after every evaluation); the last two are kept until the run "
          "is finished", metavar="STEPS", not_identity=True),
     Flag("allow_other", tuple[Literal[OVERRIDABLE], ...], (), "with --resume: what may have "
-         f"changed since the stop, of {', '.join(OVERRIDABLE)} (where models and data are; their "
-         "content is compared); all but paths may change the last digits of the result",
+         f"changed since the stop; choices: {', '.join(OVERRIDABLE)}. paths: where models and data "
+         "are, whose content is compared. All others may change the last digits of the result",
          metavar="WHAT", not_identity=True),
     Flag("deterministic", bool, False, "use deterministic kernels on a GPU, where they exist"),
     Flag("report_to", Literal["none", "tensorboard", "wandb", "trackio", "mlflow"], "none",
@@ -80,49 +83,53 @@ DATA = (
          "natural-instructions layout (default: mini)", is_path=True, set_by_study=True),
     Flag("data_dir", str | None, None, f"folder of {' or '.join(NAMED)} (default: the folder of "
          "that name in $BADIT_DATA, or the download)", is_path=True),
-    Flag("tasks", tuple[str, ...] | None, None, "only these, by name or T-number (T363)",
-         metavar="TASK", set_by_study=True),
+    Flag("tasks", tuple[str, ...] | None, None, "tasks to use, by name or T-number such as "
+         "T363 (default: all)", metavar="TASK", set_by_study=True),
     Flag("task_order", tuple[str, ...] | None, None, "order for --setting sequential: every task "
          f"by name or T-number, or of long_sequence {', '.join(ORDERS)} (default: by the seed, "
          "Table 5)", metavar="TASK", only_training=True, only_setting="sequential",
          ignored_by_single=True),
-    Flag("max_train_per_task", PositiveInt | None, None, "the first N rows (default: all)",
-         metavar="N", only_training=True, same_in_table="trained"),
-    Flag("max_eval_per_task", PositiveInt | None, None, "the first N rows (default: all)",
+    Flag("max_train_per_task", PositiveInt | None, None, "number of training rows of each task, "
+         "from the first (default: all)", metavar="N", only_training=True, same_in_table="trained"),
+    Flag("max_eval_per_task", PositiveInt | None, None, "number of test rows of each task, from "
+         "the first (default: all)", metavar="N", same_in_table=True),
+    Flag("validation", PositiveInt | None, None, "number of training rows of each task, from "
+         "the last, to hold out: they replace the test rows, to choose settings (default: none)",
          metavar="N", same_in_table=True),
-    Flag("validation", PositiveInt | None, None, "test on the last N training rows of every task, "
-         "which are then not trained on; for choosing settings", metavar="N", same_in_table=True),
-    Flag("max_length", PositiveInt, 1024, "tokens of prompt + target in training, of the prompt "
-         "in evaluation (default: 1024)", same_in_table=True),
+    Flag("max_length", PositiveInt, 1024, "largest number of tokens of prompt and target in "
+         "training, of the prompt in evaluation (default: 1024)", same_in_table=True),
     Flag("chat_template", bool, False, "wrap prompts in the model's chat template",
          same_in_table=True),
 )
 TRAINING = (
-    Flag("epochs", PositiveInt, 10, "per stage (default: 10)", only_training=True,
+    Flag("epochs", PositiveInt, 10, "epochs per stage; --setting mixed has one stage, the others "
+         "one per task (default: 10)", only_training=True,
          same_in_table="trained"),
-    Flag("batch_size", PositiveInt | None, None, f"per process (default: {PAPER_BATCH} / "
-         "(processes * accumulation steps))", metavar="N", only_training=True),
+    Flag("batch_size", PositiveInt | None, None, f"rows of a micro-batch per process (default: "
+         f"{PAPER_BATCH} / (processes * accumulation steps))", metavar="N", only_training=True),
     Flag("gradient_accumulation_steps", PositiveInt, 1, "micro-batches per optimizer step and "
          "process (default: 1)", metavar="N", only_training=True),
-    Flag("learning_rate", Positive, 2e-4, "peak of AdamW (default: 2e-4)", only_training=True,
-         same_in_table="trained"),
-    Flag("warmup_ratio", Fraction, 0.03, "share of a stage's steps before the cosine (default: "
-         "0.03)", only_training=True, same_in_table="trained"),
-    Flag("max_grad_norm", Positive, 1.0, "gradient clipping (default: 1.0)", only_training=True,
-         same_in_table="trained"),
-    Flag("gradient_checkpointing", bool, False, "less memory, about a third slower",
-         only_training=True),
+    Flag("learning_rate", Positive, 2e-4, "peak learning rate of AdamW (default: 2e-4)",
+         only_training=True, same_in_table="trained"),
+    Flag("warmup_ratio", Fraction, 0.03, "fraction of a stage's steps for linear warm-up, then "
+         "cosine decay (default: 0.03)", only_training=True, same_in_table="trained"),
+    Flag("max_grad_norm", Positive, 1.0, "norm to which gradients are clipped (default: 1.0)",
+         only_training=True, same_in_table="trained"),
+    Flag("gradient_checkpointing", bool, False, "recompute activations in the backward pass: less "
+         "memory, about a third slower", only_training=True),
 )
 EVALUATION = (
-    Flag("eval_tasks", Literal["all", "seen", "new", "none"], "all", "tasks evaluated after every "
-         "stage; new: those that the stage trained, and all after the last, which gives every "
-         "metric but the Forget Rate (default: all)", only_training=True, ignored_by_single=True),
-    Flag("eval_before", bool, False, "evaluate before training too, as row 0", only_training=True,
+    Flag("eval_tasks", Literal["all", "seen", "new", "none"], "all", "tasks evaluated after "
+         "each stage; seen: those trained so far; new: only the stage's own tasks, and all tasks "
+         "after the last stage, which gives every metric but the Forget Rate (default: all)",
+         only_training=True, ignored_by_single=True),
+    Flag("eval_before", bool, False, "also evaluate before training, as row 0", only_training=True,
          ignored_by_single=True),
-    Flag("eval_batch_size", PositiveInt, 16, "per process (default: 16)"),
-    Flag("max_new_tokens", PositiveInt, 50, "per answer (default: 50)", same_in_table=True),
-    Flag("eval_loss", bool, False, "also compute the mean loss of the test answers, which tells "
-         "methods apart where few items' scores cannot"),
+    Flag("eval_batch_size", PositiveInt, 16, "rows evaluated at a time per process (default: 16)"),
+    Flag("max_new_tokens", PositiveInt, 50, "largest number of tokens of an answer (default: 50)",
+         same_in_table=True),
+    Flag("eval_loss", bool, False, "also compute the loss of the test answers, in nats per token, "
+         "which separates methods where scores cannot; a report judges claims by it"),
     Flag("eval_only", bool, False, "evaluate --adapter DIR; nothing is trained",
          set_by_study=True),
     Flag("adapter", str | None, None, "adapter folder of a finished run: evaluate it with "
@@ -190,7 +197,7 @@ def parse_flags(argv):
         take_adapter(args, typed)
     if args.method not in METHODS:
         raise InputError(f"--method {args.method!r} is unknown{variant_hint(args.method)}; "
-                         f"allowed: {', '.join(METHODS)}")
+                         f"allowed: {', '.join(METHODS)}{did_you_mean(args.method, METHODS)}")
     refuse_flags_without_effect(args, typed)
     if not args.eval_only:
         settings_of(args).refuse_flags_without_effect(typed)
@@ -248,9 +255,9 @@ def variant_hint(method):
 
 
 def take_adapter(args, typed):
-    """Take the method, base, prompts and settings from --adapter's configuration.
+    """Set flags in `args` to what --adapter's configuration says: method, base, prompts, settings.
 
-    Raises InputError for typed flags that contradict it.
+    Raises InputError for a typed flag that contradicts it.
     """
     config, saved = read_adapter_config(args.adapter)
     take_prompts(args, typed, config)
@@ -374,7 +381,9 @@ def refuse_flags_without_effect(args, typed):
         ignored |= set() if entry.trains else TRAINING_FLAGS
         cause = f"--method {args.method}"
     for flag in sorted(typed & ignored):
-        raise InputError(f"--{flag} has no effect with {cause}")
+        read_by = [name for name, each in METHODS.items() if flag in each.settings.names()]
+        only = f"; only {', '.join(read_by)} read it" if flag in of_methods else ""
+        raise InputError(f"--{flag} has no effect with {cause}: remove it{only}")
     for name in sorted(typed):
         only = ALL_FLAGS[name].only_setting
         if only and args.setting != only:

@@ -36,10 +36,11 @@ LEFT_OUT = "left out"  # keys, columns and files
 FLAGS = (
     Flag("source", str, REQUIRED, "a file, a folder, or the name of a dataset on the Hugging Face "
          "hub: OWNER/NAME, or OWNER/NAME:CONFIGURATION", "SOURCE", positional=True),
-    Flag("to", Path, REQUIRED, "the new suite", "FOLDER"),
-    Flag("tasks", tuple[str, ...] | None, None, "only these, by name or T-number (T363)", "TASK"),
-    Flag("metric", Literal[METRICS] | None, None, "of all tasks (default: the files' own metric, "
-         "accuracy beside a labels.json, otherwise rouge_l)"),
+    Flag("to", Path, REQUIRED, "new folder for the suite", "FOLDER"),
+    Flag("tasks", tuple[str, ...] | None, None, "tasks to convert, by name or T-number such "
+         "as T363 (default: all)", "TASK"),
+    Flag("metric", Literal[METRICS] | None, None, "metric of all tasks (default: what the files "
+         "say, accuracy beside a labels.json, otherwise rouge_l)"),
     Flag("test_items", PositiveInt | None, None, "number of test instances to draw where there is "
          f"no test file, at most half of a task (default: {TEST_ITEMS})", "N"),
     Flag("input_column", str | None, None, "column of a table to read as input (default: "
@@ -133,7 +134,8 @@ def _find_tasks(source, notes):
 def _find_dataset(source, place, notes):
     """Return {task: Files} of a folder that save_to_disk wrote, or of a dataset on the hub."""
     if not place.exists() and not re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", source):
-        raise InputError(f"{source} does not exist")
+        raise InputError(f"{source} does not exist; `python data.py convert --help` lists the "
+                         "forms of SOURCE")
     import datasets  # here, because it takes seconds
 
     with library_errors(f"cannot read {source}" if place.exists() else

@@ -29,6 +29,12 @@ def setting(default, help, *, metavar=None, check=None, names_variant=True, same
         same_in_table=same_in_table))
 
 
+def did_you_mean(word, names):
+    """Return ": did you mean NAME?" for the name nearest to `word`, or "" if none is near."""
+    near = difflib.get_close_matches(str(word), list(names), n=1)
+    return f": did you mean {near[0]}?" if near else ""
+
+
 @dataclasses.dataclass(frozen=True)
 class Settings:
     """The settings of a method. A subclass adds fields, named as their flags."""
@@ -37,7 +43,7 @@ class Settings:
         self.check()
 
     def check(self):
-        """Raise InputError for values that contradict each other."""
+        """Raise InputError for values that contradict each other; called on construction."""
 
     def has_no_effect(self):
         """Return {cause: names of the settings that have no effect because of it}."""
@@ -47,7 +53,7 @@ class Settings:
         """Raise InputError if one of the `typed` flags has no effect with these settings."""
         for cause, names in self.has_no_effect().items():
             for name in sorted(typed & names):
-                raise InputError(f"--{name} has no effect with {cause}")
+                raise InputError(f"--{name} has no effect with {cause}: remove it")
 
     @classmethod
     def names(cls):
@@ -75,7 +81,7 @@ class Settings:
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser that raises InputError, and names the flag that an unknown one may have meant."""
+    """A parser that raises InputError, and names what an unknown flag or choice may have meant."""
 
     def parse_args(self, args=None, namespace=None):
         namespace, unknown = self.parse_known_args(args, namespace)
@@ -84,11 +90,18 @@ class Parser(argparse.ArgumentParser):
         return namespace
 
     def _nearest(self, word):
-        word = word.split("=")[0].lstrip("-")
-        names = [name[2:] for name in self._option_string_actions if name.startswith("--")]
-        short_for = [name for name in names if word == "".join(part[0] for part in name.split("_"))]
-        near = short_for or difflib.get_close_matches(word, names, n=1)
-        return f": did you mean --{near[0]}?" if near else ""
+        word = word.split("=")[0]
+        names = [name for name in self._option_string_actions if name.startswith("--")]
+        short_for = [name for name in names
+                     if word.lstrip("-") == "".join(part[0] for part in name[2:].split("_"))]
+        return did_you_mean(short_for[0] if short_for else word, names)
+
+    def _check_value(self, action, value):
+        try:
+            super()._check_value(action, value)
+        except argparse.ArgumentError as error:
+            raise argparse.ArgumentError(
+                action, f"{error.message}{did_you_mean(value, action.choices)}") from None
 
     def error(self, message):
         raise InputError(f"{message}; see `python {self.prog} --help`")

@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from inputs.errors import InputError
 from inputs.files import cache_dir, git_blob_file, sha256_file
+from inputs.settings import did_you_mean
 
 TASKS_DIR = Path(__file__).resolve().parents[1] / "tasks"
 URL = ("https://raw.githubusercontent.com/circle-hit/SAPT/"
@@ -142,6 +143,7 @@ def suite_folder(name_or_path):
     """Return the folder of "mini", or of a suite named by its path. Raises InputError."""
     folder = TASKS_DIR / "mini" if name_or_path == "mini" else Path(name_or_path)
     if not name_or_path or not folder.is_dir():
-        raise InputError(f"suite {str(name_or_path)!r} is unknown: allowed are mini, "
-                         f"{', '.join(NAMED)} and the path of a folder of tasks")
+        raise InputError(f"--suite: there is no folder {str(name_or_path)!r} here; allowed are "
+                         f"mini, {', '.join(NAMED)} and the path of a folder of tasks"
+                         f"{did_you_mean(name_or_path, ('mini', *NAMED))}")
     return folder

@@ -193,7 +193,9 @@ def find(folders):
     found = {}
     for folder in map(Path, folders):
         if not folder.is_dir():
-            raise InputError(f"{folder} is no folder, and no file of records (.jsonl.gz)")
+            hint = ("is neither a folder nor a file of records (.jsonl.gz)" if folder.exists()
+                    else "does not exist; no runs yet? Start one with `python train.py`")
+            raise InputError(f"{folder} {hint}")
         for path in (path for name in RUN_SIGNS for path in folder.rglob(name)):
             name = path.parent.relative_to(folder).as_posix()
             found[path.parent] = folder.resolve().name if name == "." else name

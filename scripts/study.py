@@ -26,12 +26,18 @@ from msgspec import Struct
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from harness.arguments import STUDY_FLAGS, TRAINING_FLAGS, names, parse_flags  # noqa: E402
+from harness.arguments import (  # noqa: E402
+    ALL_FLAGS,
+    STUDY_FLAGS,
+    TRAINING_FLAGS,
+    names,
+    parse_flags,
+)
 from harness.output_folder import LOCK  # noqa: E402
 from inputs import formats  # noqa: E402
 from inputs.errors import InputError, one_line  # noqa: E402
 from inputs.numbers import Seed  # noqa: E402
-from inputs.settings import Flag, Parser, add_flags  # noqa: E402
+from inputs.settings import Flag, Parser, add_flags, did_you_mean  # noqa: E402
 from inputs.suites import NAMED, suite_folder  # noqa: E402
 from inputs.task_files import resolve_names, task_folders  # noqa: E402
 from registry import EMBEDDED, METHODS, MODELS, VARIANTS  # noqa: E402
@@ -42,22 +48,30 @@ SETTINGS = ("mixed", "sequential", "single")
 RATE = "learning_rate"  # the only training flag that a method may set for itself
 
 FLAGS = (
-    Flag("models", tuple[str, ...], PAPER_MODELS, f"of {', '.join(MODELS)}, or checkpoint folders "
-         "(default: the paper's six)", metavar="MODEL"),
-    Flag("methods", tuple[str, ...], PAPER_METHODS, f"of {', '.join(VARIANTS)}, or one of them and "
-         "its flags in quotes, such as 'badit-random --regroup_every 30 --learning_rate 5e-4' "
-         "(default: the paper's six)", metavar="METHOD"),
-    Flag("seeds", tuple[Seed, ...], (1, 2, 3, 4, 5), "(default: 1 2 3 4 5)", metavar="SEED"),
-    Flag("settings", tuple[Literal[SETTINGS], ...], SETTINGS, "of mixed, sequential, and single: "
-         "the runs on one task each, which Forward needs (default: all)", metavar="SETTING"),
-    Flag("suite", str, "superni", f"mini, {', '.join(NAMED)}, or a folder (default: superni)"),
-    Flag("tasks", tuple[str, ...] | None, None, "only these, by name or T-number", metavar="TASK"),
-    Flag("runs", Path, Path("runs/study"), "the folder of all runs (default: runs/study)"),
+    Flag("models", tuple[str, ...], PAPER_MODELS, f"models: {', '.join(MODELS)}, or "
+         "checkpoint folders (default: the paper's six)", metavar="MODEL"),
+    Flag("methods", tuple[str, ...], PAPER_METHODS, f"methods: {', '.join(VARIANTS)}. X-matched: "
+         "X with as many trainable parameters as BADIT; half: PiSSA of half of BADIT's rank; "
+         "badit-initial: experts that a token does not select act on it as pre-trained; badit-K2: "
+         "2 experts, 1 of them active; badit-r2: experts of rank 2. Flags of a method go with its "
+         "name in quotes, such as 'badit-random --regroup_every 30 --learning_rate 5e-4' (default: "
+         "the paper's six)", metavar="METHOD"),
+    Flag("seeds", tuple[Seed, ...], (1, 2, 3, 4, 5), "seeds (default: 1 2 3 4 5)", metavar="SEED"),
+    Flag("settings", tuple[Literal[SETTINGS], ...], SETTINGS, "settings: mixed, sequential, "
+         "and single, a run for each task alone, which Forward needs (default: all)",
+         metavar="SETTING"),
+    Flag("suite", str, "superni", f"suite: mini, {', '.join(NAMED)}, or a folder (default: "
+         "superni)"),
+    Flag("tasks", tuple[str, ...] | None, None, "tasks to use, by name or T-number "
+         "(default: all)", metavar="TASK"),
+    Flag("runs", Path, Path("runs/study"), "folder for all runs (default: runs/study)"),
     Flag("launcher", str, "accelerate launch --config_file scripts/accelerate/one_gpu.yaml",
-         "the command that starts train.py: python, or accelerate launch with another file of "
+         "command that starts train.py: python, or accelerate launch with another file of "
          "scripts/accelerate (default: accelerate launch with one_gpu.yaml)", check=shlex.split),
-    Flag("dry-run", bool, False, "print the commands, one a line, and on stderr their number"),
-    Flag("nth", int | None, None, "run only line I of the list, from 0", metavar="I"),
+    Flag("dry-run", bool, False, "print the commands, one per line, and on stderr their "
+         "number, without running them"),
+    Flag("nth", int | None, None, "run only command I of the --dry-run list, counted from 0: for "
+         "the jobs of a SLURM array (scripts/slurm_array.sh)", metavar="I"),
 )
 
 
@@ -75,14 +89,18 @@ class PlannedRun(NamedTuple):
 def parse(argv):
     """Read `argv` -> (args, flags for train.py). Raise InputError where train.py would refuse."""
     cut = argv.index("--") if "--" in argv else len(argv)
-    parser = Parser(prog="study.py", allow_abbrev=False, description=__doc__,
+    parser = Parser(prog="scripts/study.py", allow_abbrev=False, description=__doc__,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     add_flags(parser, FLAGS)
+    for word in argv[:cut]:
+        if word.split("=")[0].removeprefix("--") in ALL_FLAGS.keys() - STUDY_FLAGS:
+            raise InputError(f"{word} is a flag of train.py: these go after --, as in `python "
+                             f"scripts/study.py -- {word} ...`")
     args, passed_on = parser.parse_args(argv[:cut]), argv[cut + 1:]
     for model in args.models:
         if model not in MODELS and not os.path.isdir(model):
             raise InputError(f"--models {model!r} is not a folder; allowed: {', '.join(MODELS)}, "
-                             "or a folder")
+                             f"or a folder{did_you_mean(model, MODELS)}")
     if args.runs.exists() and not args.runs.is_dir():
         raise InputError(f"--runs {args.runs} is not a folder")
     for word in passed_on:
@@ -100,7 +118,7 @@ def check_method(method):
     name, *words = method.split() or [""]
     if name not in VARIANTS:
         raise InputError(f"--methods {method!r} is unknown; allowed: {', '.join(VARIANTS)}, or one "
-                         "of them and its flags in quotes")
+                         f"of them and its flags in quotes{did_you_mean(name, VARIANTS)}")
     name = VARIANTS[name].split()[0]
     own = {*METHODS[name].settings.names(), RATE} - {"seed"}
     for word in words:

@@ -207,7 +207,7 @@ def test_bad_input_is_one_line(folder, tmp_path, capsys):
     (tmp_path / "begun" / "run" / "checkpoints").mkdir(parents=True)
     out = ("--out", tmp_path / "out")
     assert "no run in it" in refused(capsys, tmp_path / "empty", *out)
-    assert "nowhere is no folder" in refused(capsys, tmp_path / "nowhere", *out)
+    assert "nowhere does not exist" in refused(capsys, tmp_path / "nowhere", *out)
     assert "no finished run" in refused(capsys, tmp_path / "begun", *out)
     assert "several runs" in refused(capsys, folder)
     assert "--out DIR" in refused(capsys, folder / "zero_shot", folder / "lora-mixed-1")
