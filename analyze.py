@@ -49,7 +49,8 @@ COMMANDS = {  # command: (help, flags)
         *SUITE, LAYERS,
         Flag("target_modules", tuple[str, ...], MODULES, "linear layers to analyse (default: "
              f"{' '.join(MODULES)})", "NAME"),
-        Flag("share", Share, 0.1, "share of the units that count as active (default: 0.1)"))),
+        Flag("share", Share, 0.1, "share of the units of a layer that count as active "
+             "for each task: those with the highest values (default: 0.1)"))),
     "experts": ("measure which experts tasks are routed to, and in which they learn", (
         *SUITE, ADAPTERS)),
     "mmlu": ("measure routing and accuracy on MMLU's questions", (
@@ -62,8 +63,8 @@ COMMANDS = {  # command: (help, flags)
         Flag("folds", Several, 8, "folds of the rows of each task, to estimate noise (default: 8)"),
         Flag("lookahead", Count, 3, "held-out rows of each task for the losses after a step; 0: no "
              "steps (default: 3)", "ROWS"),
-        Flag("learning_rate", Positive, None, "of the step (default: the run's, 2e-4 where "
-             "unknown)"))),
+        Flag("learning_rate", Positive, None, "learning rate of the step (default: the run's, "
+             "2e-4 where unknown)"))),
 }
 
 

@@ -33,8 +33,8 @@ FLAGS = (
     Flag("data_dir", str | None, None, f"where {' or '.join(NAMED)} is"),
     Flag("rows", PositiveInt, 64, "rows to fit to, and rows to compare on, at most (default: 64)",
          "N"),
-    Flag("max_kl", NonNegative, 0.05, "write nothing where KL(adapter || export) per token is "
-         "above this (default: 0.05)", "NATS"),
+    Flag("max_kl", NonNegative, 0.05, "largest KL(adapter || export) per token, on the rows to "
+         "compare on, at which the export is written (default: 0.05)", "NATS"),
     MODEL)
 
 

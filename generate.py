@@ -25,7 +25,7 @@ FLAGS = (
     Flag("out", Path | None, None, "a new file for the answers to --prompts", "FILE"),
     Flag("batch_size", PositiveInt, 16, "prompts of --prompts at a time (default: 16)", "N"),
     Flag("chat", bool, False, "chat in this terminal"),
-    Flag("base", bool, False, "answer with the bare base model, too"),
+    Flag("compare_base", bool, False, "also give the base model's answer, without the adapter"),
     Flag("bf16", bool, False, "hold the base model in bfloat16, as a run under --mixed_precision "
          "bf16 does"),
     Flag("temperature", Positive | None, None, "sample tokens at this temperature", "T"),
@@ -47,8 +47,8 @@ def read_flags(argv):
         raise InputError("--prompts FILE and --out FILE are given together")
     if args.out is not None and args.out.exists():
         raise InputError(f"--out {args.out} exists: name another file")
-    if args.chat and args.base:
-        raise InputError("--base has no effect with --chat")
+    if args.chat and args.compare_base:
+        raise InputError("--compare_base has no effect with --chat")
     if args.chat and not (sys.stdin.isatty() and sys.stdout.isatty()):
         raise InputError("--chat needs a terminal; for prompts from a file give --prompts FILE")
     for name in ("top_p", "seed"):

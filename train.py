@@ -255,7 +255,7 @@ def evaluate_row(run, number, name, tasks):
 
 
 def prepare(args, accelerator, stop, seconds):
-    """Read, cut and tokenise the suite -> Setup. Only the tokenizer of the model is loaded."""
+    """Return the Setup of a run: the suite, cut and tokenised, and its stages. Loads no weights."""
     made = identity.provenance(args)
     suite = data.load_suite(args.suite, args.data_dir)
     suite = data.select_tasks(suite, args.tasks) if args.tasks else suite

@@ -57,7 +57,7 @@ def numbers(values, digits=2, between=", "):
 
 
 def effect_and_p(line):
-    """Return the category effect with its p value."""
+    """Return the text "effect, p value" of a line, or a dash where it was not measured."""
     effect, p = line["category_effect"], line["category_p"]
     return "–" if effect is None else f"{effect:+.3f}, " + (
         f"{p:.4f}" if p >= 0.0002 else "< 0.0002")

@@ -43,7 +43,8 @@ class Answerer:
         self.device = PartialState().device
         if self.device.type == "cpu":
             launch.use_onednn()  # as in the evaluation of a run
-        if config.base == "dense" or args.base:  # a base to be quantised may not fit while dense
+        # A base to be quantised may not fit while dense.
+        if config.base == "dense" or args.compare_base:
             self.model.to(self.device)
         self.framer = data.Framer(self.tokenizer, config.chat_template)
         self.sampling = {}
@@ -83,10 +84,10 @@ class Answerer:
 
 
 def answer_one(args):
-    """Print the answer to the prompt, with --base after the bare model's."""
+    """Print the answer to the prompt, with --compare_base after the base model's."""
     model = Answerer(args)
     turns = [data.build_prompt(args.definition, args.prompt)]
-    if args.base:
+    if args.compare_base:
         print("base:", flush=True)
         model.stream(turns)
         print("adapter:", flush=True)
@@ -110,7 +111,7 @@ def answer_file(args):
     order = sorted(range(len(rows)), key=lambda index: -len(prompts[index]))
     batches = [order[first:first + args.batch_size]
                for first in range(0, len(order), args.batch_size)]
-    for name in ("base", "answer") if args.base else ("answer",):
+    for name in ("base", "answer") if args.compare_base else ("answer",):
         if name == "answer":
             model.adapt()
         for batch in tqdm(batches, desc=name, unit="batch", delay=2, leave=False):

@@ -66,7 +66,7 @@ def export(args):
 
 
 def check_layers(method, approximate):
-    """Raise InputError where the method's layers have no update, or --approximate is wrong."""
+    """Raise InputError if layers define no update, or --approximate is missing or needless."""
     layers = method.layers.values()
     for layer in layers:
         if getattr(layer, "constant_update", None) is None:

@@ -49,7 +49,7 @@ def base_name(adapter, model):
 def carry_out(argv, read_flags, execute):
     """Call execute(read_flags(argv)) -> exit status: 0; 2 after one line on bad input; 130.
 
-    SIGTERM and SIGHUP end it as Ctrl-C does, so that temporary files are removed.
+    SIGTERM ends it as Ctrl-C does, so that temporary files are removed.
     """
     escape_output()
     try:

@@ -19,7 +19,7 @@ FUSED = {"gate_up_proj": {"gate_proj", "up_proj"}, "down_proj": {"down_proj"}}
 
 
 def check_model(setup, method):
-    """Raise InputError where the data or the new `method`, if any, do not fit the model."""
+    """Raise InputError unless the data, and `method` if not None, fit the model; return None."""
     args = setup.args
     skeleton = models.skeleton(args.model)
     limit = getattr(skeleton.config, "max_position_embeddings", None) or math.inf

@@ -21,7 +21,7 @@ def parameter_counts(run):
 
 
 def matrix_metrics(run):
-    """Return Appendix G.5's metrics of the trained stages' scores against the best reference.
+    """Return {name: value} of Appendix G.5's metrics, from the scores after each trained stage.
 
     Forward is None: it needs single-task runs, which a report joins. The released scripts' versions
     of Forget Rate and Backward are `forget_rate_paper` and `backward_paper`.

@@ -39,7 +39,7 @@ def task_folders(folder):
     names = sorted(path.name for path in folder.iterdir()
                    if path.is_dir() and not path.name.startswith((".", "_")))
     with showing_layout():
-        if not names:
+        if not any(_find(folder / name, split).exists() for name in names for split in SPLITS):
             raise InputError(f"{folder} holds no task folders")
     for name in names:  # a run names files after them
         if not re.fullmatch(r"[\w.-]{1,200}", name, flags=re.ASCII):

@@ -37,7 +37,7 @@ BEST = Claim("BADIT is better than the best baseline", "badit", BASELINES)
 DOG = Claim("regrouping by gradients (DOG) is better than at random", "badit", ("badit-random",))
 BAD = Claim("starting from the decomposition (BAD) is better than LoRAMoE's start", "badit",
             ("badit-no_bad",))
-ENERGY_HALF = Claim("routing by energy is better than half of the components without routing",
+ENERGY_HALF = Claim("routing by energy is better than PiSSA of half the rank",
                     "badit-energy", ("half",))
 ENERGY_BEST = Claim("routing by energy is better than the best baseline", "badit-energy",
                     BASELINES)

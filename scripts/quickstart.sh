@@ -20,7 +20,7 @@ if [ -e generate.py ]; then  # generate.py and export.py may be deleted, see REA
   question="Which word means the opposite of cheap?"
   asked="Answer with one word that means the opposite."
   echo "asked the base model and the trained one: $asked $question"
-  python generate.py --adapter "$output/adapter" --definition "$asked" "$question" --base \
+  python generate.py --adapter "$output/adapter" --definition "$asked" "$question" --compare_base \
     --max_new_tokens 20
   ask="
   python generate.py --adapter $output/adapter --chat                  # ask it something else

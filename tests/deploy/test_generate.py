@@ -77,7 +77,7 @@ def test_answers_are_those_of_the_evaluation(runs, capsys, method):
     write_lines(Path("in.jsonl"), ["", *rows])  # blank lines are skipped
     adapter = runs / method / "adapter"
     status, out, _ = call(capsys, "--adapter", adapter, "--prompts", "in.jsonl", "--out",
-                          "out.jsonl", "--batch_size", 4, "--base", *MORE)
+                          "out.jsonl", "--batch_size", 4, "--compare_base", *MORE)
     assert status == 0 and out == f"{len(rows)} answers in out.jsonl\n"
     got = lines_of(Path("out.jsonl"))
     assert [(row["asked"], row["answer"]) for row in got] == list(
@@ -86,7 +86,7 @@ def test_answers_are_those_of_the_evaluation(runs, capsys, method):
     words = ("--adapter", adapter, rows[0]["prompt"], "--definition", rows[0]["definition"], *MORE)
     _, out, _ = call(capsys, *words)
     assert out.rstrip() == predictions[0]  # no white space before it
-    _, out, _ = call(capsys, *words, "--base")
+    _, out, _ = call(capsys, *words, "--compare_base")
     assert out.split("\n") == ["base:", got[0]["base"], "adapter:", predictions[0], ""]
 
 
@@ -203,7 +203,7 @@ def test_a_stopped_call_writes_nothing(runs, capsys):
     ((), "give one of"), (("a", "--chat"), "give one of"), (("",), "the prompt is empty"),
     ((" \n",), "the prompt is empty"), (("--prompts", "a"), "--out"),
     (("a", "--out", "b"), "--out"), (("--prompts", "a", "--out", "."), "exists"),
-    (("--chat", "--base"), "--base"), (("a", "--top_p", "0.5"), "--temperature"),
+    (("--chat", "--compare_base"), "--compare_base"), (("a", "--top_p", "0.5"), "--temperature"),
     (("a", "--seed", "3"), "--temperature"), (("a", "--temperature", "0"), "above 0"),
     (("a", "--adapter", "nowhere"), "no adapter at nowhere"), (("a", "b"), "unrecognized"),
     (("--prompts", "nothing.jsonl", "--out", "out"), "nothing.jsonl"),
