@@ -316,8 +316,8 @@ def test_a_task_of_unlearnable_rows_is_not_counted(study, tmp_path, monkeypatch)
     assert made["backward"] == pytest.approx(statistics.fmean(
         scores[-1][i] - scores[i][i] for i in counted if i < 2))
     monkeypatch.setattr(figures, "of_study", lambda records: {})
-    assert report.main([str(study), "--out", str(tmp_path)]) == 0
-    text = (tmp_path / "report.md").read_text()
+    assert report.main([str(study), "--out", str(tmp_path / "out")]) == 0
+    text = (tmp_path / "out" / "report.md").read_text()
     assert "No number counts say_both" in text and "| say_both |" not in text
 
 
