@@ -206,7 +206,7 @@ def test_train_resume_evaluate(kind, flags, forks, tmp_path):
     assert ((tmp_path / f"eval/predictions/01_badit-{kind}.jsonl").read_bytes()
             == (tmp_path / "out/predictions/01_mixed.jsonl").read_bytes())
     assert results_of(tmp_path / "eval")["args"]["base"] == kind
-    refused(f"the adapter was made on a base that is stored {kind}", "--eval_only", *folder,
+    refused(f"the adapter was trained with --base {kind}", "--eval_only", *folder,
             "--base", "dense", "--output_dir", tmp_path / "other")
     succeed(*flags[:-1], tmp_path / "on", *folder, "--overwrite")
     assert results_of(tmp_path / "on")["args"]["base"] == kind
