@@ -179,7 +179,7 @@ def greet(args, accelerator):
 
 def more_threads():
     """Return advice on how to use more CPU threads."""
-    if "ACCELERATE_MIXED_PRECISION" in os.environ:  # accelerate launch sets OMP_NUM_THREADS itself
+    if "ACCELERATE_DYNAMO_BACKEND" in os.environ:  # accelerate launch sets OMP_NUM_THREADS itself
         return "give --num_cpu_threads_per_process N to accelerate launch"
     return f"{'raise' if 'OMP_NUM_THREADS' in os.environ else 'set'} OMP_NUM_THREADS"
 

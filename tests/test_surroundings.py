@@ -47,6 +47,20 @@ def test_errors_that_are_out_of_memory():
     assert not launch.is_out_of_memory(RuntimeError("shapes do not fit"))
 
 
+@pytest.mark.parametrize(("names", "advice"), [
+    ((), "set OMP_NUM_THREADS"),
+    (("OMP_NUM_THREADS", "ACCELERATE_MIXED_PRECISION"), "raise OMP_NUM_THREADS"),
+    (("OMP_NUM_THREADS", "ACCELERATE_MIXED_PRECISION", "ACCELERATE_DYNAMO_BACKEND"),
+     "give --num_cpu_threads_per_process N to accelerate launch")])
+def test_advice_on_idle_cores(names, advice, monkeypatch):
+    """It names what decides the number of threads: a variable, or the launcher that sets it."""
+    for name in ("OMP_NUM_THREADS", "ACCELERATE_MIXED_PRECISION", "ACCELERATE_DYNAMO_BACKEND"):
+        monkeypatch.delenv(name, raising=False)
+    for name in names:
+        monkeypatch.setenv(name, "1")
+    assert launch.more_threads() == advice
+
+
 def test_a_user_without_a_home(monkeypatch):
     """The message names the variables that help."""
     monkeypatch.delenv("XDG_CACHE_HOME")
