@@ -34,7 +34,7 @@ FLAGS = (
          "<!-- results --> and <!-- /results --> of this file; each PATH is a study",
          metavar="FILE"),
     Flag("tuning", bool, False, "the runs are those of scripts/tune.sh, at several learning "
-         "rates: --out says which suits each method"),
+         "rates and, if they differ, numbers of rows: --out says which rate suits each method"),
     Flag("allow_other", tuple[Literal[runs.FREE], ...], (), "what may differ between runs of one "
          f"report, of {', '.join(runs.FREE)}", metavar="WHAT"),
 )
@@ -76,7 +76,7 @@ def only_run(folder):
 
 def collect(args, paths):
     """Return what runs.collect does, and name on stderr what is left out."""
-    records, left_out = runs.collect(paths, [*args.allow_other, *[runs.RATE] * args.tuning])
+    records, left_out = runs.collect(paths, [*args.allow_other, *runs.TUNED * args.tuning])
     for folder, reason in left_out:
         print(one_line(f"left out: {folder}: {reason}"), file=sys.stderr)
     return records, left_out

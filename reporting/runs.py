@@ -24,7 +24,9 @@ from registry import FORMER, METHODS, VARIANTS
 
 ITEMS_FILE = "items.json"  # scores per item of an unpacked record
 RUN_SIGNS = ("results.json", "log.jsonl", "checkpoints")  # a folder with one of them holds a run
-RATE = "--learning_rate"
+RATE, ROWS = "--learning_rate", "--max_train_per_task"
+OFTEN = ("--regroup_every, mixed", "--regroup_every, sequential")
+TUNED = (RATE, ROWS, *OFTEN)  # what differs between runs that look for a learning rate
 SMALLEST = 1e-2  # nats per token: a smaller loss counts as this much in a mean of logarithms
 # Data of number_word_question before its test rows asked what its training rows teach: half of the
 # mean loss of a suite was what the base model does not know.
@@ -73,6 +75,11 @@ class Record(NamedTuple):
     def rate(self):
         """The peak learning rate, or None if nothing was trained."""
         return self.results["comparable"].get(RATE)
+
+    @property
+    def steps(self):
+        """Optimizer steps of training, divided by the number of tasks and rounded."""
+        return round(len(self.log) / len(self.order))
 
     @property
     def title(self):
@@ -268,7 +275,8 @@ def protocol(record, free=()):
     """Return {name: value} of everything that must be equal in runs of one table.
 
     The model, the method, the seed and the setting are its rows and columns. Each variant of a
-    method may have its own learning rate. `free` leaves out some of FREE, or RATE.
+    method may have its own learning rate. `free` leaves out some of FREE and TUNED; without
+    ROWS the training rows are free too, not the test rows.
     """
     results = record.results
     values = results["comparable"] | {"precision": results["precision"],
@@ -283,7 +291,9 @@ def protocol(record, free=()):
         values |= {f"test items of {task}": sorted(items) for task, items in record.items.items()}
     if record.setting != "eval":
         values |= {"global batch": results["global_batch_size"], "compiler": results["compiler"]}
-        values |= {f"data of {task}": about["sha256"] for task, about in results["tasks"].items()}
+        if ROWS not in free:
+            values |= {f"data of {task}": about["sha256"]
+                       for task, about in results["tasks"].items()}
     return {name: value for name, value in values.items() if name not in free}
 
 
@@ -302,7 +312,8 @@ def select(records, free=()):
         other = sorted(name for name, value in mine.items()
                        if json.dumps(value, sort_keys=True) != usual[name])
         alone = tuple(record.order) if record.setting == "single" else ()
-        key = (*record.group, record.seed, alone, *([record.rate] if RATE in free else []))
+        key = (*record.group, record.seed, alone,
+               *([record.rate, record.steps] if RATE in free else []))
         if other:
             shown = "; ".join(f"{name} {_brief(mine[name])}, most have "
                               f"{_brief(json.loads(usual[name]))}" for name in other[:3])

@@ -1,7 +1,10 @@
-"""Show the loss of held-out rows by learning rate, and the best rate of each method."""
+"""Show the loss of held-out rows by learning rate and steps, and the best rate of each method."""
 
+import math
+import statistics
 from collections import defaultdict
-from itertools import cycle
+
+from scipy import stats
 
 import metrics
 from inputs.errors import InputError
@@ -9,6 +12,8 @@ from inputs.files import write_text
 from reporting import figures
 from reporting.runs import label
 from reporting.tables import Score, Table
+
+LEVEL = 0.95  # of the intervals in the figure
 
 
 def make(records, left_out, out):
@@ -20,22 +25,24 @@ def make(records, left_out, out):
     lines = [f"- left out: `{folder}`: {reason}" for folder, reason in left_out]
     write_text(out / "tuning.md", "\n\n".join([
         "# Learning rates", table.markdown(), "![loss against learning rate](tuning.png)",
-        "For a study:", f"`--methods {words(found)}`", *lines]) + "\n")
+        *words(found), *lines]) + "\n")
     return out / "tuning.md"
 
 
 def losses_by_rate(records):
-    """Return {(model, variant, setting): {rate: losses, one a seed}}, sorted; means over tasks.
+    """Return {(model, setting, steps a task, variant): {rate: losses, one a seed}}, sorted.
 
-    Raises InputError for a run without --eval_loss or --validation.
+    A loss is the mean over tasks. Raises InputError for a run without --eval_loss or --validation.
     """
     found = defaultdict(lambda: defaultdict(list))
-    for record in sorted(records, key=lambda record: (*record.group, record.seed)):
+    for record in sorted(records, key=lambda record: (
+            record.model, record.setting, record.steps, record.variant, record.seed)):
         if record.setting not in ("mixed", "sequential") or record.losses() is None or not (
                 record.results["comparable"].get("--validation")):
             raise InputError(f"{record.folder}: rates are chosen by mixed or sequential training "
                              "with --validation N and --eval_loss")
-        found[record.group][record.rate].append(metrics.mean(record.final_losses().values()))
+        key = record.model, record.setting, record.steps, record.variant
+        found[key][record.rate].append(metrics.mean(record.final_losses().values()))
     return {key: dict(sorted(rates.items())) for key, rates in found.items()}
 
 
@@ -45,35 +52,43 @@ def best(rates):
 
 
 def rate_table(found):
-    """Make a table with a row for each method and a column for each rate."""
+    """Make a table with a row for each method and number of steps, a column for each rate."""
     columns = sorted({rate for rates in found.values() for rate in rates})
     rows = []
-    for (model, variant, setting), rates in found.items():
+    for (model, setting, steps, variant), rates in found.items():
         chosen = best(rates)
         edge = len(rates) > 1 and chosen in (min(rates), max(rates))
-        rows.append([model, label(variant), setting, *(Score(tuple(rates.get(rate, ())), digits=3)
-                                              for rate in columns),
+        rows.append([model, label(variant), setting, str(steps),
+                     *(Score(tuple(rates.get(rate, ())), digits=3) for rate in columns),
                      f"{chosen:g}" + " (at the edge of those tried)" * edge])
     return Table("tuning", "Loss by learning rate", "Mean over tasks of the loss of the held-out "
                  "training rows' answers, nats per token, after all training; empty: not run.",
-                 ["model", "method", "setting", *(f"{rate:g}" for rate in columns), "best"], rows)
+                 ["model", "method", "setting", "steps a task",
+                  *(f"{rate:g}" for rate in columns), "best"], rows)
 
 
 def rate_figure(found):
-    """Draw loss against learning rate, a panel a model and setting; a ring marks the best rate."""
-    panels = list(dict.fromkeys((model, setting) for model, _, setting in found))
-    figure, axes = figures.grid(len(panels), width=7, height=4.6)
+    """Draw loss against learning rate, a panel a model, setting and number of steps.
+
+    A ring marks the best rate. A bar is the 95 % interval of the mean over seeds (Student's t).
+    """
+    panels = list(dict.fromkeys(key[:3] for key in found))
+    variants = list(dict.fromkeys(key[3] for key in found))
+    figure, axes = figures.grid(len(panels), width=7 if len(panels) == 1 else 5.5, height=4.6)
     for place, panel in zip(axes, panels, strict=True):
-        mine = {variant: rates for (model, variant, setting), rates in found.items()
-                if (model, setting) == panel}
-        for (variant, rates), colour in zip(mine.items(), cycle(figures.COLOURS), strict=False):
+        mine = {variant: rates for (*where, variant), rates in found.items()
+                if tuple(where) == panel}
+        for variant, rates in mine.items():
+            colour = figures.COLOURS[variants.index(variant) % len(figures.COLOURS)]
             means = {rate: metrics.mean(losses) for rate, losses in rates.items()}
-            place.plot(list(means), list(means.values()), "o-", color=colour, markersize=4,
-                       label=label(variant))
+            place.errorbar(list(means), list(means.values()),
+                           yerr=[half_width(losses) for losses in rates.values()], fmt="o-",
+                           color=colour, markersize=4, capsize=3, label=label(variant))
             place.plot(best(rates), means[best(rates)], "o", color=colour, markersize=11,
                        markerfacecolor="none")
-        place.set(title=", ".join(panel), xscale="log", yscale="log", xlabel="peak learning rate",
-                  ylabel="loss of held-out rows, nats per token")
+        model, setting, steps = panel
+        place.set(title=f"{model}, {setting}, {steps} steps a task", xscale="log", yscale="log",
+                  xlabel="peak learning rate", ylabel="loss of held-out rows, nats per token")
         figures.label_values(place.xaxis, set().union(*mine.values()))
         place.yaxis.set_major_formatter("{x:g}")
         place.yaxis.set_minor_formatter("{x:g}")
@@ -81,7 +96,19 @@ def rate_figure(found):
     return figure
 
 
+def half_width(losses):
+    """Return half the interval of the mean of `losses`; not a number for one loss."""
+    if len(losses) == 1:
+        return math.nan
+    return (stats.t.ppf((1 + LEVEL) / 2, len(losses) - 1) * statistics.stdev(losses)
+            / len(losses) ** 0.5)
+
+
 def words(found):
-    """Return each variant with its best rate, as study.py --methods takes them."""
-    return " ".join(f"'{label(variant)} --learning_rate {best(rates):g}'"
-                    for (_, variant, _), rates in found.items())
+    """Return lines that name each variant with its best rate, as study.py --methods takes them."""
+    studies = defaultdict(list)
+    for (model, setting, steps, variant), rates in found.items():
+        studies[model, setting, steps].append(f"'{label(variant)} --learning_rate {best(rates):g}'")
+    return [line for (model, setting, steps), each in studies.items()
+            for line in (f"For a study of {model}, {setting}, {steps} steps a task:",
+                         f"`--methods {' '.join(each)}`")]

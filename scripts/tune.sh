@@ -4,7 +4,8 @@
 #   mini        mixed training on the mini suite (the default)
 #   instrument  sequential training on the six SuperNI tasks of compare.sh instrument
 # The last training rows of every task are left out of training and answered in place of test rows,
-# with a seed that no comparison uses. RATES="2e-4 5e-4" tries others. After a stop the same command
+# with a seed that no comparison uses. RATES="2e-4 5e-4" tries others. ROWS=24 trains the instrument on
+# fewer rows, so with fewer steps; `report.py --tuning` joins such runs. After a stop the same command
 # continues. It ends with the table and the figure, runs/tune/report/tuning.md.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -16,10 +17,11 @@ if [ "$form" = mini ]; then
   flags=(--validation 6 --max_train_per_task 24 --epochs 2)
 else
   data=(--suite superni --tasks T591 T639 T1687 T875 T363 T1510 --settings sequential)
-  rates="1e-4 2e-4 5e-4" often=10 runs=runs/tune-instrument
+  rows=${ROWS:-200} rates="1e-4 2e-4 5e-4" runs=runs/tune-instrument${ROWS:+-$ROWS}
+  often=$((rows > 60 ? rows / 20 : 3))  # five times a task
   names=(lora-matched pissa-matched half olora olora_qr-matched gainlora loramoe badit badit-no_bad
     badit-static badit-energy)
-  flags=(--validation 40 --max_train_per_task 200 --epochs 2 --max_length 256 --eval_tasks new)
+  flags=(--validation 40 --max_train_per_task "$rows" --epochs 2 --max_length 256 --eval_tasks new)
 fi
 for rate in ${RATES:-$rates}; do
   for name in "${names[@]}"; do

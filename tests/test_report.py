@@ -24,7 +24,7 @@ import report
 from grouping import component_gram, gradient_angles, grouping_from_gram
 from inputs.suites import SUPERNI
 from registry import METHODS, variant_of
-from reporting import figures, runs, study_report, tables, verdicts
+from reporting import figures, runs, study_report, tables, tuning, verdicts
 
 GONE = object()
 
@@ -403,7 +403,10 @@ RATES = {1e-4: (3.0, 4.0), 1e-3: (1.0, 1.5), 1e-2: (2.0, 2.5)}
 
 
 def test_learning_rates(folder, tmp_path, capsys):
-    """Of two methods at three rates and two seeds: the table, the best, words for a study."""
+    """Of two methods at three rates and two seeds: the table, the best, words for a study.
+
+    Runs with fewer training rows have lines of their own.
+    """
     each = itertools.product(("badit", "lora"), RATES.items(), (1, 2))
     for method, (rate, losses), seed in each:
         if (method, rate) == ("lora", 1e-2):
@@ -416,13 +419,41 @@ def test_learning_rates(folder, tmp_path, capsys):
     assert report.main(argv) == 0
     assert capsys.readouterr().out == f"10 runs, 0 left out: {tmp_path / 'out' / 'tuning.md'}\n"
     said = (tmp_path / "out" / "tuning.md").read_text()
-    assert "| badit | mixed | 4.500 ± 0.707 | 2.250 ± 0.354 | 3.250 ± 0.354 | 0.001 |" in said
-    assert ("| lora | mixed | 4.500 ± 0.707 | 2.250 ± 0.354 |  | 0.001 (at the edge of those tried)"
+    steps = len((run / "log.jsonl").read_text().splitlines()) // 3
+    assert (f"| badit | mixed | {steps} | 4.500 ± 0.707 | 2.250 ± 0.354 | 3.250 ± 0.354 | 0.001 |"
             in said)
-    assert "`--methods 'badit --learning_rate 0.001' 'lora --learning_rate 0.001'`" in said
+    assert (f"| lora | mixed | {steps} | 4.500 ± 0.707 | 2.250 ± 0.354 |  | 0.001 (at the edge of "
+            "those tried)" in said)
+    assert f"mixed, {steps} steps a task:\n\n`--methods 'badit --learning_rate 0.001' 'lora" in said
     assert matplotlib.image.imread(tmp_path / "out" / "tuning.png").shape[0] > 300
+    fewer = tmp_path / "fewer"
+    shutil.copytree(tmp_path / "lora-0.001-1", fewer)
+    set_flags(fewer, max_train_per_task=1)
+    lines = (fewer / "log.jsonl").read_text().splitlines(keepends=True)
+    (fewer / "log.jsonl").write_text("".join(lines[:3]))
+    assert report.main(argv) == 0
+    assert capsys.readouterr().out.startswith("11 runs, 0 left out: ")
+    said = (tmp_path / "out" / "tuning.md").read_text()
+    assert "| lora | mixed | 1 |  | 2.000 |  | 0.001 |" in said
+    assert report.main([str(tmp_path), "--out", str(tmp_path / "study")]) == 0
+    assert f"{fewer}: mixed settings: --max_train_per_task 1" in capsys.readouterr().err
+    shutil.rmtree(fewer)
+    shutil.rmtree(tmp_path / "study")
+
+
+def test_the_interval_of_a_tuned_loss():
+    """Student's t on three seeds, by the table's 4.303; one seed has no interval."""
+    assert tuning.half_width([1.0, 2.0, 3.0]) == pytest.approx(4.3027 * 1 / 3**0.5, rel=1e-4)
+    assert math.isnan(tuning.half_width([1.0]))
+
+
+def test_a_run_for_learning_rates_needs_held_out_rows(folder, tmp_path, capsys):
+    for rate in RATES:
+        shutil.copytree(folder / "lora-mixed-1", tmp_path / f"lora-{rate}-1")
+        set_flags(tmp_path / f"lora-{rate}-1", learning_rate=rate, validation=4)
+        give_losses(tmp_path / f"lora-{rate}-1", [[1.0] * 3])
+    argv = [str(tmp_path), "--tuning", "--out", str(tmp_path / "out")]
     set_flags(tmp_path / "lora-0.001-1", validation=None)
-    set_flags(tmp_path / "lora-0.001-2", validation=None)
     assert "--tuning and --allow_other need --out" in refused(capsys, tmp_path, "--tuning")
     assert report.main(argv) == 0
     assert "mixed settings: --validation null" in capsys.readouterr().err

@@ -286,6 +286,16 @@ def test_tuning_tries_every_rate_for_every_method(form, setting, held_out, metho
     assert Counter(args.learning_rate for args in given) == dict.fromkeys(rates, methods)
 
 
+@pytest.mark.parametrize("rows, often", [("24", 3), ("100", 5), ("500", 25)])
+def test_tuning_with_other_steps(rows, often, calls, capsys):
+    """Runs with ROWS lie in a folder of their own and regroup about as often in a task."""
+    (argv,) = calls("tune.sh", "instrument", "--dry-run", ROWS=rows)
+    given = [train_flags(words) for words in dry(capsys, *argv)[0]]
+    assert {args.max_train_per_task for args in given} == {int(rows)}
+    assert {args.regroup_every for args in given if args.method == "badit"} == {often}
+    assert {args.output_dir.parent.name for args in given} == {f"tune-instrument-{rows}"}
+
+
 def test_the_instrument_has_all_methods_in_both_settings(calls, capsys):
     """Six tasks, regrouped every ten steps, five seeds, nothing but the method differs.
 
