@@ -2,48 +2,46 @@
 # Compare all methods on one suite: bash scripts/compare.sh mini|superni|instrument [arguments of sweep.sh]
 #   mini        15 short tasks, 24 rows of each, two epochs: 3 minutes a run on one CPU thread in bf16
 #   superni     the six SuperNI tasks with the shortest inputs, 64 rows of each, one epoch
-#   instrument  the same six tasks, 200 rows of each, two epochs: 36 to 50 steps a task;
-#               also on each task alone, for Forward
-# All methods of a seed run before the next seed. Each has the learning rate that scripts/tune.sh finds
-# for it, or RATE. After a stop the same command continues. Then:
+#   instrument  the same six tasks, 200 rows of each, two epochs: 36 to 50 steps a task, 10 to 17 minutes
+#               a run; in sequence, mixed, and on each task alone, for Forward; deciding methods first
+# In each setting all methods of a seed run before the next seed. Each has the learning rate that
+# scripts/tune.sh finds for it (untuned: that of badit), or RATE. After a stop the same command continues.
 #   python report.py runs/compare-mini --out report
 set -euo pipefail
 cd "$(dirname "$0")/.."
 trap : TERM INT  # of `timeout 530 bash scripts/compare.sh mini`: wait for the run to save
 form=${1:-} failed=0 settings=(mixed sequential)
 six=(--suite superni --tasks T591 T639 T1687 T875 T363 T1510)
+first=(lora-matched pissa-matched loramoe badit badit-random badit-no_dog badit-energy badit-energy-random)
 declare -A often  # optimizer steps between regroupings: an epoch of a short task has too few
 declare -A rates=([lora-matched]=1e-3 [pissa-matched]=5e-4 [loramoe]=2e-3 [badit]=5e-4)
 case $form in
   mini) data=(--suite mini) often=([mixed]=15 [sequential]=3)
     rates+=([olora]=2e-3 [gainlora]=5e-3 [badit-no_bad]=5e-3)
-    others=(olora gainlora badit-no_bad badit-energy-no_dog)
+    groups=("${first[*]} olora gainlora half badit-no_bad badit-energy-no_dog")
     flags=(--max_train_per_task 24 --epochs 2 --max_new_tokens 16) ;;
-  superni) data=("${six[@]}") often=([mixed]=12 [sequential]=4) others=()
+  superni) data=("${six[@]}") often=([mixed]=12 [sequential]=4) groups=("${first[*]}")
     flags=(--max_train_per_task 64 --max_eval_per_task 25 --epochs 1 --max_length 256) ;;
   instrument) data=("${six[@]}") often=([mixed]=10 [sequential]=10 [single]=10)
-    settings+=(single)  # Forward needs them
-    others=(olora olora_qr-matched gainlora badit-no_bad badit-static half)
-    # the rate of the paper; `scripts/tune.sh instrument` finds others
-    for method in lora-matched pissa-matched loramoe badit "${others[@]}"; do rates[$method]=2e-4; done
+    settings=(sequential mixed single)
+    groups=("lora-matched badit-energy badit half" "pissa-matched badit-energy-random loramoe
+      badit-random badit-no_dog olora olora_qr-matched gainlora badit-no_bad badit-static")
+    rates=([lora-matched]=5e-4 [half]=1e-4 [badit-energy]=1e-4 [badit-energy-random]=1e-4 [badit]=2e-4)
     flags=(--max_train_per_task 200 --max_eval_per_task 50 --epochs 2 --max_length 256) ;;
   *) echo "error: form '$form' is unknown; allowed: mini, superni, instrument" >&2; exit 2 ;;
 esac
 shift
-for seed in 1 2 3 4 5; do
-  for setting in "${settings[@]}"; do
-    methods=(zero_shot)
-    for method in lora-matched pissa-matched loramoe badit badit-random badit-no_dog badit-energy \
-      badit-energy-random "${others[@]}"; do
-      flag="$method --learning_rate ${RATE:-${rates[$method]:-${rates[badit]}}}"
-      case $method in badit*|loramoe) flag+=" --regroup_every ${often[$setting]}" ;; esac
-      methods+=("$flag")
-    done
-    more=() && [ "$setting" != sequential ] || more=(--eval_tasks new)
-    bash scripts/sweep.sh --models smollm2-135m --launcher "${LAUNCHER:-python}" "${data[@]}" \
-      --runs "runs/compare-$form${RATE:+-$RATE}" --methods "${methods[@]}" \
-      --seeds "$seed" --settings "$setting" "$@" -- --eval_loss --eval_batch_size 64 "${flags[@]}" "${more[@]}" ||
-      { status=$?; [ "$status" = 1 ] || exit "$status"; failed=1; }  # 1: some runs failed
+for group in "${groups[@]}"; do for setting in "${settings[@]}"; do for seed in 1 2 3 4 5; do
+  methods=(zero_shot) more=()
+  for method in $group; do
+    flag="$method --learning_rate ${RATE:-${rates[$method]:-${rates[badit]}}}"
+    case $method in badit*|loramoe) flag+=" --regroup_every ${often[$setting]}" ;; esac
+    methods+=("$flag")
   done
-done
+  [ "$setting" != sequential ] || more=(--eval_tasks new)
+  bash scripts/sweep.sh --models smollm2-135m --launcher "${LAUNCHER:-python}" "${data[@]}" \
+    --runs "runs/compare-$form${RATE:+-$RATE}" --methods "${methods[@]}" \
+    --seeds "$seed" --settings "$setting" "$@" -- --eval_loss --eval_batch_size 64 "${flags[@]}" "${more[@]}" ||
+    { status=$?; [ "$status" = 1 ] || exit "$status"; failed=1; }  # 1: some runs failed
+done; done; done
 exit "$failed"
