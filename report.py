@@ -6,7 +6,7 @@
     python report.py runs/study --export S.jsonl.gz   # all runs in one file, no weights, no texts
     python report.py S.jsonl.gz --out report          # the same report from that file
     python report.py runs/X runs/single               # a run with Forward from single-task runs
-    python report.py S.jsonl.gz --readme README.md    # the table of five claims, in that file
+    python report.py S.jsonl.gz --readme README.md    # the table of claims, in that file
 
 A run that is incomplete, of another version or of mixed settings is named and left out.
 """
@@ -30,7 +30,7 @@ FLAGS = (
          "NAME.jsonl.gz", metavar="FILE"),
     Flag("unpack", Path | None, None, "write each run to a folder of its own there, from which a "
          "study goes on", metavar="DIR"),
-    Flag("readme", Path | None, None, "write the table of five claims between the markers "
+    Flag("readme", Path | None, None, "write the table of claims between the markers "
          "<!-- results --> and <!-- /results --> of this file; each PATH is a study",
          metavar="FILE"),
     Flag("tuning", bool, False, "the runs are those of scripts/tune.sh, at several learning "

@@ -1,4 +1,4 @@
-"""Write the table of five claims between two markers of a Markdown file."""
+"""Write the table of claims between two markers of a Markdown file."""
 
 from inputs.errors import InputError
 from inputs.files import read_text, write_text
@@ -22,15 +22,17 @@ def update(file, studies):
 
 
 def claims_table(studies):
-    """Return the table as Markdown: a row a claim, two columns a study.
+    """Return the table as Markdown: a row a claim, a column each study and setting with one.
 
     Holm's correction is over all cells of the table.
     """
     found = {(verdict.claim, path, verdict.setting): verdict for path, records in studies.items()
              for verdict in verdicts.verdicts(records, verdicts.README)}
     found = dict(zip(found, verdicts.corrected(list(found.values())), strict=True))
+    judged = {(path, setting) for _, path, setting in found}
     columns = {(path, setting): f"{(path.parent if path.is_file() else path).resolve().name}, "
-               f"{setting}" for path in studies for setting in ("mixed", "sequential")}
+               f"{setting}" for path in studies for setting in ("mixed", "sequential")
+               if (path, setting) in judged}
     return markdown_table(["claim", *columns.values()], [
         [claim.text, *(found[claim, *column].brief() if (claim, *column) in found else "not run"
                        for column in columns)] for claim in verdicts.README])

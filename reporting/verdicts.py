@@ -37,8 +37,10 @@ BEST = Claim("BADIT is better than the best baseline", "badit", BASELINES)
 DOG = Claim("regrouping by gradients (DOG) is better than at random", "badit", ("badit-random",))
 BAD = Claim("starting from the decomposition (BAD) is better than LoRAMoE's start", "badit",
             ("badit-no_bad",))
-ENERGY_HALF = Claim("routing by energy is better than PiSSA of half the rank",
-                    "badit-energy", ("half",))
+HALF = Claim("BADIT is better than PiSSA of half the rank, which routes nothing", "badit",
+             ("half",))
+ENERGY_HALF = Claim("routing by energy is better than PiSSA of half the rank", "badit-energy",
+                    ("half",))
 ENERGY_BEST = Claim("routing by energy is better than the best baseline", "badit-energy",
                     BASELINES)
 
@@ -50,6 +52,7 @@ PAPER = (
     BAD,
 )
 BEYOND = (
+    HALF,
     ENERGY_HALF,
     Claim("routing by energy is better than BADIT", "badit-energy", ("badit",)),
     ENERGY_BEST,
@@ -62,7 +65,7 @@ BEYOND = (
           ("badit-energy-no_dog",)),
     Claim("one learnt weight an expert (static) is better than BADIT", "badit-static", ("badit",)),
 )
-README = (BEST, DOG, ENERGY_HALF, ENERGY_BEST, BAD)
+README = (BEST, HALF, DOG, BAD, ENERGY_BEST, ENERGY_HALF)
 
 
 # --- intervals ----------------------------------------------------------------------------------

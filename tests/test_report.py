@@ -867,10 +867,10 @@ def test_a_table_of_claims(study, tmp_path, capsys):
     assert report.main([str(study), "--readme", str(file)]) == 0
     first, start, head, _, *rows, end, last = file.read_text().splitlines()
     assert (first, start, end, last) == ("above", "<!-- results -->", "<!-- /results -->", "below")
-    assert head == "| claim | study, mixed | study, sequential |" and len(rows) == 5
-    assert rows[0].startswith("| BADIT is better than the best baseline | not run | shown: -0.")
+    assert head == "| claim | study, sequential |" and len(rows) == 6
+    assert rows[0].startswith("| BADIT is better than the best baseline | shown: -0.")
     assert rows[0].endswith(" against lora, 2 seeds |")
-    assert all(row.endswith("| not run | not run |") for row in rows[1:])
+    assert all(row.endswith("| not run |") for row in rows[1:])
     capsys.readouterr()
     file.write_text("no markers")
     assert "<!-- results -->" in refused(capsys, study, "--readme", file)
