@@ -16,6 +16,7 @@ from reporting.runs import SMALLEST, forgets, group_runs
 
 RESAMPLES = 10_000
 LEVEL = 0.95
+FEWEST = 5  # seeds that judge a claim; fewer only rank what to run next
 ENOUGH = 6  # with fewer seeds no test over seeds can give p < 0.05, and the interval is too narrow
 BASELINES = ("lora-matched", "pissa-matched", "olora_qr-matched", "lora", "pissa", "olora",
              "olora_qr", "loramoe", "gainlora")
@@ -133,7 +134,7 @@ class Verdict(NamedTuple):
     def word(self):
         """Return shown, the reverse, not shown, or not judged."""
         _, low, high, _ = self.interval
-        if self.seeds == 1:
+        if self.seeds < FEWEST:
             return "not judged"
         if low <= 0 <= high or self.corrected >= 1 - LEVEL:
             return "not shown"
@@ -142,23 +143,26 @@ class Verdict(NamedTuple):
     def sentence(self):
         mean, low, high, _ = self.interval
         reason = few = ""
-        if self.seeds == 1:
-            reason = ": one seed says nothing about the next"
+        if self.seeds < FEWEST:
+            reason = f": fewer than {FEWEST} seeds"
         elif self.word() != "not shown":
             reason = f" on these {self.seeds} seeds" if self.seeds < ENOUGH else ""
         elif low <= 0 <= high:
             reason = f": if there is a difference, it is below {max(abs(low), abs(high)):.3f}"
         else:
             reason = f": the interval excludes 0, but not after correction for {self.claims} claims"
-        if 1 < self.seeds < ENOUGH:
+        if FEWEST <= self.seeds < ENOUGH:
             # the smallest two-sided p of Wilcoxon's signed-rank test
             few = f"; {self.seeds} seeds alone could show nothing below p = {2 / 2**self.seeds:g}"
         others = "" if self.claim.forgets else (
             f"; median task {self.median:+.3f}; plain mean {self.nats:+.3f} nats")
         return (f"{self.model}, {self.setting}: {self.claim.text}: **{self.word()}**{reason} "
                 f"(against {self.against} {mean:+.3f}, 95 % interval {low:+.3f} to {high:+.3f}, "
-                f"corrected p {self.corrected:.2g}{others}; lower on {self.lower} of "
+                f"{self.judged()}{others}; lower on {self.lower} of "
                 f"{seeds(self.seeds)}{few}).")
+
+    def judged(self):
+        return f"corrected p {self.corrected:.2g}" if self.seeds >= FEWEST else "not corrected"
 
     def brief(self):
         """Return the verdict as the README's table shows it."""
@@ -185,10 +189,10 @@ def verdicts(records, claims=PAPER + BEYOND):
 
 def corrected(found):
     """Return verdicts with p values that are corrected for their number."""
-    judged = [verdict for verdict in found if verdict.seeds > 1]
+    judged = [verdict for verdict in found if verdict.seeds >= FEWEST]
     values = iter(holm([verdict.interval.p for verdict in judged]))
     return [verdict._replace(corrected=next(values), claims=len(judged))
-            if verdict.seeds > 1 else verdict for verdict in found]
+            if verdict.seeds >= FEWEST else verdict for verdict in found]
 
 
 def judge(claim, measured, model, setting, ours):

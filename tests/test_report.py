@@ -339,8 +339,9 @@ def logs(values):
     return statistics.fmean(map(math.log, values))
 
 
-def test_verdicts(study):
+def test_verdicts(study, monkeypatch):
     """By hand: BADIT's loss is lower and forgets less on both seeds; mixed nothing is measured."""
+    monkeypatch.setattr(verdicts, "FEWEST", 2)
     for (method, seed), (matrix, _) in TAKEN.items():
         give_losses(study / f"{method}-sequential-{seed}", matrix)
     kept, _ = runs.collect([study])
@@ -359,19 +360,20 @@ def test_verdicts(study):
 
 
 @pytest.mark.parametrize("interval, corrected, seeds, said, cell", [
-    ((-0.4, -0.5, -0.2, 0.01), 0.02, 2, "**shown** on these 2 seeds (against lora -0.400", "shown"),
+    ((-0.4, -0.5, -0.2, 0.01), 0.02, 5, "**shown** on these 5 seeds (against lora -0.400", "shown"),
     ((0.1, 0.05, 0.2, 0.01), 0.02, 7, "**the reverse** (against lora +0.100", "the reverse"),
     ((0.1, -0.31, 0.2, 0.5), 1, 7, "**not shown**: if there is a difference, it is below 0.310",
      "not shown"),
     ((0.1, 0.05, 0.2, 0.03), 0.09, 7, "excludes 0, but not after correction for 3", "not shown"),
-    ((0.1, 0.05, 0.2, 0.01), 0.02, 1, "**not judged**: one seed", "not judged")])
+    ((0.1, 0.05, 0.2, 0.01), 0.02, 4, "**not judged**: fewer than 5 seeds (against lora +0.100, "
+     "95 % interval +0.050 to +0.200, not corrected;", "not judged")])
 def test_what_a_verdict_says(interval, corrected, seeds, said, cell):
     """Nothing is called shown without Holm's correction, nor without its few seeds."""
     verdict = verdicts.Verdict(verdicts.BEST, "m", "mixed", "lora", verdicts.Interval(*interval),
                                seeds, 1, 0.0, 0.0, corrected, 3)
     assert said in verdict.sentence() and verdict.brief().startswith(f"{cell}: ")
-    few = "2 seeds alone could show nothing below p = 0.5" in verdict.sentence()  # Wilcoxon's
-    assert few == (seeds == 2) and wilcoxon([1, 2]).pvalue == 0.5
+    few = "5 seeds alone could show nothing below p = 0.0625" in verdict.sentence()
+    assert few == (seeds == 5) and wilcoxon([1, 2, 3, 4, 5]).pvalue == 0.0625
 
 
 def test_holm():
@@ -868,7 +870,7 @@ def test_a_table_of_claims(study, tmp_path, capsys):
     first, start, head, _, *rows, end, last = file.read_text().splitlines()
     assert (first, start, end, last) == ("above", "<!-- results -->", "<!-- /results -->", "below")
     assert head == "| claim | study, sequential |" and len(rows) == 6
-    assert rows[0].startswith("| BADIT is better than the best baseline | shown: -0.")
+    assert rows[0].startswith("| BADIT is better than the best baseline | not judged: -0.")
     assert rows[0].endswith(" against lora, 2 seeds |")
     assert all(row.endswith("| not run |") for row in rows[1:])
     capsys.readouterr()
