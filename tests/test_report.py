@@ -840,11 +840,12 @@ def test_the_committed_report_is_made_from_its_records(name, tmp_path, monkeypat
     assert (tmp_path / "report.md").read_text() == records.with_name("report.md").read_text()
 
 
-@pytest.mark.parametrize("name", ["tuning", "tuning-instrument"])
-def test_the_committed_tuning_is_made_from_its_records(name, tmp_path):
+@pytest.mark.parametrize("name, flags", [
+    ("tuning", []), ("tuning-instrument", ["--allow_other", "code"])])
+def test_the_committed_tuning_is_made_from_its_records(name, flags, tmp_path):
     """No number in it is typed by hand."""
     records = ROOT / "results" / name / "records.jsonl.gz"
-    assert report.main([str(records), "--tuning", "--out", str(tmp_path)]) == 0
+    assert report.main([str(records), "--tuning", "--out", str(tmp_path), *flags]) == 0
     assert (tmp_path / "tuning.md").read_text() == records.with_name("tuning.md").read_text()
 
 
