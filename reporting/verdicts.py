@@ -5,6 +5,7 @@ ours: losses separate methods where the scores of few items cannot, and in a mea
 task outweighs the others.
 """
 
+import math
 import statistics
 from typing import NamedTuple
 
@@ -15,8 +16,9 @@ from registry import VARIANTS
 from reporting.runs import SMALLEST, forgets, group_runs
 
 RESAMPLES = 10_000
-LEVEL = 0.95
+LEVEL, NORMAL = 0.95, 1.96  # and the normal distribution's quantile at (1 + LEVEL) / 2
 FEWEST = 5  # seeds that judge a claim; fewer only rank what to run next
+TARGET = 0.05  # a difference of ln(loss), or of nats of forgetting, that one would want to see
 ENOUGH = 6  # with fewer seeds no test over seeds can give p < 0.05, and the interval is too narrow
 BASELINES = ("lora-matched", "pissa-matched", "olora_qr-matched", "lora", "pissa", "olora",
              "olora_qr", "loramoe", "gainlora")
@@ -128,6 +130,7 @@ class Verdict(NamedTuple):
     lower: int  # number of seeds on which ours is lower
     median: float  # over tasks, of the differences
     nats: float  # difference of the plain mean over tasks, nats per token
+    spread: float  # standard deviation over seeds of the difference, 0 for one seed
     corrected: float = 1.0  # p after Holm's correction over `claims`
     claims: int = 1
 
@@ -148,7 +151,8 @@ class Verdict(NamedTuple):
         elif self.word() != "not shown":
             reason = f" on these {self.seeds} seeds" if self.seeds < ENOUGH else ""
         elif low <= 0 <= high:
-            reason = f": if there is a difference, it is below {max(abs(low), abs(high)):.3f}"
+            reason = (f": if there is a difference, it is below {max(abs(low), abs(high)):.3f}; "
+                      f"one of {TARGET} would take about {self.needed()} seeds")
         else:
             reason = f": the interval excludes 0, but not after correction for {self.claims} claims"
         if FEWEST <= self.seeds < ENOUGH:
@@ -160,6 +164,10 @@ class Verdict(NamedTuple):
                 f"(against {self.against} {mean:+.3f}, 95 % interval {low:+.3f} to {high:+.3f}, "
                 f"{self.judged()}{others}; lower on {self.lower} of "
                 f"{seeds(self.seeds)}{few}).")
+
+    def needed(self):
+        """Return the number of seeds on which an interval of their mean is TARGET to each side."""
+        return max(FEWEST, math.ceil((NORMAL * self.spread / TARGET) ** 2))
 
     def judged(self):
         return f"corrected p {self.corrected:.2g}" if self.seeds >= FEWEST else "not corrected"
@@ -225,7 +233,8 @@ def judge(claim, measured, model, setting, ours):
                             - metrics.mean(theirs.final_losses().values())
                             for mine, theirs in pairs)
     return [Verdict(claim, model, setting, best, interval, most,
-                    sum(value < 0 for value in by_seed), float(median), nats)]
+                    sum(value < 0 for value in by_seed), float(median), nats,
+                    statistics.stdev(map(float, by_seed)) if most > 1 else 0.0)]
 
 
 def log(losses):

@@ -357,20 +357,21 @@ def test_verdicts(study, monkeypatch):
         assert (verdict.against, verdict.seeds, verdict.lower, verdict.claims) == ("lora", 2, 2, 2)
         assert verdict.interval.low <= verdict.interval.mean <= verdict.interval.high
     assert better.interval.high < 0 and better.word() == "shown"
+    assert less.spread == pytest.approx(statistics.stdev([0.375 - 1.125, 0.25 - 0.75]))
 
 
 @pytest.mark.parametrize("interval, corrected, seeds, said, cell", [
     ((-0.4, -0.5, -0.2, 0.01), 0.02, 5, "**shown** on these 5 seeds (against lora -0.400", "shown"),
     ((0.1, 0.05, 0.2, 0.01), 0.02, 7, "**the reverse** (against lora +0.100", "the reverse"),
-    ((0.1, -0.31, 0.2, 0.5), 1, 7, "**not shown**: if there is a difference, it is below 0.310",
-     "not shown"),
+    ((0.1, -0.31, 0.2, 0.5), 1, 7, "**not shown**: if there is a difference, it is below 0.310; "
+     "one of 0.05 would take about 16 seeds", "not shown"),
     ((0.1, 0.05, 0.2, 0.03), 0.09, 7, "excludes 0, but not after correction for 3", "not shown"),
     ((0.1, 0.05, 0.2, 0.01), 0.02, 4, "**not judged**: fewer than 5 seeds (against lora +0.100, "
      "95 % interval +0.050 to +0.200, not corrected;", "not judged")])
 def test_what_a_verdict_says(interval, corrected, seeds, said, cell):
     """Nothing is called shown without Holm's correction, nor without its few seeds."""
     verdict = verdicts.Verdict(verdicts.BEST, "m", "mixed", "lora", verdicts.Interval(*interval),
-                               seeds, 1, 0.0, 0.0, corrected, 3)
+                               seeds, 1, 0.0, 0.0, 0.1, corrected, 3)
     assert said in verdict.sentence() and verdict.brief().startswith(f"{cell}: ")
     few = "5 seeds alone could show nothing below p = 0.0625" in verdict.sentence()
     assert few == (seeds == 5) and wilcoxon([1, 2, 3, 4, 5]).pvalue == 0.0625
