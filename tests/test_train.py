@@ -671,6 +671,17 @@ def test_help_and_wrong_flags_wait_for_no_library(argv, status):
     assert not imported & {"torch", "transformers", "accelerate", "numpy", "safetensors"}
 
 
+@pytest.mark.parametrize("warmup, steps", [(0, 1), (1, 1), (1, 2), (2, 50), (37, 1250), (5, 5)])
+def test_the_learning_rate_is_transformers(warmup, steps):
+    """Equal to the bit at every step, by its function for one step."""
+    from transformers import optimization  # here, as it loads PEFT
+
+    theirs = optimization._get_cosine_schedule_with_warmup_lr_lambda
+    for step in range(steps + 1):
+        assert train.warmup_then_cosine(step, warmup, steps) == theirs(
+            step, num_warmup_steps=warmup, num_training_steps=steps, num_cycles=0.5)
+
+
 @pytest.mark.slow
 def test_what_a_run_loads(flags, tmp_path):
     """No library that training does not need, and no file of ours that code_sha256 leaves out."""
@@ -679,7 +690,7 @@ def test_what_a_run_loads(flags, tmp_path):
                    stderr=subprocess.DEVNULL)
     loaded = dict(line.split("\t") for line in (tmp_path / "list").read_text().splitlines())
     assert not loaded.keys() & {"transformers.trainer", "datasets", "evaluate",
-                                "matplotlib", "pandas"}
+                                "matplotlib", "pandas", "peft"}
     own = {Path(file) for file in loaded.values() if Path(file).is_relative_to(ROOT)
            and not file.startswith((f"{ROOT}/.venv", f"{ROOT}/tests"))}
     hashed = {file for pattern in TRAINS for file in ROOT.glob(pattern)}
