@@ -115,7 +115,7 @@ def warmup_then_cosine(step, warmup, steps):
     """Return the share of the peak learning rate at a step: up linearly, then half a cosine to 0.
 
     It equals transformers' get_cosine_schedule_with_warmup, whose import loads PEFT where that is
-    installed: 3 seconds at every start.
+    installed and so delays every start.
     """
     if step < warmup:
         return step / warmup
