@@ -53,18 +53,18 @@ def scores(record):
     """Yield the scores of each task against both references, and their means."""
     results, final = record.results, {key: record.final(key) for key in ("best", "first")}
     before = results["scores"]["best"][0] if results["args"]["eval_before"] else None
-    for i, task in enumerate(record.order):
-        about = results["tasks"][task]
-        yield (task, about["category"], about["metric"], before and before[i],
-               final["best"][task], final["first"][task])
+    for task, about in record.tasks.items():
+        first = before and before[record.order.index(task)]
+        yield (task, about["category"], about["metric"], first, final["best"][task],
+               final["first"][task])
     yield ("mean", "", "", before and metrics.mean(before),
            *(metrics.mean(final[key].values()) for key in ("best", "first")))
 
 
 def examples(record, answers):
     """Yield the best and the worst answer of each task, the first among equals."""
-    for task in record.order:
-        metric = record.results["tasks"][task]["metric"]
+    for task, about in record.tasks.items():
+        metric = about["metric"]
         mine = [answer | {"metric": metric, "score": answer["scores"][metric]["best"],
                           "prompt": answer["prompt"][-PROMPT_END:]}
                 for answer in answers if answer["task"] == task]

@@ -26,13 +26,15 @@ def claims_table(studies):
 
     Holm's correction is over all cells of the table.
     """
-    found = {(verdict.claim, path, verdict.setting): verdict for path, records in studies.items()
+    found = {(verdict.claim, path, verdict.model, verdict.setting): verdict
+             for path, records in studies.items()
              for verdict in verdicts.verdicts(records, verdicts.README)}
     found = dict(zip(found, verdicts.corrected(list(found.values())), strict=True))
-    judged = {(path, setting) for _, path, setting in found}
-    columns = {(path, setting): f"{(path.parent if path.is_file() else path).resolve().name}, "
-               f"{setting}" for path in studies for setting in ("mixed", "sequential")
-               if (path, setting) in judged}
+    models = dict.fromkeys(model for _, _, model, _ in found)
+    columns = {column: f"{(path.parent if path.is_file() else path).resolve().name}, {setting}"
+               + f", {model}" * (len(models) > 1)
+               for path in studies for model in models for setting in ("mixed", "sequential")
+               if (column := (path, model, setting)) in {key[1:] for key in found}}
     return markdown_table(["claim", *columns.values()], [
         [claim.text, *(found[claim, *column].brief() if (claim, *column) in found else "not run"
                        for column in columns)] for claim in verdicts.README])

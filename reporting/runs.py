@@ -32,7 +32,8 @@ SMALLEST = 1e-2  # nats per token: a smaller loss counts as this much in a mean 
 # mean loss of a suite was what the base model does not know.
 UNLEARNABLE = {
     "55526f53cb00b2589a6615d7bd153ac242dc098df9334bb007aebe20c0f420bd",
-    "8642ca60cc37d2d85972ac881f8fc3fabbd5f72ed0968a5a33c69a60ade4a69b"}
+    "8642ca60cc37d2d85972ac881f8fc3fabbd5f72ed0968a5a33c69a60ade4a69b",
+    "c8c1939b81b0f9800151fd578c231fb325ad07f09639917f601376fc0ebef1bd"}  # with --validation 6
 RECORDS = ".jsonl.gz"  # how the name of a file of records ends
 FREE = ("code", "versions")  # what --allow_other may let differ
 NEEDED = ("args", "base_sha256", "code_sha256", "comparable", "compiler", "global_batch_size",
@@ -441,14 +442,16 @@ def with_forward(record, others):
     for folder, reason in left_out:
         raise InputError(f"{folder}: {reason}")
     single = on_one_task(record, kept, lambda run: run.final("best"))
-    missing = [task for task in record.order if task not in single]
+    missing = [task for task in record.tasks if task not in single]
     if missing:
         raise InputError("Forward needs runs with --setting single of the same method, model and "
                          f"seed; there is none on {', '.join(missing)} (for a report of several "
                          "runs, give --out DIR)")
-    forward = metrics.continual_metrics(record.matrix("best"), record.order, single)["forward"]
+    forward = metrics.continual_metrics(record.matrix("best"), record.order, single,
+                                        record.without)["forward"]
     changed = {"metrics": record.results["metrics"] | {"forward": forward}}
     if record.losses():
         alone = on_one_task(record, kept, Record.final_losses)
-        changed["loss_metrics"] = metrics.loss_metrics(record.losses(), record.order, alone)
+        changed["loss_metrics"] = metrics.loss_metrics(record.losses(), record.order, alone,
+                                                       record.without)
     return record._replace(results=record.results | changed)

@@ -11,10 +11,13 @@ CHECKSUMS = ("data of", "weights of", "test items of", "metric of", "code", "ver
 
 VERDICTS = ("Ours minus theirs, below zero is better for ours: the mean over tasks of ln(loss of "
             "the test answers), so -0.05 is a loss about 5 % lower; of forgetting, the rise of the "
-            "loss in nats per token. Paired bootstrap over seeds and items, of forgetting over "
-            f"seeds and tasks ({verdicts.RESAMPLES:,} resamples). A claim is shown only if its p "
-            "is below 0.05 after Holm's correction over all claims of this report. The best "
-            "baseline is the one with the lowest loss on these runs.")
+            "loss in nats per token. Intervals are Student's over the seeds, with the standard "
+            "error of a paired bootstrap over seeds and items, of forgetting over seeds and tasks "
+            f"({verdicts.RESAMPLES:,} resamples). A claim is shown only if its p is below 0.05 "
+            "after Holm's correction over all claims of this report. The best baseline is the one "
+            "with the lowest loss on these runs, among those with the most seeds; if it wins, its "
+            "p counts as many times as there were baselines. The seeds that would show a "
+            "difference are for 80 % of studies, before correction.")
 
 
 def make(records, left_out, out):
@@ -27,7 +30,7 @@ def make(records, left_out, out):
         figures.save(figure, out / "figures" / name, ("png", "pdf"))
     single = sum(record.setting == "single" for record in records)
     parts = ["# Report", f"{len(records) - single} runs, {single} single-task runs, "
-             f"{len(left_out)} left out. Figures are in figures/, numbers in tables/."]
+             f"{len(left_out)} left out."]
     without = sorted({task for record in records for task in record.without})
     if without:
         parts.append(f"No number counts {', '.join(without)}: its test rows asked for facts that "
@@ -36,11 +39,13 @@ def make(records, left_out, out):
               "## What made them", bullets(made_by(records)),
               *(table.markdown() for table in made)]
     found = verdicts.verdicts(records)
+    if found:
+        parts += ["## Claims", VERDICTS]
     for title, claims in (("The paper's claims", verdicts.PAPER),
                           ("Beyond the paper", verdicts.BEYOND)):
         said = [verdict.sentence() for verdict in found if verdict.claim in claims]
         if said:
-            parts += [f"## {title}", VERDICTS, bullets(said)]
+            parts += [f"### {title}", bullets(said)]
     if not found:
         parts.append("No claim is judged: that needs runs of two methods with --eval_loss.")
     if left_out:

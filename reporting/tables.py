@@ -191,13 +191,13 @@ def table3(records, paper):
         base = {(run.seed, machine(run)): training_seconds(run)
                 for run in found.get((model, "loramoe"), {}).get("mixed", ())}
         alike = [run for run in runs.get("mixed", ()) if base.get((run.seed, machine(run)))]
-        if not alike:
-            continue
-        ratio = Score(tuple(training_seconds(run) / base[run.seed, machine(run)] for run in alike),
-                      paper_figure(paper, "table3", model, variant, "relative_time", alike))
-        parts = [Score(tuple(run.results["run"]["seconds"].get(part, 0.0) for run in alike),
-                       digits=1) for part in PARTS]
-        rows.append([model, label(variant), alike[0].results["run"]["device"], ratio, *parts])
+        for place in dict.fromkeys(map(machine, alike)):
+            here = [run for run in alike if machine(run) == place]
+            ratio = Score(tuple(training_seconds(run) / base[run.seed, place] for run in here),
+                          paper_figure(paper, "table3", model, variant, "relative_time", here))
+            parts = [Score(tuple(run.results["run"]["seconds"].get(part, 0.0) for run in here),
+                           digits=1) for part in PARTS]
+            rows.append([model, label(variant), place[0], ratio, *parts])
     header = ["model", "method", "device", "relative", *(f"{part} s" for part in PARTS)]
     return Table("table3", "Table 3: time", "Seconds to decompose, train and regroup in mixed "
                  "training, relative to LoRAMoE with the same seed on the same kind of machine; "

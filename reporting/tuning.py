@@ -9,7 +9,7 @@ from scipy import stats
 import metrics
 from inputs.errors import InputError
 from inputs.files import write_text
-from reporting import figures
+from reporting import figures, verdicts
 from reporting.runs import label
 from reporting.tables import Score, Table
 
@@ -32,7 +32,8 @@ def make(records, left_out, out):
 def losses_by_rate(records):
     """Return {(model, setting, steps a task, variant): {rate: losses, one a seed}}, sorted.
 
-    A loss is the mean over tasks. Raises InputError for a run without --eval_loss or --validation.
+    A loss is the geometric mean over tasks, which verdicts compare too. Raises InputError for a run
+    without --eval_loss or --validation.
     """
     found = defaultdict(lambda: defaultdict(list))
     for record in sorted(records, key=lambda record: (
@@ -42,7 +43,7 @@ def losses_by_rate(records):
             raise InputError(f"{record.folder}: rates are chosen by mixed or sequential training "
                              "with --validation N and --eval_loss")
         key = record.model, record.setting, record.steps, record.variant
-        found[key][record.rate].append(metrics.mean(record.final_losses().values()))
+        found[key][record.rate].append(math.exp(verdicts.log_loss(record)))
     return {key: dict(sorted(rates.items())) for key, rates in found.items()}
 
 
@@ -61,8 +62,9 @@ def rate_table(found):
         rows.append([model, label(variant), setting, str(steps),
                      *(Score(tuple(rates.get(rate, ())), digits=3) for rate in columns),
                      f"{chosen:g}" + " (at the edge of those tried)" * edge])
-    return Table("tuning", "Loss by learning rate", "Mean over tasks of the loss of the held-out "
-                 "training rows' answers, nats per token, after all training; empty: not run.",
+    return Table("tuning", "Loss by learning rate", "Geometric mean over tasks of the loss of "
+                 "the held-out training rows' answers, nats per token, after all training; empty: "
+                 "not run.",
                  ["model", "method", "setting", "steps a task",
                   *(f"{rate:g}" for rate in columns), "best"], rows)
 
