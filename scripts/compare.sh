@@ -4,8 +4,8 @@
 #   superni     the six SuperNI tasks with the shortest inputs, 64 rows of each, one epoch
 #   instrument  the same six tasks, 200 rows of each, two epochs: 36 to 50 steps a task, 10 to 17 minutes
 #               a run; in sequence, mixed, and on each task alone, for Forward; deciding methods first
-# In each setting all methods of a seed run before the next seed. Each has the learning rate that
-# scripts/tune.sh finds for it (untuned: that of badit), or RATE. After a stop the same command continues.
+# In each setting all methods of a seed run before the next seed. Each has the learning rate that was
+# tuned for it (docs/results.md; untuned: that of badit), or RATE. After a stop the same command continues.
 #   python report.py runs/compare-mini --out report
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -26,7 +26,7 @@ case $form in
     settings=(sequential mixed single)
     groups=("lora-matched badit-energy badit half" "pissa-matched badit-energy-random loramoe
       badit-random badit-no_dog olora olora_qr-matched gainlora badit-no_bad badit-static")
-    rates=([lora-matched]=5e-4 [half]=1e-4 [badit-energy]=1e-4 [badit-energy-random]=1e-4 [badit]=2e-4)
+    rates=([lora-matched]=1e-4 [half]=1e-4 [badit-energy]=1e-4 [badit-energy-random]=1e-4 [badit]=2e-4)
     flags=(--max_train_per_task 200 --max_eval_per_task 50 --epochs 2 --max_length 256) ;;
   *) echo "error: form '$form' is unknown; allowed: mini, superni, instrument" >&2; exit 2 ;;
 esac
