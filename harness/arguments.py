@@ -6,6 +6,7 @@ Nothing here needs torch.
 """
 
 import argparse
+import functools
 import os
 import re
 import sys
@@ -170,6 +171,7 @@ NOT_IDENTITY, PATH_FLAGS = names(not_identity=True), names(is_path=True)
 TRAINING_FLAGS, STUDY_FLAGS = names(only_training=True), names(set_by_study=True)
 
 
+@functools.cache
 def build_parser():
     """Return the parser of all flags, with the paper's defaults (Appendix G.4)."""
     parser = Parser(prog="train.py", allow_abbrev=False,

@@ -239,6 +239,7 @@ def test_an_impossible_rank_is_refused_before_weights_load(name):
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 2e-2)])
+@on_pairs
 def test_a_model_starts_as_its_base(case, architecture, dtype, tolerance):
     """Exactly, or to rounding if decomposed; also in training and after start_stage."""
     base = logits_of(base_model(architecture, dtype))
@@ -309,12 +310,11 @@ def test_counts_are_of_what_acts(case):
     assert torch.equal(logits_of(model, [[5]]), answer)
 
 
-@on_pairs
-def test_gradient_checkpointing_changes_nothing(case, architecture):
+def test_gradient_checkpointing_changes_nothing(case):
     """Recomputation draws the same random numbers."""
     seen, calls = [], [0, 0]
     for checkpointing in (False, True):
-        model = base_model(architecture)
+        model = base_model()
         method = wrap(model, case, dropout=0.2)
         next(iter(method.layers.values())).register_forward_pre_hook(
             lambda *_, on=checkpointing: calls.__setitem__(on, calls[on] + 1))
@@ -383,8 +383,8 @@ def files_of(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@on_pairs
+@pytest.mark.parametrize(("case", "architecture", "dtype"), [
+    (*pair, (torch.float32, torch.bfloat16)[index % 2]) for index, pair in enumerate(PAIRS)])
 def test_a_loaded_adapter_is_the_saved_one(case, architecture, dtype, tmp_path, monkeypatch):
     """Same logits, bytes and third task, at the start and after two tasks.
 

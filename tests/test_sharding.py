@@ -28,8 +28,7 @@ def assert_equal_runs(one, other):
 
 
 METHODS = ["gainlora", *(pytest.param(name, marks=pytest.mark.slow) for name in (
-    "olora", "loramoe --setting mixed", "badit", "badit --routing energy",
-    "badit --setting single"))]
+    "badit", "badit --routing energy", "badit --setting single"))]
 
 
 @pytest.mark.parametrize("words", METHODS)
