@@ -156,7 +156,7 @@ def table1(records, paper):
     header = ["model", "method", "trained / stored", "seeds", *(
         f"{setting} {named[name]}" for setting, name in (column.split("/") for column in columns))]
     note = ("Against the first reference, 0 to 100: mean ± standard deviation over seeds (mixed + "
-            "sequential); weights that are trained and that an adapter stores; in brackets the "
+            "sequential); trained and stored weights; in brackets the "
             "paper's mean and the difference from it. Empty: not measured. " + metrics.BACKWARD)
     if any(record.variant.split()[0] == "olora" for record in records):
         note += " " + OLORA
@@ -181,7 +181,7 @@ def table2(records, paper):
     score = score_name(records)
     header = ["model", "variant", f"sequential {score}", "sequential Forget", f"mixed {score}", "Δ"]
     return Table("table2", "Table 2: ablations", "Without BAD, DOG or both, and the control that "
-                 "regroups at random. Δ: what the three scores lose together against BADIT, empty "
+                 "regroups at random. Δ: total loss of the three scores against BADIT, empty "
                  "unless all three are there.", header, rows)
 
 
@@ -262,11 +262,11 @@ def regroupings(records):
         "inside, after": chosen("intra_after"), "moved": chosen("moved"),
         "drift": chosen("regroup_drift")})
     rows = [[*row[:-1], row[-1]._replace(digits=4)] for row in rows if row[-1].values]
-    return Table("regroupings", "Regroupings", "Means over layers and regroupings. Degrees between "
-                 "the gradients of components inside an expert and between experts: before, under "
-                 "groups that earlier gradients chose, and without a run's first, where all have "
-                 "the initial groups; after, under those that these gradients chose. Components "
-                 "that change their expert, and the relative change of a layer's output (drift).",
+    return Table("regroupings", "Regroupings", "Means over layers and regroupings. Angles "
+                 "(degrees) between component gradients, inside and between experts. Before: under "
+                 "the groups of the previous regrouping, so a run's first is left out. After: "
+                 "under the groups from these gradients. Components that change their expert, and "
+                 "the relative change of a layer's output (drift).",
                  header, rows)
 
 

@@ -90,7 +90,8 @@ def rate_figure(found):
                        markerfacecolor="none")
         model, setting, steps = panel
         place.set(title=f"{model}, {setting}, {steps} steps a task", xscale="log", yscale="log",
-                  xlabel="peak learning rate", ylabel="loss of held-out rows, nats per token\n(geometric mean over tasks)")
+                  xlabel="peak learning rate",
+                  ylabel="loss of held-out rows, nats per token\n(geometric mean over tasks)")
         figures.label_values(place.xaxis, set().union(*mine.values()))
         place.yaxis.set_major_formatter("{x:g}")
         place.yaxis.set_minor_formatter("{x:g}")
