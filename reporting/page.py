@@ -52,12 +52,12 @@ def image(figure):
 def scores(record):
     """Yield the scores of each task against both references, and their means."""
     results, final = record.results, {key: record.final(key) for key in ("best", "first")}
-    before = results["scores"]["best"][0] if results["args"]["eval_before"] else None
+    before = results["args"]["eval_before"] and dict(
+        zip(record.order, results["scores"]["best"][0], strict=True))
     for task, about in record.tasks.items():
-        first = before and before[record.order.index(task)]
-        yield (task, about["category"], about["metric"], first, final["best"][task],
-               final["first"][task])
-    yield ("mean", "", "", before and metrics.mean(before),
+        yield (task, about["category"], about["metric"], before[task] if before else None,
+               final["best"][task], final["first"][task])
+    yield ("mean", "", "", metrics.mean(map(before.get, record.tasks)) if before else None,
            *(metrics.mean(final[key].values()) for key in ("best", "first")))
 
 

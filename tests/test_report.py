@@ -24,7 +24,7 @@ import report
 from grouping import component_gram, gradient_angles, grouping_from_gram
 from inputs.suites import SUPERNI
 from registry import METHODS, variant_of
-from reporting import figures, runs, study_report, tables, tuning, verdicts
+from reporting import figures, page, runs, study_report, tables, tuning, verdicts
 
 GONE = object()
 
@@ -320,6 +320,12 @@ def test_a_task_of_unlearnable_rows_is_not_counted(study, tmp_path, monkeypatch)
     text = (tmp_path / "out" / "report.md").read_text()
     assert "No number counts say_both" in text and "| say_both |" not in text
     assert report.main([str(study / "lora-sequential-1")]) == 0
+    before = [10.0 * (task != "say_both") for task in record.order]
+    change(study / "lora-sequential-1", lambda content: (
+        content["args"].update(eval_before=True),
+        [matrix.insert(0, before) for matrix in content["scores"].values()]))
+    *_, mean = page.scores(runs.read(study / "lora-sequential-1"))
+    assert mean[3] == 10.0
 
 
 def give_losses(run, matrix):
@@ -395,6 +401,10 @@ def test_verdicts_take_the_best_baseline_on_the_same_seeds(study):
         give_losses(study / f"matched-{seed}", [[9.0] * 3] * 3)
     idle = runs.collect([study])[0]
     assert [verdict.against for verdict in verdicts.verdicts(idle)] == ["lora"] * 2
+    # The best of two beats BADIT: its p counts twice. Alone it counts once.
+    matched = [run for run in records if run.variant != "lora"]
+    (two, _), (one, _) = verdicts.verdicts(records), verdicts.verdicts(matched)
+    assert two.interval.mean > 0 and two.interval.p == min(1, 2 * one.interval.p)
     fewer = [record for record in records if record.folder.name != "matched-2"]
     assert [verdict.against for verdict in verdicts.verdicts(fewer)] == ["lora"] * 2
     assert not verdicts.verdicts([run for run in records if run.variant == "badit"])
@@ -541,6 +551,17 @@ def test_table3_is_relative_to_loramoe(study):
     assert rows["badit",]["relative"].values == pytest.approx([1.25])
     assert rows["loramoe",]["relative"].values == (1.0,)
     assert set(rows) == {("badit",), ("loramoe",)}  # lora has no run with seed 3
+    for name, seconds in (("loramoe", 20.0), ("badit", 30.0)):  # another machine, another row
+        shutil.copytree(study / f"{name}-mixed-3", study / f"{name}-mixed-4")
+        set_flags(study / f"{name}-mixed-4", seed=4)
+        put(study / f"{name}-mixed-4", "run.device", "other")
+        put(study / f"{name}-mixed-4", "run.seconds", {"train": seconds})
+    made = tables.table3(runs.collect([study])[0], json.loads(tables.PAPER.read_text()))
+    assert [(row[1], row[2] == "other", row[3].values) for row in made.rows] == [
+        ("loramoe", False, (1.0,)), ("loramoe", True, (1.0,)),
+        ("badit", False, (1.25,)), ("badit", True, (1.5,))]
+    for name in ("loramoe", "badit"):
+        shutil.rmtree(study / f"{name}-mixed-4")
     put(study / "badit-mixed-3", "run.threads", 64)
     _, rows = table(study, "table3")
     assert set(rows) == {("loramoe",)}
@@ -751,8 +772,11 @@ def test_one_run(folder, tmp_path, capsys, name, pictures):
         assert task in text and task in out
 
 
-def test_one_run_with_forward(folder, tmp_path, capsys):
-    """From single-task runs of the same method and seed; others are refused."""
+def test_one_run_with_forward(folder, tmp_path, capsys, monkeypatch):
+    """From single-task runs of the same method and seed; others are refused.
+
+    A task that is not counted needs none.
+    """
     shutil.copytree(folder, tmp_path / "study")
     run, single = (tmp_path / "study" / name for name in ("badit-sequential-1", "single"))
     matrix = results_of(run)["scores"]["best"]
@@ -763,6 +787,15 @@ def test_one_run_with_forward(folder, tmp_path, capsys):
     assert f"\nforward: {forward:.2f}\n" in capsys.readouterr().out
     assert "there is none on which_is, colour_name" in refused(capsys, run, single / "say_both")
     assert "none on" in refused(capsys, tmp_path / "study" / "lora-mixed-1", single)
+    monkeypatch.setattr(runs, "UNLEARNABLE", {"bad"})
+    for folder_of in all_runs(tmp_path / "study"):
+        if "say_both" in results_of(folder_of)["tasks"]:
+            put(folder_of, "tasks.say_both.sha256", "bad")
+    shutil.rmtree(single / "say_both")
+    forward = statistics.fmean(matrix[i][i] - alone[task] for i, task in
+                               enumerate(results_of(run)["task_order"]) if task != "say_both")
+    assert report.main([str(run), str(single)]) == 0
+    assert f"\nforward: {forward:.2f}\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("damage", [
