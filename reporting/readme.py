@@ -24,17 +24,43 @@ def update(file, studies):
 def claims_table(studies):
     """Return the table as Markdown: a row a claim, a column each study and setting with one.
 
-    Holm's correction is over all cells of the table.
+    The first column of numbers is the mean over the others, of those with most seeds, with equal
+    weights. Holm's correction is over this column, and apart from it over all other cells.
     """
-    found = {(verdict.claim, path, verdict.model, verdict.setting): verdict
-             for path, records in studies.items()
-             for verdict in verdicts.verdicts(records, verdicts.README)}
-    found = dict(zip(found, verdicts.corrected(list(found.values())), strict=True))
-    models = dict.fromkeys(model for _, _, model, _ in found)
-    columns = {column: f"{(path.parent if path.is_file() else path).resolve().name}, {setting}"
-               + f", {model}" * (len(models) > 1)
-               for path in studies for model in models for setting in ("mixed", "sequential")
-               if (column := (path, model, setting)) in {key[1:] for key in found}}
-    return markdown_table(["claim", *columns.values()], [
-        [claim.text, *(found[claim, *column].brief() if (claim, *column) in found else "not run"
-                       for column in columns)] for claim in verdicts.README])
+    places = [place for path, records in studies.items()
+              for place in verdicts.places(records, study=path)]
+    cells = {(claim, number): verdict for claim in verdicts.README
+             for number, place in enumerate(places) for verdict in verdicts.judge(claim, [place])}
+    cells = dict(zip(cells, verdicts.corrected(list(cells.values())), strict=True))
+    whole = {claim: verdict for claim in verdicts.README
+             for verdict in verdicts.judge(claim, complete(claim, cells, places))}
+    whole = dict(zip(whole, verdicts.corrected(list(whole.values())), strict=True))
+    shown = [number for number in range(len(places)) if number in {key[1] for key in cells}]
+    rows = [[claim.text, overall(whole.get(claim)), *(
+        cells[claim, number].brief() if (claim, number) in cells else "not run"
+        for number in shown)] for claim in verdicts.README]
+    several = len({places[number].model for number in shown}) > 1
+    return markdown_table(["claim", "all", *(title(places[number], several) for number in shown)],
+                          rows)
+
+
+def complete(claim, cells, places):
+    """Return the places whose cell of a claim has as many seeds as any."""
+    seeds = {number: verdict.seeds for (other, number), verdict in cells.items() if other == claim}
+    return [places[number] for number in seeds if seeds[number] == max(seeds.values())]
+
+
+def overall(verdict):
+    """Return the verdict over all columns, with its numbers of seeds and columns."""
+    if verdict is None:
+        return "not run"
+    word = "" if verdict.brief().startswith("**") else f"{verdict.word()}: "
+    columns = f"{verdict.places} column{'s' * (verdict.places > 1)}"
+    return f"{word}{verdict.brief()}; {columns}, {verdicts.seeds(verdict.seeds)}"
+
+
+def title(place, several):
+    """Return the heading of a column, with the model if there are several."""
+    path = place.study
+    name = (path.parent if path.is_file() else path).resolve().name
+    return f"{name}, {place.setting}" + f", {place.model}" * several

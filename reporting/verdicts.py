@@ -7,6 +7,7 @@ task outweighs the others.
 
 import math
 import statistics
+from collections import defaultdict
 from typing import NamedTuple
 
 import numpy as np
@@ -48,6 +49,9 @@ ENERGY_HALF = Claim("routing by energy is better than PiSSA of half the rank", "
                     ("half",))
 ENERGY_BEST = Claim("routing by energy is better than the best baseline", "badit-energy",
                     BASELINES)
+ENERGY_BADIT = Claim("routing by energy is better than BADIT", "badit-energy", ("badit",))
+ENERGY_DOG = Claim("under routing by energy DOG is better than regrouping at random",
+                   "badit-energy", ("badit-energy-random",))
 
 PAPER = (
     BEST,
@@ -59,18 +63,17 @@ PAPER = (
 BEYOND = (
     HALF,
     ENERGY_HALF,
-    Claim("routing by energy is better than BADIT", "badit-energy", ("badit",)),
+    ENERGY_BADIT,
     ENERGY_BEST,
     Claim("routing by energy forgets less than BADIT", "badit-energy", ("badit",), forgets=True),
     Claim("routing by energy forgets less than the best baseline", "badit-energy", BASELINES,
           forgets=True),
-    Claim("under routing by energy DOG is better than regrouping at random", "badit-energy",
-          ("badit-energy-random",)),
+    ENERGY_DOG,
     Claim("under routing by energy DOG is better than none", "badit-energy",
           ("badit-energy-no_dog",)),
     Claim("one learnt weight an expert (static) is better than BADIT", "badit-static", ("badit",)),
 )
-README = (BEST, HALF, DOG, BAD, ENERGY_BEST, ENERGY_HALF)
+README = (BEST, HALF, DOG, BAD, ENERGY_BEST, ENERGY_HALF, ENERGY_BADIT, ENERGY_DOG)
 
 
 # --- intervals ----------------------------------------------------------------------------------
@@ -85,26 +88,31 @@ class Interval(NamedTuple):
     p: float
 
 
-def paired_bootstrap(pairs, measure=np.asarray, resamples=RESAMPLES):
+def paired_bootstrap(studies, measure=np.asarray, resamples=RESAMPLES):
     """Return the Interval of a difference between two methods by Student's t over seeds.
 
-    `pairs` {task: (ours, theirs)}, each an array (seeds, items) for the same seeds and items. The
-    statistic is the mean over tasks and seeds of measure(mean over items), ours minus theirs.
-    Its standard error is that of a bootstrap: seeds are drawn with replacement once for all tasks,
-    items within each task once for all seeds. Its percentiles would be too narrow: on five seeds
-    without a difference, one interval in six would leave 0 out. One seed has none, and p is 1.
+    `studies` is a list of {task: (ours, theirs)}, each an array (settings, seeds, items) for the
+    same seeds and items; all settings of all studies have the same weight. The statistic is the
+    mean over settings, tasks and seeds of measure(mean over items), ours minus theirs.
+    Its standard error is that of a bootstrap: seeds are drawn with replacement once for everything,
+    items within each task once for all settings and seeds. Its percentiles would be too narrow: on
+    five seeds without a difference, one interval in six would leave 0 out. One seed has none, and
+    p is 1.
     """
     generator = np.random.default_rng(0)
-    seeds = len(next(iter(pairs.values()))[0])
+    shapes = [next(iter(pairs.values()))[0].shape for pairs in studies]
+    settings, seeds = sum(shape[0] for shape in shapes), shapes[0][1]
     weight_s = generator.multinomial(seeds, np.full(seeds, 1 / seeds), resamples) / seeds  # (R, S)
     total, mean = np.zeros(resamples), 0.0
-    for ours, theirs in pairs.values():
-        items = ours.shape[1]
-        weight_i = generator.multinomial(items, np.full(items, 1 / items), resamples) / items
-        drawn = measure(ours @ weight_i.T) - measure(theirs @ weight_i.T)  # (S, R)
-        total += (weight_s.T * drawn).sum(0)
-        mean += float((measure(ours.mean(1)) - measure(theirs.mean(1))).mean())
-    mean, total = mean / len(pairs), total / len(pairs)
+    for pairs in studies:
+        for ours, theirs in pairs.values():
+            items = ours.shape[2]
+            weight_i = generator.multinomial(items, np.full(items, 1 / items), resamples) / items
+            drawn = measure(ours @ weight_i.T) - measure(theirs @ weight_i.T)  # (settings, S, R)
+            total += (weight_s.T * drawn.sum(0)).sum(0) / len(pairs)
+            by_seed = measure(ours.mean(2)) - measure(theirs.mean(2))  # (settings, S)
+            mean += float(by_seed.mean(1).sum()) / len(pairs)
+    mean, total = mean / settings, total / settings
     if seeds == 1:
         return Interval(mean, -math.inf, math.inf, 1.0)
     error = float(total.std()) * math.sqrt(seeds / (seeds - 1))  # drawing with replacement: too low
@@ -140,6 +148,7 @@ class Verdict(NamedTuple):
     spread: float  # standard deviation over seeds of the difference, 0 for one seed
     corrected: float = 1.0  # p after Holm's correction over `claims`
     claims: int = 1
+    places: int = 1  # studies, models and settings that it is a mean of
 
     def word(self):
         """Return shown, the reverse, not shown, or not judged."""
@@ -172,27 +181,40 @@ class Verdict(NamedTuple):
         return math.ceil((POWER * self.spread / TARGET) ** 2) + 2  # 2: Student's t is wider
 
     def brief(self):
-        """Return the verdict as the README's table shows it."""
+        """Return the difference as a table shows it, with the verdict if there is a difference."""
         mean, low, high, _ = self.interval
         rival = f" against {self.against}" if len(self.claim.theirs) > 1 else ""
         interval = f" ({low:+.2f} to {high:+.2f})" if self.seeds >= FEWEST else ""
-        return (f"{self.word()}: {mean:+.2f}{interval}{rival}, "
-                f"{seeds(self.seeds)}")
+        word = f"**{self.word()}** " if self.word() in ("shown", "the reverse") else ""
+        return f"{word}{mean:+.2f}{interval}{rival}"
 
 
 def seeds(number):
     return f"{number} seed{'s' * (number > 1)}"
 
 
+class Place(NamedTuple):
+    """The runs of one study with one model and setting that measured losses."""
+
+    study: object  # any name; the settings of one study have the same test items
+    model: str
+    setting: str
+    runs: dict  # {variant: {seed: Record}}
+
+
+def places(records, study=None):
+    """Return the Places of a study, sorted by model and setting."""
+    found = defaultdict(dict)
+    for (model, variant, setting), each in group_runs(records).items():
+        found[model, setting][variant] = {run.seed: run for run in each if run.losses()}
+    return [Place(study, *key, runs) for key, runs in sorted(found.items())]
+
+
 def verdicts(records, claims=PAPER + BEYOND):
     """Return a Verdict for each claim, model and setting whose runs measured losses for it."""
-    measured = {key: {run.seed: run for run in runs if run.losses()}
-                for key, runs in group_runs(records).items()}
-    return corrected([
-        verdict for claim in claims for (model, variant, setting), ours in measured.items()
-        if variant == VARIANTS[claim.ours] and ours
-        and (not claim.forgets or all(map(forgets, ours.values())))
-        for verdict in judge(claim, measured, model, setting, ours)])
+    where = places(records)
+    return corrected([verdict for claim in claims for place in where
+                      for verdict in judge(claim, [place])])
 
 
 def corrected(found):
@@ -203,40 +225,73 @@ def corrected(found):
             if verdict.seeds >= FEWEST else verdict for verdict in found]
 
 
-def judge(claim, measured, model, setting, ours):
-    """Return [the Verdict], or [] without a pair of runs; rivals with fewer seeds are no rivals."""
-    pairs = {}
+def judge(claim, places):
+    """Return [the Verdict] over places of equal weight, or [] without a pair of runs.
+
+    Only seeds that ran in all places count. Rivals with fewer seeds or places are no rivals.
+    """
+    pairs = {}  # {rival: {place: [(our run, their run), one a seed]}}
     for name in claim.theirs:
-        theirs = measured.get((model, VARIANTS.get(name, name), setting), {})
-        both = sorted(ours.keys() & theirs.keys())
-        if both:
-            pairs[name] = [(ours[seed], theirs[seed]) for seed in both]
+        both = {}  # {place: (our runs, their runs)}
+        for number, place in enumerate(places):
+            ours, theirs = (place.runs.get(VARIANTS[side], {}) for side in (claim.ours, name))
+            if ours.keys() & theirs.keys() and (
+                    not claim.forgets or all(map(forgets, ours.values()))):
+                both[number] = ours, theirs
+        everywhere = [ours.keys() & theirs.keys() for ours, theirs in both.values()]
+        common = sorted(set.intersection(*everywhere)) if everywhere else ()
+        if common:
+            pairs[name] = {number: [(ours[seed], theirs[seed]) for seed in common]
+                           for number, (ours, theirs) in both.items()}
     if not pairs:
         return []
-    most = max(map(len, pairs.values()))
-    best = min((name for name in pairs if len(pairs[name]) == most),
-               key=lambda name: metrics.mean(log_loss(run) for _, run in pairs[name]))
+    counts = {name: sum(map(len, found.values())) for name, found in pairs.items()}
+    best = min((name for name in pairs if counts[name] == max(counts.values())),
+               key=lambda name: metrics.mean(log_loss(run) for found in pairs[name].values()
+                                             for _, run in found))
     rivals, pairs = len(pairs), pairs[best]
-    if claim.forgets:  # the rises of the tasks are drawn as items are
-        compared = {"": tuple(np.array([rises(pair[side]) for pair in pairs]) for side in (0, 1))}
-        interval = paired_bootstrap(compared)
-        by_task = compared[""][0] - compared[""][1]  # (seeds, tasks)
-        by_seed, median, nats = by_task.mean(1), np.median(by_task.mean(0)), interval.mean
+    if claim.forgets:
+        (only,) = pairs.values()
+        interval, by_seed, median, nats = compare_forgetting(only)
     else:
-        compared = {task: tuple(np.array([answer_losses(run, task) for run in side])
-                                for side in zip(*pairs, strict=True)) for task in pairs[0][0].tasks}
-        interval = paired_bootstrap(compared, log)
-        by_seed = [log_loss(mine) - log_loss(theirs) for mine, theirs in pairs]
-        median = statistics.median((log(mine.mean(1)) - log(theirs.mean(1))).mean()
-                                   for mine, theirs in compared.values())
-        nats = metrics.mean(metrics.mean(mine.final_losses().values())
-                            - metrics.mean(theirs.final_losses().values())
-                            for mine, theirs in pairs)
+        studies = defaultdict(list)
+        for number, found in pairs.items():
+            studies[places[number].study].append(found)
+        interval, by_seed, median, nats = compare_losses(studies.values())
     if interval.mean > 0:  # the rival was chosen on these runs, which favours it
         interval = interval._replace(p=min(1.0, rivals * interval.p))
-    return [Verdict(claim, model, setting, best, interval, most,
-                    sum(value < 0 for value in by_seed), float(median), nats,
-                    statistics.stdev(map(float, by_seed)) if most > 1 else 0.0)]
+    first = places[next(iter(pairs))]
+    return [Verdict(claim, first.model, first.setting, best, interval, len(by_seed),
+                    sum(value < 0 for value in by_seed), median, nats,
+                    statistics.stdev(by_seed) if len(by_seed) > 1 else 0.0, places=len(pairs))]
+
+
+def compare_losses(studies):
+    """Compare the losses of pairs of runs; `studies` holds settings, a setting a list of pairs.
+
+    Returns (Interval, differences by seed, their median over tasks, difference of the plain means).
+    """
+    compared = [{task: tuple(np.array([[answer_losses(pair[side], task) for pair in pairs]
+                                       for pairs in settings]) for side in (0, 1))
+                 for task in settings[0][0][0].tasks} for settings in studies]
+    by_task = [log(ours.mean(2)) - log(theirs.mean(2))
+               for study in compared for ours, theirs in study.values()]  # (settings, seeds) each
+    everything = [pairs for settings in studies for pairs in settings]
+    by_seed = np.mean([[log_loss(mine) - log_loss(theirs) for mine, theirs in pairs]
+                       for pairs in everything], axis=0)
+    nats = metrics.mean(metrics.mean(mine.final_losses().values())
+                        - metrics.mean(theirs.final_losses().values())
+                        for pairs in everything for mine, theirs in pairs)
+    return (paired_bootstrap(compared, log), by_seed.tolist(),
+            statistics.median(float(each.mean()) for each in by_task), nats)
+
+
+def compare_forgetting(pairs):
+    """Compare how much runs forget; returns what compare_losses does, all in nats."""
+    ours, theirs = (np.array([rises(pair[side]) for pair in pairs]) for side in (0, 1))
+    by_task = ours - theirs  # (seeds, tasks)
+    interval = paired_bootstrap([{"": (ours[None], theirs[None])}])  # tasks are drawn as items are
+    return (interval, by_task.mean(1).tolist(), float(np.median(by_task.mean(0))), interval.mean)
 
 
 def log(losses):

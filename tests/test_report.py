@@ -367,18 +367,21 @@ def test_verdicts(study):
 
 
 @pytest.mark.parametrize("interval, corrected, seeds, said, cell", [
-    ((-0.4, -0.5, -0.2, 0.01), 0.02, 5, "**shown** (against lora -0.400", "shown"),
-    ((0.1, 0.05, 0.2, 0.01), 0.02, 7, "**the reverse** (against lora +0.100", "the reverse"),
+    ((-0.4, -0.5, -0.2, 0.01), 0.02, 5, "**shown** (against lora -0.400",
+     "**shown** -0.40 (-0.50 to -0.20) against lora"),
+    ((0.1, 0.05, 0.2, 0.01), 0.02, 7, "**the reverse** (against lora +0.100",
+     "**the reverse** +0.10 (+0.05 to +0.20) against lora"),
     ((0.1, -0.31, 0.2, 0.5), 1, 7, "**not shown**: the interval allows up to 0.310; to show "
-     "0.05 takes about 34 seeds", "not shown"),
-    ((0.1, 0.05, 0.2, 0.03), 0.09, 7, "excludes 0, but not after correction for 3", "not shown"),
+     "0.05 takes about 34 seeds", "+0.10 (-0.31 to +0.20) against lora"),
+    ((0.1, 0.05, 0.2, 0.03), 0.09, 7, "excludes 0, but not after correction for 3",
+     "+0.10 (+0.05 to +0.20) against lora"),
     ((0.1, -math.inf, math.inf, 1), 1, 1, "**not judged**: one seed (against lora +0.100, no "
-     "interval;", "not judged")])
+     "interval;", "+0.10 against lora")])
 def test_what_a_verdict_says(interval, corrected, seeds, said, cell):
     """Nothing is called shown without Holm's correction, and nothing on one seed."""
     verdict = verdicts.Verdict(verdicts.BEST, "m", "mixed", "lora", verdicts.Interval(*interval),
                                seeds, 1, 0.0, 0.0, 0.1, corrected, 3)
-    assert said in verdict.sentence() and verdict.brief().startswith(f"{cell}: ")
+    assert said in verdict.sentence() and verdict.brief() == cell
 
 
 def test_holm():
@@ -597,36 +600,46 @@ def test_forms_of_a_table(study):
 
 def test_an_interval_of_seeds_is_students():
     """Of one item a task: scipy's t-test of the differences by seed; of one seed there is none."""
-    ours, theirs = np.random.default_rng(0).normal(size=(2, 5, 1))
-    found = verdicts.paired_bootstrap({"": (ours, theirs)})
-    wanted = stats.ttest_rel(ours[:, 0], theirs[:, 0])
+    ours, theirs = np.random.default_rng(0).normal(size=(2, 1, 5, 1))
+    found = verdicts.paired_bootstrap([{"": (ours, theirs)}])
+    wanted = stats.ttest_rel(ours[0, :, 0], theirs[0, :, 0])
     assert found.p == pytest.approx(wanted.pvalue, rel=0.05)
     assert found[1:3] == pytest.approx(tuple(wanted.confidence_interval()), rel=0.02)
-    assert verdicts.paired_bootstrap({"": (ours[:1], theirs[:1])})[1:] == (-math.inf, math.inf, 1.0)
-    assert verdicts.paired_bootstrap({"": (ours, ours)})[1:] == (0, 0, 1)
+    one = verdicts.paired_bootstrap([{"": (ours[:, :1], theirs[:, :1])}])
+    assert one[1:] == (-math.inf, math.inf, 1.0)
+    assert verdicts.paired_bootstrap([{"": (ours, ours)}])[1:] == (0, 0, 1)
 
 
 @pytest.mark.parametrize("measure", [np.asarray, np.log], ids=["mean", "log"])
 def test_bootstrap_against_loops(measure):
-    """The standard error of the same resampling, one draw after the other; the mean is exact."""
+    """The standard error of the same resampling, one draw after the other; the mean is exact.
+
+    One study of two tasks in two settings, which share their items, and one of a single task.
+    """
     generator = np.random.default_rng(1)
-    pairs = {name: tuple(generator.gamma(4, 1, (4, items)) for _ in range(2))
-             for name, items in (("a", 6), ("b", 9))}
-    found = verdicts.paired_bootstrap(pairs, measure, 20_000)
-    draws = []
-    for _ in range(20_000):
-        seeds = generator.integers(0, 4, 4)
-        drawn = [[measure(each[seeds][:, items].mean(1)).mean() for each in pair]
-                 for pair in pairs.values()
-                 for items in [generator.integers(0, pair[0].shape[1], pair[0].shape[1])]]
-        draws.append(np.mean([ours - theirs for ours, theirs in drawn]))
-    assert found.mean == pytest.approx(np.mean([
-        (measure(ours.mean(1)) - measure(theirs.mean(1))).mean()
-        for ours, theirs in pairs.values()]))
-    error = np.std(draws) * math.sqrt(4 / 3)
-    assert (found.high - found.mean) / 3.1824 == pytest.approx(error, rel=0.03)  # t of 3, 97.5 %
+    shapes = ({"a": (2, 4, 6), "b": (2, 4, 9)}, {"a": (1, 4, 5)})
+    studies = [{name: tuple(generator.gamma(4, 1, shape) for _ in range(2))
+                for name, shape in tasks.items()} for tasks in shapes]
+
+    def statistic(seeds, draw):
+        settings = []
+        for study in studies:
+            items = {name: draw(ours.shape[2]) for name, (ours, _) in study.items()}
+            for i in range(len(study["a"][0])):
+                settings.append(np.mean([
+                    measure(side[i][seeds][:, items[name]].mean(1)).mean() * sign
+                    for name, sides in study.items()
+                    for side, sign in zip(sides, (2, -2), strict=True)]))
+        return np.mean(settings)
+
+    found = verdicts.paired_bootstrap(studies, measure, 20_000)
+    assert found.mean == pytest.approx(statistic(np.arange(4), np.arange))
+    error = math.sqrt(4 / 3) * np.std([
+        statistic(generator.integers(0, 4, 4), lambda n: generator.integers(0, n, n))
+        for _ in range(5_000)])
+    assert (found.high - found.mean) / 3.1824 == pytest.approx(error, rel=0.04)  # t of 3, 97.5 %
     assert found.p == pytest.approx(2 * stats.t.sf(abs(found.mean) / error, 3), abs=0.02)
-    assert verdicts.paired_bootstrap(pairs, measure, 20_000) == found
+    assert verdicts.paired_bootstrap(studies, measure, 20_000) == found
 
 
 # --- whole reports ------------------------------------------------------------------------------
@@ -913,16 +926,24 @@ def test_a_table_of_claims(study, tmp_path, capsys):
     assert report.main([str(study), "--readme", str(file)]) == 0
     first, start, head, _, *rows, end, last = file.read_text().splitlines()
     assert (first, start, end, last) == ("above", "<!-- results -->", "<!-- /results -->", "below")
-    assert head == "| claim | study, sequential |" and len(rows) == 6
+    assert head == "| claim | all | study, sequential |" and len(rows) == 8
     assert rows[0].startswith("| BADIT is better than the best baseline | not shown: -0.")
-    assert rows[0].endswith(" against lora, 2 seeds |")
-    assert all(row.endswith("| not run |") for row in rows[1:])
-    for run in all_runs(study):  # a second model has a column of its own
+    assert "against lora; 1 column, 2 seeds | -0." in rows[0]
+    assert all(row.endswith(" | not run | not run |") for row in rows[1:])
+    for run in all_runs(study):  # a second model has a column of its own, where all is lower
         shutil.copytree(run, study / "other" / run.name)
         set_flags(study / "other" / run.name, model="other")
+    for (method, seed), (matrix, _) in TAKEN.items():
+        factor = 0.9 if method == "badit" else 1
+        give_losses(study / "other" / f"{method}-sequential-{seed}",
+                    [[factor * loss for loss in row] for row in matrix])
     assert report.main([str(study), "--readme", str(file)]) == 0
     _, _, head, _, row, *_ = file.read_text().splitlines()
-    assert head.count("study, sequential, ") == 2 and row.count("against lora, 2 seeds") == 2
+    assert head.count("study, sequential, ") == 2 and "2 columns, 2 seeds" in row
+    whole, one, other = (float(cell.removeprefix(" not shown: ").split()[0])
+                         for cell in row.split("|")[2:-1])
+    assert other == pytest.approx(one + math.log(0.9), abs=0.01)
+    assert whole == pytest.approx((one + other) / 2, abs=0.01)
     capsys.readouterr()
     file.write_text("no markers")
     assert "<!-- results -->" in refused(capsys, study, "--readme", file)
