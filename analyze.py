@@ -8,7 +8,6 @@
 Writes analysis.json, analysis.md and figures/ into --out. docs/analyses.md explains every number.
 """
 
-import argparse
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -16,9 +15,9 @@ from typing import Annotated
 from msgspec import Meta
 
 from analysis.mmlu import FAMILY
-from inputs.errors import InputError, error_lines, one_line
+from inputs.errors import InputError, exit_status, one_line
 from inputs.numbers import Positive, PositiveInt, Seed
-from inputs.settings import REQUIRED, Flag, Parser, add_flags
+from inputs.settings import REQUIRED, Flag, add_flags, program_parser
 from inputs.suites import NAMED
 from registry import EMBEDDED, MODELS
 
@@ -69,11 +68,10 @@ COMMANDS = {  # command: (help, flags)
 
 
 def build_parser():
-    parser = Parser(prog="analyze.py", allow_abbrev=False, description=__doc__,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = program_parser("analyze.py", __doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     for command, (text, flags) in COMMANDS.items():
-        add_flags(commands.add_parser(command, help=text, allow_abbrev=False, description=text),
+        add_flags(commands.add_parser(command, help=text, description=text),
                   (*COMMON, *flags))
     return parser
 
@@ -93,26 +91,26 @@ def parse_flags(argv):
     return args
 
 
+def analyse(argv):
+    """Carry out the command in `argv`, and write its result. Raises InputError."""
+    args = parse_flags(argv)
+    # Imported late: torch takes seconds, which --help and wrong flags should not wait for.
+    from analysis import gradients, routing, session, units
+    session.check_folder(args.out)
+    {"sharing": units.run, "experts": routing.run_experts, "mmlu": routing.run_mmlu,
+     "conflict": gradients.run}[args.command](args)
+    from analysis import report  # imported late: matplotlib takes a second
+    report.write(args.out)
+    print(one_line(f"{args.out / 'analysis.md'}"))
+
+
 def main(argv=None):
     """Run with the flags `argv`; return 0, 2 for bad input, or 130 after Ctrl-C."""
-    argv = sys.argv[1:] if argv is None else list(argv)
     try:
-        args = parse_flags(argv)
-        # Imported late: torch takes seconds, which --help and wrong flags should not wait for.
-        from analysis import gradients, routing, session, units
-        session.check_folder(args.out)
-        {"sharing": units.run, "experts": routing.run_experts, "mmlu": routing.run_mmlu,
-         "conflict": gradients.run}[args.command](args)
-        from analysis import report  # imported late: matplotlib takes a second
-        report.write(args.out)
-        print(one_line(f"{args.out / 'analysis.md'}"))
-    except (InputError, OSError) as error:
-        print(error_lines(error), file=sys.stderr)
-        return 2
+        return exit_status(analyse, argv)
     except KeyboardInterrupt:
         print("stopped: no result was written", file=sys.stderr)
         return 130
-    return 0
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple
 import torch
 from tqdm import tqdm
 
-from inputs.errors import InputError, error_lines, library_errors, one_line
+from inputs.errors import InputError, exit_status, library_errors, one_line
 from inputs.numbers import stable_seed
 from inputs.settings import REQUIRED, Flag, Parser, add_flags
 from inputs.suites import NAMED, ORDERS, SUPERNI, suite_folder
@@ -496,26 +496,20 @@ def pad_left(sequences, pad_token_id):
 # --- the command line ---------------------------------------------------------------------------
 
 
-def main(argv=None):
+def carry_out(argv):
+    """Download, check or make the suite that the flags in `argv` name. Raises InputError."""
     from inputs import convert  # here, because a run needs none of it
 
-    parser = Parser(prog="data.py", allow_abbrev=False,
-                    description="Download, check or make suites of tasks.")
+    parser = Parser(prog="data.py", description="Download, check or make suites of tasks.")
     commands = parser.add_subparsers(dest="command", required=True)
     for name, text, flags in (
             ("download", "download a suite and check it", SUITE_FLAGS),
             ("verify", "check the files of a suite that is there", SUITE_FLAGS),
             ("convert", "make a suite of files in another layout", convert.FLAGS)):
-        add_flags(commands.add_parser(name, help=text, description=text, allow_abbrev=False), flags)
-    try:
-        args = parser.parse_args(argv)
-        lines = convert.convert(args) if args.command == "convert" else [fetch(args)]
-        for line in lines:
-            print(one_line(line))
-    except (InputError, OSError) as error:
-        print(error_lines(error), file=sys.stderr)
-        return 2
-    return 0
+        add_flags(commands.add_parser(name, help=text, description=text), flags)
+    args = parser.parse_args(argv)
+    for line in convert.convert(args) if args.command == "convert" else [fetch(args)]:
+        print(one_line(line))
 
 
 def fetch(args):
@@ -528,6 +522,10 @@ def fetch(args):
     counts = [sum(len(getattr(task, split)) for task in suite.tasks.values()) for split in SPLITS]
     return (f"{folder}: {len(suite.tasks)} tasks, {counts[0]} training and {counts[1]} test "
             "instances, all checksums right")
+
+
+def main(argv=None):
+    return exit_status(carry_out, argv)
 
 
 if __name__ == "__main__":

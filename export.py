@@ -13,11 +13,11 @@ figures.
 import sys
 from pathlib import Path
 
-from deploy.programs import MODEL, base_name, carry_out, parse
+from deploy.programs import MODEL, base_name, carry_out
 from harness.adapter_config import read_adapter_config
 from inputs.errors import InputError
 from inputs.numbers import NonNegative, PositiveInt
-from inputs.settings import REQUIRED, Flag
+from inputs.settings import REQUIRED, Flag, program_parser
 from inputs.suites import NAMED
 
 FLAGS = (
@@ -40,7 +40,7 @@ FLAGS = (
 
 def read_flags(argv):
     """Return the flags, checked. Raises InputError."""
-    args = parse("export.py", __doc__, FLAGS, argv)
+    args = program_parser("export.py", __doc__, FLAGS).parse_args(argv)
     config, _ = read_adapter_config(args.adapter)
     if args.data_dir is not None and args.suite is None:
         raise InputError("--data_dir has no effect without --suite")
@@ -54,14 +54,15 @@ def read_flags(argv):
     return args
 
 
-def execute(args):
+def execute(argv):
+    args = read_flags(argv)
     from deploy import exporting  # late: it loads torch, which --help does not need
     exporting.export(args)
 
 
 def main(argv=None):
     """Export -> exit status."""
-    return carry_out(argv, read_flags, execute)
+    return carry_out(argv, execute)
 
 
 if __name__ == "__main__":

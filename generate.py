@@ -12,10 +12,10 @@ and, optionally, `definition`. Decoding is greedy, as in an evaluation, unless -
 import sys
 from pathlib import Path
 
-from deploy.programs import MODEL, base_name, carry_out, newest_adapter, parse
+from deploy.programs import MODEL, base_name, carry_out, newest_adapter
 from inputs.errors import InputError, one_line
 from inputs.numbers import Fraction, Positive, PositiveInt, Seed
-from inputs.settings import Flag
+from inputs.settings import Flag, program_parser
 
 FLAGS = (
     Flag("prompt", str | None, None, "a prompt to answer", positional=True),
@@ -38,7 +38,7 @@ FLAGS = (
 
 def read_flags(argv):
     """Return the flags, checked. Raises InputError."""
-    args = parse("generate.py", __doc__, FLAGS, argv)
+    args = program_parser("generate.py", __doc__, FLAGS).parse_args(argv)
     if (args.prompt is not None) + (args.prompts is not None) + args.chat != 1:
         raise InputError("give one of: a prompt, --prompts FILE, --chat")
     if args.prompt is not None and not args.prompt.strip():
@@ -62,7 +62,8 @@ def read_flags(argv):
     return args
 
 
-def execute(args):
+def execute(argv):
+    args = read_flags(argv)
     from deploy import answers  # late: it loads torch, which --help does not need
     if args.chat:
         answers.chat(args)
@@ -74,7 +75,7 @@ def execute(args):
 
 def main(argv=None):
     """Answer -> exit status."""
-    return carry_out(argv, read_flags, execute)
+    return carry_out(argv, execute)
 
 
 if __name__ == "__main__":

@@ -11,15 +11,14 @@
 A run that is incomplete, of another version or of mixed settings is named and left out.
 """
 
-import argparse
 import sys
 from pathlib import Path
 from typing import Literal
 
 import metrics
-from inputs.errors import InputError, one_line
+from inputs.errors import InputError, exit_status, one_line
 from inputs.files import write_text
-from inputs.settings import REQUIRED, Flag, Parser, add_flags
+from inputs.settings import REQUIRED, Flag, program_parser
 from reporting import runs
 
 FLAGS = (
@@ -107,30 +106,27 @@ def write_study(args):
         print(one_line(f"{len(records)} runs, {len(left_out)} left out: {written}"))
 
 
+def report(argv):
+    """Do what the flags in `argv` ask for. Raises InputError."""
+    args = program_parser("report.py", __doc__, FLAGS).parse_args(argv)
+    outputs = args.out or args.export or args.unpack
+    if args.export and not args.export.name.endswith(runs.RECORDS):
+        raise InputError(f"--export {args.export}: the name must end with {runs.RECORDS}")
+    if args.readme and (outputs or args.tuning):
+        raise InputError("--readme takes no --out, --export, --unpack or --tuning")
+    if (args.tuning or args.allow_other) and not (outputs or args.readme):
+        raise InputError("--tuning and --allow_other need --out DIR, --export FILE, --unpack "
+                         "DIR or --readme FILE")
+    if args.readme:
+        write_readme(args)
+    elif outputs:
+        write_study(args)
+    else:
+        show_run(args.runs)
+
+
 def main(argv=None):
-    parser = Parser(prog="report.py", allow_abbrev=False, description=__doc__,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_flags(parser, FLAGS)
-    try:
-        args = parser.parse_args(argv)
-        outputs = args.out or args.export or args.unpack
-        if args.export and not args.export.name.endswith(runs.RECORDS):
-            raise InputError(f"--export {args.export}: the name must end with {runs.RECORDS}")
-        if args.readme and (outputs or args.tuning):
-            raise InputError("--readme takes no --out, --export, --unpack or --tuning")
-        if (args.tuning or args.allow_other) and not (outputs or args.readme):
-            raise InputError("--tuning and --allow_other need --out DIR, --export FILE, --unpack "
-                             "DIR or --readme FILE")
-        if args.readme:
-            write_readme(args)
-        elif outputs:
-            write_study(args)
-        else:
-            show_run(args.runs)
-    except (InputError, OSError) as error:
-        print(one_line(f"error: {error}"), file=sys.stderr)
-        return 2
-    return 0
+    return exit_status(report, argv)
 
 
 if __name__ == "__main__":

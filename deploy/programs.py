@@ -1,9 +1,8 @@
-"""Shared by generate.py and export.py: their parser, the newest adapter, how they end.
+"""Shared by generate.py and export.py: the newest adapter, its base model, how they end.
 
 Imports no torch, so that --help and wrong flags are answered at once.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -11,20 +10,12 @@ from harness import adapter_config
 from harness.adapter_config import ADAPTER_CONFIG, read_adapter_config
 from harness.arguments import refuse_odd_words
 from harness.signals import StopSignals
-from inputs.errors import InputError, error_lines, escape_output
-from inputs.settings import Flag, Parser, add_flags
+from inputs.errors import InputError, escape_output, exit_status
+from inputs.settings import Flag
 from registry import MODELS
 
 MODEL = Flag("model", str | None, None, "the base model, where the adapter names none or it has "
              f"moved: one of {', '.join(MODELS)}, or a checkpoint's folder")
-
-
-def parse(program, description, flags, argv):
-    """Return the flags in `argv`. Raises InputError."""
-    parser = Parser(prog=program, allow_abbrev=False, description=description,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_flags(parser, flags)
-    return parser.parse_args(argv)
 
 
 def newest_adapter(folder=Path("runs")):
@@ -46,20 +37,16 @@ def base_name(adapter, model):
     return model
 
 
-def carry_out(argv, read_flags, execute):
-    """Call execute(read_flags(argv)) -> exit status: 0; 2 after one line on bad input; 130.
+def carry_out(argv, execute):
+    """Call execute(argv) -> exit status: 0; 2 after one line on bad input; 130 if stopped.
 
     SIGTERM ends it as Ctrl-C does, so that temporary files are removed.
     """
+    argv = sys.argv[1:] if argv is None else argv
     escape_output()
     try:
-        refuse_odd_words(sys.argv[1:] if argv is None else argv)
         with StopSignals():
-            execute(read_flags(argv))
-        return 0
-    except (InputError, OSError) as error:
-        print(error_lines(error), file=sys.stderr)
-        return 2
+            return exit_status(refuse_odd_words, argv) or exit_status(execute, argv)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130

@@ -174,7 +174,7 @@ TRAINING_FLAGS, STUDY_FLAGS = names(only_training=True), names(set_by_study=True
 @functools.cache
 def build_parser():
     """Return the parser of all flags, with the paper's defaults (Appendix G.4)."""
-    parser = Parser(prog="train.py", allow_abbrev=False,
+    parser = Parser(prog="train.py",
                     description="Train and evaluate a method on a suite of tasks.",
                     epilog="Precision and processes come from `accelerate launch`, for example "
                            "`accelerate launch --mixed_precision bf16 train.py --method badit`.")

@@ -38,6 +38,15 @@ def error_lines(error):
     return "\n".join(map(one_line, (f"error: {error}", *getattr(error, "example", ()))))
 
 
+def exit_status(function, *args):
+    """Return what function(*args) returns (None: 0), or 2 after one line on bad input."""
+    try:
+        return function(*args) or 0
+    except (InputError, OSError) as error:
+        print(error_lines(error), file=sys.stderr)
+        return 2
+
+
 @contextlib.contextmanager
 def library_errors(what, advice=""):
     """Turn any error of a library into an InputError: what, the reason, advice."""

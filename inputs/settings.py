@@ -83,6 +83,9 @@ class Settings:
 class Parser(argparse.ArgumentParser):
     """A parser that raises InputError, and names what an unknown flag or choice may have meant."""
 
+    def __init__(self, **options):
+        super().__init__(allow_abbrev=False, **options)
+
     def parse_args(self, args=None, namespace=None):
         namespace, unknown = self.parse_known_args(args, namespace)
         if unknown:
@@ -163,6 +166,14 @@ def add_flags(parser, flags, group=None):
     parser = parser.add_argument_group(group) if group else parser
     for flag in flags:
         _add_flag(parser, flag)
+
+
+def program_parser(program, description, flags=()):
+    """Return the parser of a program whose --help shows `description` line by line."""
+    parser = Parser(prog=program, description=description,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_flags(parser, flags)
+    return parser
 
 
 def _add_flag(parser, flag):

@@ -29,7 +29,7 @@ import data  # noqa: E402
 import grouping  # noqa: E402
 import models  # noqa: E402
 from harness import launch  # noqa: E402
-from inputs.errors import InputError, error_lines  # noqa: E402
+from inputs.errors import InputError, exit_status  # noqa: E402
 from inputs.numbers import PositiveInt, from_text  # noqa: E402
 from method import Method, Stage  # noqa: E402
 from registry import METHODS, method_class  # noqa: E402
@@ -211,7 +211,8 @@ def machine(options, onednn):
     return ", ".join(f"{key} {value}" for key, value in known.items())
 
 
-def main(argv=None):
+def benchmark(argv):
+    """Print the table that the flags in `argv` ask for. Raises InputError."""
     parser = argparse.ArgumentParser(prog="benchmark.py", description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add, count = parser.add_argument, from_text(PositiveInt)
@@ -229,13 +230,12 @@ def main(argv=None):
     torch.set_num_threads(options.threads)
     launch.avoid_cudnn_attention()  # as train.py
     onednn = not cuda and launch.use_onednn()
-    try:
-        rows = [row for name in options.only for row in SECTIONS[name](options)]
-    except (InputError, OSError) as error:
-        print(error_lines(error), file=sys.stderr)
-        return 2
+    rows = [row for name in options.only for row in SECTIONS[name](options)]
     print(markdown(rows), machine(options, onednn), sep="\n\n")
-    return 0
+
+
+def main(argv=None):
+    return exit_status(benchmark, argv)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ tensors, which have shapes and no values. Only bytes of tensors are counted, not
 allocators need besides.
 """
 
-import argparse
 import sys
 import weakref
 from pathlib import Path
@@ -25,8 +24,8 @@ import data  # noqa: E402
 import models  # noqa: E402
 from harness import arguments  # noqa: E402
 from harness.sharding import shared_tensors  # noqa: E402
-from inputs.errors import InputError, error_lines  # noqa: E402
-from inputs.settings import Flag, Parser, add_flags  # noqa: E402
+from inputs.errors import InputError, exit_status  # noqa: E402
+from inputs.settings import Flag, program_parser  # noqa: E402
 from method import find_blocks  # noqa: E402
 from quantized import check_experts, quantise  # noqa: E402
 from registry import METHODS, method_class  # noqa: E402
@@ -220,9 +219,7 @@ def lines(args, dtype):
 
 def parse_flags(argv):
     """Return the flags in `argv`. Raises InputError for one that the method ignores."""
-    parser = Parser(prog="scripts/plan.py", allow_abbrev=False, description=__doc__,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_flags(parser, FLAGS)
+    parser = program_parser("scripts/plan.py", __doc__, FLAGS)
     typed = arguments.typed_flags(parser, argv)
     args = parser.parse_args(argv, arguments.build_parser().parse_args([]))
     if args.method not in METHODS or not METHODS[args.method].trains:
@@ -233,17 +230,16 @@ def parse_flags(argv):
     return args
 
 
+def print_plan(argv):
+    """Print the plan that the flags in `argv` ask for. Raises InputError."""
+    args = parse_flags(argv)
+    dtype = torch.bfloat16 if args.mixed_precision == "bf16" else torch.float32
+    for line in lines(args, dtype):
+        print(line, flush=True)
+
+
 def main(argv=None):
-    """Run with the flags `argv` -> exit status: 0, or 2 on bad input."""
-    try:
-        args = parse_flags(sys.argv[1:] if argv is None else argv)
-        dtype = torch.bfloat16 if args.mixed_precision == "bf16" else torch.float32
-        for line in lines(args, dtype):
-            print(line, flush=True)
-    except InputError as error:
-        print(error_lines(error), file=sys.stderr)
-        return 2
-    return 0
+    return exit_status(print_plan, argv)
 
 
 if __name__ == "__main__":

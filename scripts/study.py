@@ -8,7 +8,6 @@ Flags after -- go to train.py in every run. Each run has its own folder. After a
 command continues: it skips finished runs and resumes the one that was stopped.
 """
 
-import argparse
 import contextlib
 import hashlib
 import itertools
@@ -35,9 +34,9 @@ from harness.arguments import (  # noqa: E402
 )
 from harness.output_folder import LOCK  # noqa: E402
 from inputs import formats  # noqa: E402
-from inputs.errors import InputError, one_line  # noqa: E402
+from inputs.errors import InputError, exit_status, one_line  # noqa: E402
 from inputs.numbers import Seed  # noqa: E402
-from inputs.settings import Flag, Parser, add_flags, did_you_mean  # noqa: E402
+from inputs.settings import Flag, did_you_mean, program_parser  # noqa: E402
 from inputs.suites import NAMED, suite_folder  # noqa: E402
 from inputs.task_files import resolve_names, task_folders  # noqa: E402
 from registry import EMBEDDED, METHODS, MODELS, VARIANTS  # noqa: E402
@@ -89,9 +88,7 @@ class PlannedRun(NamedTuple):
 def parse(argv):
     """Read `argv` -> (args, flags for train.py). Raise InputError where train.py would refuse."""
     cut = argv.index("--") if "--" in argv else len(argv)
-    parser = Parser(prog="scripts/study.py", allow_abbrev=False, description=__doc__,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_flags(parser, FLAGS)
+    parser = program_parser("scripts/study.py", __doc__, FLAGS)
     for word in argv[:cut]:
         if word.split("=")[0].removeprefix("--") in ALL_FLAGS.keys() - STUDY_FLAGS:
             raise InputError(f"{word} is a flag of train.py: these go after --, as in `python "
@@ -299,23 +296,24 @@ def run_all(runs):
     return 1 if failed else 0
 
 
+def study(argv):
+    """Carry out the study that the flags in `argv` ask for -> its exit status."""
+    args, passed_on = parse(argv)
+    runs = plan(args, passed_on)
+    if args.nth is not None:
+        if not 0 <= args.nth < len(runs):
+            raise InputError(f"--nth {args.nth} is outside 0 to {len(runs) - 1}")
+        runs = [runs[args.nth]]
+    if args.dry_run:
+        print_dry_run(runs, args)  # perhaps for another machine
+        return 0
+    if shutil.which((args.launcher or [""])[0]) is None:
+        raise InputError(f"--launcher {shlex.join(args.launcher)!r}: no such program")
+    return run_all(runs)
+
+
 def main(argv=None):
-    try:
-        args, passed_on = parse(sys.argv[1:] if argv is None else list(argv))
-        runs = plan(args, passed_on)
-        if args.nth is not None:
-            if not 0 <= args.nth < len(runs):
-                raise InputError(f"--nth {args.nth} is outside 0 to {len(runs) - 1}")
-            runs = [runs[args.nth]]
-        if args.dry_run:
-            print_dry_run(runs, args)  # perhaps for another machine
-            return 0
-        if shutil.which((args.launcher or [""])[0]) is None:
-            raise InputError(f"--launcher {shlex.join(args.launcher)!r}: no such program")
-        return run_all(runs)
-    except (InputError, OSError) as error:
-        print(one_line(f"error: {error}"), file=sys.stderr)
-        return 2
+    return exit_status(study, sys.argv[1:] if argv is None else list(argv))
 
 
 if __name__ == "__main__":
