@@ -314,7 +314,6 @@ def load_in_process(run, resumed, mesh):
         if args.adapter and (args.eval_only or resumed is None):  # a checkpoint holds its own
             adapter.load(model, args.adapter, None if args.eval_only else settings_of(args),
                          accelerator.device)
-            checks.check_frame(args, model.adapted_by)
         else:
             method = new_method(args)
             method.chat_template, method.device = args.chat_template, accelerator.device
@@ -366,7 +365,7 @@ def execute(args, argv, stop):
     run.print(f"parameters: {counts['trainable']:,} trainable, {counts['stored']:,} stored, "
               f"{counts['active']:,} active per token, {counts['total']:,} in the base model")
     if run.method.layers:
-        run.print(checks.adapted_layers(run.method))
+        run.print(f"adapted layers: {checks.patterns(run.method.layers)}")
     with output_folder.reserved(run, files_at_start):
         return carry_out(run, argv, resumed)
 

@@ -251,20 +251,15 @@ def draw_conflict(axes, adapter, tasks):
     return drawn
 
 
-def conflicts(result):
-    """Draw the T x T maps of all adapters on one scale."""
+def of_conflict(result, _):
+    """Yield (name, figure) of the command `conflict`: the maps of all adapters on one scale."""
     figure, axes = grid(len(result["adapters"]), width=6, height=5.4)
     drawn = [draw_conflict(place, adapter, result["tasks"])
              for place, adapter in zip(axes, result["adapters"], strict=True)]
     if any(drawn):
         figure.colorbar(next(filter(None, drawn)), ax=axes, shrink=0.7,
                         label="cosine of mean gradients; diagonal: reliability")
-    return figure
-
-
-def of_conflict(result, _):
-    """Yield (name, figure) of the command `conflict`."""
-    yield "conflict", conflicts(result)
+    yield "conflict", figure
 
 
 DRAWN = {"sharing": of_sharing, "experts": of_experts, "mmlu": of_experts, "conflict": of_conflict}

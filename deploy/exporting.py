@@ -42,7 +42,9 @@ def export(args):
     check_layers(trained.adapted_by, args.approximate)
     suite, encoded = read_rows(args, run, tokenizer, config)
     updates, form = fit(args, trained, tokenizer, encoded.train, device)
-    dtype = stored_dtype(args.model) if args.merged else None
+    dtype = None
+    if args.merged:  # in the dtype that the checkpoint's configuration names
+        dtype = read_config(models.locate(args.model))[0].dtype or torch.float32
     exported, _ = models.load(args.model)
     low_rank.merge(exported.to(device), updates, dtype)
     kl, measured = compare(trained, exported, first_of_each(encoded.test, args.rows), suite.name)
@@ -253,8 +255,3 @@ def hub_name(model):
     if model == EMBEDDED or model not in MODELS and Path(model).is_dir():
         return None
     return MODELS.get(model, model)
-
-
-def stored_dtype(model):
-    """Return the dtype that a checkpoint's configuration names; float32 where it names none."""
-    return read_config(models.locate(model))[0].dtype or torch.float32

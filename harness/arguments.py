@@ -14,14 +14,12 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
 
-import msgspec
-
 from harness import output_folder
 from harness.adapter_config import base_name, read_adapter_config
 from inputs import formats, settings
 from inputs.errors import InputError, error_lines, escape_output
 from inputs.numbers import Fraction, Positive, PositiveInt, Seed
-from inputs.settings import Parser, add_flags, check_each, did_you_mean
+from inputs.settings import Parser, add_flags, did_you_mean, read_value
 from inputs.suites import NAMED, ORDERS
 from registry import EMBEDDED, METHODS, MODELS, VARIANTS
 
@@ -262,6 +260,8 @@ def take_adapter(args, typed):
     Raises InputError for a typed flag that contradicts it.
     """
     config, saved = read_adapter_config(args.adapter)
+    if args.chat_template and not config.chat_template:
+        raise InputError(f"--adapter {args.adapter} was trained without --chat_template: remove it")
     take_prompts(args, typed, config)
     for name in ("method", "base"):
         if name in typed and getattr(args, name) != getattr(config, name):
@@ -289,7 +289,8 @@ def take_prompts(args, typed, config):
     for name, value in taken.items():
         if name in typed | other_suite or name == "model" and value is None:
             continue
-        setattr(args, name, read_value(name, value, args.adapter))
+        read = read_value(ALL_FLAGS[name], value, args.adapter)
+        setattr(args, name, list(read) if isinstance(read, tuple) else read)
         folder = name == "data_dir" and value or name == "suite" and "/" in value and value
         if folder and not Path(folder).is_dir():
             raise InputError(f"{args.adapter} was trained on --{name} {value}, which is not "
@@ -325,16 +326,6 @@ def trained_on(args, tasks):
     if earlier.get("tasks") is None or tasks is None:
         return here | {"tasks": None}
     return here | {"tasks": list(dict.fromkeys([*earlier["tasks"], *tasks]))}
-
-
-def read_value(name, value, source):
-    """Return the value of a flag from the file `source`. Raises InputError for a bad one."""
-    try:
-        read = msgspec.convert(value, ALL_FLAGS[name].type)
-        check_each(ALL_FLAGS[name], read)
-    except (msgspec.ValidationError, argparse.ArgumentTypeError) as error:
-        raise InputError(f"{source}: {value!r:.60} is not a value of --{name} ({error})") from None
-    return list(read) if isinstance(read, tuple) else read
 
 
 # --- what follows from the flags ----------------------------------------------------------------

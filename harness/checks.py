@@ -8,7 +8,6 @@ from torch import nn
 
 import models
 from data import SPLITS
-from harness.identity import refuse_another_model
 from harness.run import print_main
 from inputs.errors import InputError
 from quantized import check_experts, find_experts
@@ -16,6 +15,8 @@ from registry import ALL_LINEAR
 
 # Linear layers that one tensor holds for all experts, by the name of that tensor.
 FUSED = {"gate_up_proj": {"gate_proj", "up_proj"}, "down_proj": {"down_proj"}}
+# The hashes of the base model in results.json and in checkpoints, in words.
+MODEL_HASHES = {"base_sha256": "weights", "config_sha256": "a configuration or tokenizer"}
 
 
 def check_model(setup, method):
@@ -67,28 +68,19 @@ def check_architecture(model, target_modules):
                              "q_proj")
 
 
-def adapted_layers(method):
-    """Return a line with the adapted layers, by pattern and number."""
-    return f"adapted layers: {patterns(method.layers)}"
-
-
 def patterns(names):
     """Return module names as text; the blocks' indices become *, with the number of names."""
     counts = Counter(re.sub(r"\d+", "*", name) for name in names)
     return ", ".join(f"{name} ({count})" for name, count in counts.items())
 
 
-def check_frame(args, method):
-    """Raise InputError where an adapter was trained with another value of --chat_template."""
-    if method.chat_template != args.chat_template:
-        raise InputError(f"--adapter {args.adapter} was trained with --chat_template "
-                         f"{'on' if method.chat_template else 'off'}: keep it so")
-
-
 def check_hashes(run, hashes):
     """Raise InputError if the loaded model differs from the resumed run's."""
-    refuse_another_model(run.progress.hashes, hashes,
-                         f"model {run.args.model} differs from the resumed run's")
+    for name, sha256 in run.progress.hashes.items():
+        if sha256 != hashes[name]:
+            raise InputError(f"model {run.args.model} differs from the resumed run's: "
+                             f"{MODEL_HASHES[name]} changed, its {name} was {sha256!r:.20}, now "
+                             f"{hashes[name]!r:.20}")
 
 
 def check_encoded(encoded, positions, vocabulary):

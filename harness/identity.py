@@ -26,8 +26,6 @@ TRAINS = ("badit.py", "energy.py", "quantized.py", "decomposition.py", "experts.
           "harness/*.py")
 RECORDED = ("args", "tasks", "read_files", "code_sha256", "versions", "run", "precision",
             "processes", "compiler")  # what `recorded_identity` reads of results.json
-# The hashes of the base model in results.json and in checkpoints, in words.
-MODEL_HASHES = {"base_sha256": "weights", "config_sha256": "a configuration or tokenizer"}
 
 
 def provenance(args):
@@ -138,11 +136,3 @@ def refuse_another_run(setup, recorded, source):
         raise InputError(f"{source} is of another run: {'; '.join(refused)}. --allow_other takes "
                          f"{', '.join(OVERRIDABLE)}")
     return set(overridable.values()) - {"paths"}  # paths change no digit
-
-
-def refuse_another_model(known, hashes, why):
-    """Raise InputError, beginning with `why`, if one of the `known` hashes of a model differs."""
-    for name, sha256 in known.items():
-        if sha256 != hashes.get(name):
-            raise InputError(f"{why}: {MODEL_HASHES[name]} changed, its {name} was "
-                             f"{sha256!r:.20}, now {hashes.get(name)!r:.20}")

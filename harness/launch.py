@@ -91,16 +91,11 @@ def command(args, argv, stop):
 # --- the Accelerator ----------------------------------------------------------------------------
 
 
-def refuse_precision():
-    """Raise InputError for a precision of the launcher's other than float32 and bf16."""
+def make_accelerator(args):
+    """Return the Accelerator, and set the batch size per process. Raises InputError."""
     precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if precision not in ("no", "bf16"):
         raise InputError(f"--mixed_precision {precision} is not supported; allowed: no, bf16")
-
-
-def make_accelerator(args):
-    """Return the Accelerator, and set the batch size per process. Raises InputError."""
-    refuse_precision()
     refuse_sharding()
     sharding.take_over(args)
     if args.report_to != "none" and importlib.util.find_spec(args.report_to) is None:

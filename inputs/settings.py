@@ -69,15 +69,8 @@ class Settings:
         if unknown:
             raise InputError(f"{source}: settings {sorted(unknown)} do not fit {cls.__name__}, "
                              f"which has {sorted(cls.names())}")
-        read = {}
-        for field in dataclasses.fields(cls):
-            try:
-                read[field.name] = msgspec.convert(values[field.name], field.type)
-                check_each(field, read[field.name])
-            except (msgspec.ValidationError, argparse.ArgumentTypeError) as error:
-                raise InputError(f"{source}: {values[field.name]!r:.60} is not a value of "
-                                 f"--{field.name} ({error})") from None
-        return cls(**read)
+        return cls(**{field.name: read_value(field, values[field.name], source)
+                      for field in dataclasses.fields(cls)})
 
 
 class Parser(argparse.ArgumentParser):
@@ -122,18 +115,24 @@ def comma_separated(read):
     return lambda text: [read(part) for part in text.split(",")]
 
 
-def check_each(field, value):
-    """Check a value of the right type as the command line would.
+def read_value(field, value, source):
+    """Return the value of a setting or Flag that the file `source` holds.
 
-    Raises argparse.ArgumentTypeError for an empty list, a word that looks like a flag, and what the
-    field's own check refuses.
+    Raises InputError for what the command line would refuse too.
     """
-    check, several = field.metadata["check"], isinstance(value, tuple)
-    if several and (not value or any(text.startswith("-") for text in value)):
-        raise argparse.ArgumentTypeError("expected one or more words that are not flags")
-    for text in value if several else (value,):
-        if check is not None and value is not None:
-            check(text)
+    check = field.metadata["check"]
+    try:
+        read = msgspec.convert(value, field.type)
+        several = isinstance(read, tuple)
+        if several and (not read or any(text.startswith("-") for text in read)):
+            raise argparse.ArgumentTypeError("expected one or more words that are not flags")
+        for text in read if several else (read,):
+            if check is not None and read is not None:
+                check(text)
+    except (msgspec.ValidationError, argparse.ArgumentTypeError) as error:
+        raise InputError(f"{source}: {value!r:.60} is not a value of --{field.name} ({error})"
+                         ) from None
+    return read
 
 
 REQUIRED = object()  # the default of a flag that must be given

@@ -13,8 +13,6 @@ from reporting import figures, verdicts
 from reporting.runs import label
 from reporting.tables import Score, Table
 
-LEVEL = 0.95  # of the intervals in the figure
-
 
 def make(records, left_out, out):
     """Write tuning.md with its table and figure into the folder `out`, and return its path."""
@@ -103,7 +101,7 @@ def half_width(losses):
     """Return half the interval of the mean of `losses`; not a number for one loss."""
     if len(losses) == 1:
         return math.nan
-    return (stats.t.ppf((1 + LEVEL) / 2, len(losses) - 1) * statistics.stdev(losses)
+    return (stats.t.ppf((1 + verdicts.LEVEL) / 2, len(losses) - 1) * statistics.stdev(losses)
             / len(losses) ** 0.5)
 
 
