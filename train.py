@@ -283,7 +283,7 @@ def prepare(args, accelerator, stop, seconds):
     stages = make_stages(args, accelerator, order, encoded)
     mine = identity.identity(args, accelerator, suite.tasks, made)
     if accelerator.num_processes > 1:
-        processes.check_same(mine | identity.encoded_sha256(encoded), "flags, data or libraries")
+        processes.check_same(mine | identity.encoded_sha256(encoded))
     return Setup(args, accelerator, stop, suite.tasks, order, tokenizer, encoded, stages, made,
                  mine)
 

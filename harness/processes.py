@@ -23,14 +23,14 @@ def check_equal(accelerator, state, step):
                          "libraries?")
 
 
-def check_same(values, what):
-    """Raise InputError unless all processes have the same {name: value}; `what` names them."""
+def check_same(values):
+    """Raise InputError unless all processes have the same {name: value}."""
     everywhere = gather_object([values])
     different = sorted({name for each in everywhere for name in each.keys() | values.keys()
                         if each.get(name) != everywhere[0].get(name)})
     if different:
-        raise InputError(f"the processes have different {what}: {', '.join(different)}; do they "
-                         "all see the same files?")
+        raise InputError("the processes have different flags, data or libraries: "
+                         f"{', '.join(different)}; do they all see the same files?")
 
 
 def bit_sum(tensor):

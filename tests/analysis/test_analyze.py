@@ -201,7 +201,7 @@ def test_conflict(tiny, trained, tmp_path):
     other["whole"] = other["lookahead"] = None
     assert "planted" in report.lookahead_table(result)
     assert "| – |" in report.conflict_table(result)
-    figures.plt.close(figures.conflicts(result))
+    figures.plt.close(next(figures.of_conflict(result, None))[1])
 
 
 def test_bad_conflict(tiny, trained, tmp_path):
