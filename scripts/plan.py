@@ -67,10 +67,6 @@ class Row(NamedTuple):
     activations: int  # without gradient checkpointing
     checkpointed: int  # with it
 
-    def total(self, checkpointing):
-        kept = self.checkpointed if checkpointing else self.activations
-        return self.weights + self.adapter + self.adam + self.gradients + self.sums + kept
-
 
 class Peak(TorchDispatchMode):
     """A mode that counts the bytes of new storages: `now`, and at most, `peak`.
@@ -204,9 +200,9 @@ def lines(args, dtype):
     except InputError as error:
         bases, note = ("dense",), str(error)
     for row in plan(args, dtype, bases):
-        parts = [each / 1e9 for each in (row.weights, row.adapter, row.adam, row.gradients,
-                                         row.sums)]
-        totals = [row.total(checkpointing) for checkpointing in (False, True)]
+        fixed = (row.weights, row.adapter, row.adam, row.gradients, row.sums)
+        totals = [sum(fixed) + kept for kept in (row.activations, row.checkpointed)]
+        parts = [each / 1e9 for each in fixed]
         yield (f"{row.base:6} {row.processes:9} {row.rows:5} {parts[0]:8.2f} {parts[1]:8.2f} "
                f"{parts[2]:6.2f} {parts[3]:10.2f} {parts[4]:6.2f} {row.activations / 1e9:12.2f} "
                f"{totals[0] / 1e9:6.2f} {fits(totals[0]):>5} | {row.checkpointed / 1e9:42.2f} "
