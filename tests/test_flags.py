@@ -14,13 +14,12 @@ from harness.arguments import (
     comparable,
     names,
     parse_flags,
-    read_value,
     trained_on,
 )
 from harness.identity import ROOT, TRAINS
 from inputs.errors import InputError
 from inputs.numbers import PositiveInt
-from inputs.settings import Flag, Parser, add_flags
+from inputs.settings import Flag, Parser, add_flags, read_value
 from registry import METHODS, method_class
 
 DEFAULTS = vars(build_parser().parse_args([]))
@@ -126,7 +125,7 @@ def test_every_method_reads_what_it_claims(name):
 ], ids=lambda part: f"{part!r:.12}")
 def test_values_that_no_flag_takes(name, value):
     """Values of another type, out of bounds or without words, in an adapter's configuration."""
-    readers = [lambda: read_value(name, value, "a.json")]
+    readers = [lambda: read_value(ALL_FLAGS[name], value, "a.json")]
     for cls in {entry.settings for entry in METHODS.values() if name in entry.settings.names()}:
         settings = {key: DEFAULTS[key] for key in cls.names()} | {name: value}
         readers.append(lambda cls=cls, settings=settings: cls.from_values(settings, "a.json"))
