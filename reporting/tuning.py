@@ -94,6 +94,9 @@ def rate_figure(found):
         place.yaxis.set_major_formatter("{x:g}")
         place.yaxis.set_minor_formatter("{x:g}")
         place.legend(fontsize=8)
+    lowest, highest = zip(*(place.get_ylim() for place in axes), strict=True)
+    for place in axes:  # one scale, so that numbers of steps can be compared
+        place.set_ylim(min(lowest), max(highest))
     return figure
 
 
