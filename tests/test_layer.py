@@ -1,5 +1,6 @@
 """Check BADIT's layers and their regrouping against loops over tokens and components."""
 
+import copy
 import itertools
 
 import pytest
@@ -188,7 +189,6 @@ def test_a_bank_starts_as_the_leading_components():
 
 
 @pytest.mark.parametrize(("options", "named"), [
-    (dict(num_experts=8, rank=4), "(?s)(?=.*20)((?=.*32)|(?=.*8)(?=.*4))"),
     (dict(num_experts=7, rank=3), "(?s)(?=.*20)((?=.*21)|(?=.*7)(?=.*3))"),
     (dict(top_k=5), "(?s)(?=.*5)(?=.*4)"),
 ])
@@ -236,17 +236,14 @@ def test_energies_follow_a_regrouping():
     assert torch.equal(layer.route(x).active, then)
 
 
-@pytest.mark.parametrize("options", [{}, dict(inactive="drop"), dict(inactive="initial"),
-                                     dict(routing="static"), dict(routing="energy")])
-@pytest.mark.parametrize("lead", [(), (1,), (5,), (2, 3), (2, 1, 2, 2), (0,), (2, 0)])
-def test_tokens_are_independent(options, lead):
-    """A token's output does not depend on the other tokens; there may be none."""
+@pytest.mark.parametrize("options", [{}, dict(inactive="initial"), dict(routing="static"),
+                                     dict(routing="energy")])
+def test_any_shape_of_tokens(options):
+    """Also one token alone, and none."""
     layer = trained(linear(14), 15, **options).eval()
-    x = randn(16, *lead, IN)
-    y = layer(x)
-    assert y.shape == (*lead, OUT)
-    rows = [layer(row) for row in x.reshape(-1, IN)]
-    assert_close(y.reshape(-1, OUT), torch.stack(rows) if rows else y.reshape(-1, OUT))
+    for lead in ((), (2, 1, 2, 2), (0,), (2, 0)):
+        x = randn(16, *lead, IN)
+        assert_close(layer(x), naive(layer, x)[0] if x.numel() else torch.zeros(*lead, OUT).to(x))
 
 
 # Selection noise and dropout
@@ -338,30 +335,34 @@ def assert_regrouped(layer, before, line, truth, moved):
     assert torch.equal(layer.expert_of[:, None] == layer.expert_of, truth[:, None] == truth)
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_regrouping_under_token_routing_moves_only_the_index(seed):
+def test_regrouping_under_token_routing_moves_only_the_index():
     """Parameters keep their bits; only expert_of changes."""
-    layer = trained(linear(67, bias=False), seed, rank=4, alpha=8)
-    g, truth = crossing_gradients(layer, seed)
-    before, objects = snapshot(layer), (layer.lora_A, layer.lora_B, layer.router)
-    total = layer.lora_B.detach() @ layer.lora_A.detach()
+    layer = trained(linear(67, bias=False), rank=4, alpha=8)
+    g, truth = crossing_gradients(layer)
+    before, objects = snapshot(layer), trained_weights(layer)
     new = group_components(g, K, current=layer.expert_of)
     assert_regrouped(layer, before, regroup(layer, g), truth, ())
-    assert all(a is b for a, b in zip(objects, (layer.lora_A, layer.lora_B, layer.router),
-                                      strict=True))
+    assert all(a is b for a, b in zip(objects, trained_weights(layer), strict=True))
     assert torch.equal(layer.expert_of, new)
-    assert torch.equal(layer.lora_B.detach() @ layer.lora_A.detach(), total)
 
 
 @pytest.mark.parametrize("routing", ["token", "static"])
 def test_a_regrouping_logs_what_it_did(routing):
-    """The line holds angles, Eq. 10, moves, the output's change and the router's health."""
+    """The line holds angles, Eq. 10, moves, the output's change and the router's health.
+
+    To measure them changes nothing, neither random numbers nor gradients.
+    """
     layer = trained(linear(68), 69, rank=4, routing=routing, dropout=0.5)
     g, _ = crossing_gradients(layer)
     unit, old = g / g.norm(dim=1, keepdim=True), layer.expert_of.clone()
     x = Lookup(layer).table[[1, 2, 3, 4]]
     y, expected = layer.eval()(x), health(layer, x)
+    unmeasured, state = copy.deepcopy(layer), torch.get_rng_state()
+    unmeasured.take_grouping(group_components(g, K, current=old))
     line = regroup(layer.train(), g)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert changed(layer, snapshot(unmeasured)) == set()
+    assert all(weight.grad is None for weight in layer.parameters())
     assert layer.training and line["skipped"] is None and 0 <= line["rounds"] <= 10
     drift = float((layer.eval()(x) - y).detach().norm() / y.norm())
     expected |= {"regroup_drift": drift, "moved": int((old != layer.expert_of).sum()),
@@ -391,39 +392,21 @@ def test_a_bf16_layer_is_measured_in_float32():
 
 def test_static_routing_reads_no_top_k():
     """All experts act, so num_experts may be below the default top_k."""
-    for settings in (BaditSettings(routing="static", num_experts=2),
-                     BaditSettings(routing="static", num_experts=2, top_k=2)):
-        layer = Badit(settings).build_layer(linear(92), fresh=True)
-        assert isinstance(layer, StaticLinear) and layer.top_k == 2
+    layer = Badit(BaditSettings(routing="static", num_experts=2)).build_layer(linear(92), True)
+    assert isinstance(layer, StaticLinear) and layer.top_k == 2
 
 
-@pytest.mark.parametrize("routing", ["token", "static"])
-def test_measuring_changes_nothing(routing):
-    """A measurement leaves the layer and the random numbers as they were."""
-    layers = [trained(linear(89), 90, rank=4, routing=routing, dropout=0.5) for _ in range(2)]
-    g, _ = crossing_gradients(layers[0])
-    torch.manual_seed(91)
-    state = torch.get_rng_state()
-    regroup(layers[0].train(), g)
-    assert torch.equal(torch.get_rng_state(), state)
-    layers[1].take_grouping(group_components(g, K, current=layers[1].expert_of))
-    assert changed(layers[0], snapshot(layers[1])) == set()
-    assert all(weight.grad is None for weight in layers[0].parameters())
-
-
-@pytest.mark.parametrize("signs", [(1, 1, 1, 1), (1, -1, 1, -1), (-1, 1, 1, 1)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_static_regrouping_keeps_the_output(signs, dtype):
+def test_static_regrouping_keeps_the_output(dtype):
     """Rescaling by sign(rho) sqrt|rho| and sqrt|rho| keeps the output to 1e-5."""
     layer = trained(linear(73, dtype=dtype), 74, rank=4, routing="static")
     with torch.no_grad():
-        layer.alpha.copy_(torch.tensor([0.5, 2.0, 1.3, 0.8]) * torch.tensor(signs))
+        layer.alpha.copy_(torch.tensor([0.5, -2.0, 1.3, -0.8]))
     g, truth = crossing_gradients(layer)
     x = randn(75, 40, IN).to(dtype)
-    before, objects, y = snapshot(layer), (layer.lora_A, layer.lora_B, layer.alpha), layer(x)
+    before, objects, y = snapshot(layer), trained_weights(layer), layer(x)
     assert_regrouped(layer, before, regroup(layer, g), truth, ("lora_A", "lora_B"))
-    assert all(a is b for a, b in zip(objects, (layer.lora_A, layer.lora_B, layer.alpha),
-                                      strict=True))
+    assert all(a is b for a, b in zip(objects, trained_weights(layer), strict=True))
     assert (layer(x) - y).abs().max() <= 1e-5 * y.abs().max()
     for i in range(16):
         rho = before["alpha"][before["expert_of"][i]] / layer.alpha[layer.expert_of[i]].detach()
