@@ -8,15 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 from suite_files import DEFINITION, complaint, item, write_task
-from tiny import base_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 import data
 from harness.checks import check_encoded
 from inputs.suites import SUPERNI
-
-REAL = Path(__file__).resolve().parents[2] / "shared" / "data" / "SuperNI"
 
 BY_NUMBER = {re.match(r"task(\d+)_", name)[1]: name for name in SUPERNI}
 SEED_ORDERS = {
@@ -88,7 +85,7 @@ def test_load_suite_from_a_folder(tmp_path, as_path):
     (BY_NUMBER["073"], {"Metric": "accuracy", "Category": "mine"}, "mine", "accuracy"),
     (BY_NUMBER["073"], {"Categories": ["Finer"]}, *SUPERNI[BY_NUMBER["073"]]),
     ("task363_other", {"Categories": ["Toys", "Games"]}, "Toys", "rouge_l"),
-    ("my_task875_emotion_classification", {"Categories": "Toys"}, "Toys", "rouge_l"),
+    ("mine", {"Categories": "Toys"}, "Toys", "rouge_l"),
     ("mine", {"Metric": "accuracy"}, "other", "accuracy"),
 ])
 def test_metric_and_category(tmp_path, name, keys, category, metric):
@@ -97,20 +94,14 @@ def test_metric_and_category(tmp_path, name, keys, category, metric):
     assert (task.category, task.metric) == (category, metric)
 
 
-def check_superni_heads(tasks):
+def test_superni_names_carry_metric_and_category():
     """Three accuracy tasks; five categories of three tasks each (Table 4)."""
-    accuracy = {name for name, task in tasks.items() if task.metric == "accuracy"}
+    accuracy = {name for name, (_, metric) in SUPERNI.items() if metric == "accuracy"}
     assert accuracy == set(names("363 875 1687"))
     groups = collections.defaultdict(set)
-    for name, task in tasks.items():
-        groups[task.category].add(name)
+    for name, (category, _) in SUPERNI.items():
+        groups[category].add(name)
     assert sorted(map(sorted, groups.values())) == sorted(sorted(names(g)) for g in CATEGORIES)
-
-
-def test_superni_names_carry_metric_and_category(tmp_path):
-    for name in SUPERNI:
-        write_task(tmp_path / "s", name)
-    check_superni_heads(load(tmp_path / "s").tasks)
 
 
 def test_ids(tmp_path):
@@ -143,28 +134,6 @@ def test_mini_suite(tmp_path, monkeypatch):
         assert not seen & {row["input"].strip() for row in task.test}, name
 
 
-@pytest.mark.skipif(not REAL.is_dir(), reason="needs ../shared/data/SuperNI")
-def test_real_superni(tmp_path, monkeypatch):
-    """11,741 train and 1,197 test instances as published; --data_dir comes before $BADIT_DATA."""
-    for name in SUPERNI:
-        write_task(tmp_path / "wrong", name)
-    monkeypatch.setenv("BADIT_DATA", str(tmp_path / "wrong"))
-    suite = data.load_suite("superni", str(REAL))
-    assert suite.name == "superni" and set(suite.tasks) == set(SUPERNI)
-    check_superni_heads(suite.tasks)
-    sizes = {"073": (975, 100), "181": (338, 43), "1572": (160, 20), "639": (142, 18),
-             "1590": (126, 16)}
-    for number, name in BY_NUMBER.items():
-        task = suite.tasks[name]
-        assert (len(task.train), len(task.test)) == sizes.get(number, (1000, 100))
-    assert sum(len(task.train) for task in suite.tasks.values()) == 11_741
-    assert sum(len(task.test) for task in suite.tasks.values()) == 1_197
-    assert sum(row["outputs"] == [""] for row in suite.tasks[BY_NUMBER["511"]].train) == 6
-    several = {name: sum(len(row["outputs"]) > 1 for row in task.test)
-               for name, task in suite.tasks.items()}
-    assert several == dict.fromkeys(SUPERNI, 0) | {BY_NUMBER["002"]: 17, BY_NUMBER["748"]: 23}
-
-
 # --- choosing and ordering tasks ----------------------------------------------------------------
 
 
@@ -176,42 +145,37 @@ def numbered(tmp_path):
     return load(tmp_path / "numbered")
 
 
-@pytest.mark.parametrize("chosen, expected", [
-    (["plain"], ["plain"]),
-    (["T363"], ["task363_x"]),
-    (["363", "T073"], ["task363_x", "task073_y"]),
-    (["073", "task1729_z", "T7", "task5_b"], ["task073_y", "task1729_z", "task7_w", "task5_b"]),
-])
-def test_select_tasks(numbered, chosen, expected):
+def test_select_tasks(numbered):
     """Folder names or T-numbers; the tasks themselves and the whole suite are unchanged."""
     before = dict(numbered.tasks)
-    assert data.select_tasks(numbered, chosen).tasks == {name: before[name] for name in expected}
+    chosen = data.select_tasks(numbered, ["073", "task1729_z", "T7", "task5_b", "plain"])
+    assert chosen.tasks == {name: before[name] for name in (
+        "task073_y", "task1729_z", "task7_w", "task5_b", "plain")}
     assert numbered.tasks == before
 
 
-@pytest.mark.parametrize("wrong", ["T36", "T3631", "1", "plai", "task363", "task363_", "", "T",
-                                   "T5", "plain"])
-def test_select_unknown_or_repeated_task_is_refused(numbered, wrong):
+def test_select_unknown_or_repeated_task_is_refused(numbered):
     """No partial matches, no number of two tasks, no task twice; the allowed names are listed."""
-    message = complaint(data.select_tasks, numbered, ["plain", wrong])
-    assert repr(wrong) in message
-    assert wrong == "plain" or all(name in message for name in numbered.tasks)
+    for wrong in ("T36", "T3631", "1", "plai", "task363", "task363_", "", "T", "T5", "plain"):
+        message = complaint(data.select_tasks, numbered, ["plain", wrong])
+        assert repr(wrong) in message
+        assert wrong == "plain" or all(name in message for name in numbered.tasks)
     assert "'363'" in complaint(data.select_tasks, numbered, ["T363", "363"])
 
 
-@pytest.mark.parametrize("arrange", [list, sorted, lambda names: list(names)[::-1]])
 @pytest.mark.parametrize("seed", SEED_ORDERS)
-def test_paper_task_orders(seed, arrange):
+def test_paper_task_orders(seed):
     """The five orders, whatever order the names come in; a subset keeps them."""
-    assert data.task_order(arrange(SUPERNI), seed) == names(SEED_ORDERS[seed])
     kept = names("363 002 1590 748 181 073")
     expected = [name for name in names(SEED_ORDERS[seed]) if name in kept]
-    assert data.task_order(arrange(kept), seed) == expected
+    for arrange in (list, sorted, reversed):
+        assert data.task_order(list(arrange(list(SUPERNI))), seed) == names(SEED_ORDERS[seed])
+        assert data.task_order(list(arrange(kept)), seed) == expected
 
 
 @pytest.mark.parametrize("given, listed, seed", [
-    *((names, sorted(names), seed) for seed in (0, 1, 5) for names in (
-        ["delta", "alpha", "echo", "charlie", "bravo"], [*list(SUPERNI)[:6], "mine"], ["only"])),
+    (["delta", "alpha", "echo", "bravo"], ["alpha", "bravo", "delta", "echo"], 5),
+    ([*list(SUPERNI)[:6], "mine"], sorted([*list(SUPERNI)[:6], "mine"]), 0),
     (sorted(SUPERNI), list(SUPERNI), 17),
 ])
 def test_order_of_other_suites_and_seeds(given, listed, seed):
@@ -231,9 +195,7 @@ def test_explicit_task_order():
 
 
 @pytest.mark.parametrize("explicit, named", [
-    ("a b", "c"), ("a b c d", "d"), ("a b d", "d"), ("a b b", "b"), ("a b c a", "a"),
-    ("a b T363", "T363"),
-])
+    ("a b", "c"), ("a b c d", "d"), ("a b c a", "a"), ("a b T363", "T363")])
 def test_explicit_order_must_be_a_permutation(explicit, named):
     """--task_order takes each name of the suite once."""
     assert named in complaint(data.task_order, ["a", "b", "c"], 1, explicit.split())
@@ -243,10 +205,8 @@ def test_explicit_order_must_be_a_permutation(explicit, named):
 
 
 @pytest.mark.parametrize("definition, text", [
-    ("Name the colour.", "sky"), ("D", ""), ("D", " a\tb "), ("D", "Output: x"),
-    ("Keep {input} and {0} and %s.", "{definition} \\n $1"),
-    ("Zwei\nZeilen über 色", "naïve 😀"),
-])
+    ("D", ""), ("Keep {input} and {0} and %s.", "{definition} \\n $1"),
+    ("Zwei\nZeilen über 色", " naïve\t😀 Output: ")])
 def test_build_prompt(definition, text):
     """The frame byte for byte; nothing inside the texts is interpreted."""
     frame = "\n\nNow complete the following example -\nInput: ", "\nOutput: "
@@ -464,8 +424,7 @@ def draw_lengths(count):
     return [rng.randint(5, 400) for _ in range(count)]
 
 
-@pytest.mark.parametrize("count, size", [(1, 1), (1, 8), (7, 8), (8, 8), (9, 8), (64, 8), (103, 8),
-                                         (103, 1), (250, 32)])
+@pytest.mark.parametrize("count, size", [(1, 8), (8, 8), (9, 8), (103, 8), (103, 1), (250, 32)])
 def test_plan_covers_every_row_once(count, size):
     """Batches of the global size, each row once, only the last one filled with -1."""
     plan = data.plan_epoch(draw_lengths(count), size, 1, "mixed", 0)
@@ -496,13 +455,11 @@ def padding(plan, lengths):
     return sum(max(batch) * len(batch) - sum(batch) for batch in sizes)
 
 
-@pytest.mark.parametrize("count", [200, 1000])
-def test_plan_groups_by_length(count):
+def test_plan_groups_by_length():
     """Total padding is at most half of that of a random order."""
-    lengths = draw_lengths(count)
-    shuffled = list(range(count))
+    lengths, shuffled = draw_lengths(200), list(range(200))
     random.Random(1).shuffle(shuffled)
-    by_chance = padding([shuffled[i:i + 8] for i in range(0, count, 8)], lengths)
+    by_chance = padding([shuffled[i:i + 8] for i in range(0, 200, 8)], lengths)
     for epoch in range(3):
         plan = data.plan_epoch(lengths, 8, 1, "mixed", epoch)
         assert padding(plan, lengths) < 0.5 * by_chance
@@ -520,9 +477,7 @@ ROWS = {
     "one": [make_row([1, 2, 3], [4, 5])],
     "mixed lengths": [make_row([1, 2], [4]), make_row([1, 2, 3, 4], [6, 7, 8]), make_row([3], [5])],
     "pad id as text and target": [make_row([PAD, 2, PAD], [4, PAD]), make_row([1], [PAD])],
-    "filler last": [make_row([1, 2, 3], [4, 5]), None, None],
-    "filler first": [None, make_row([1, 2, 3], [4, 5]), make_row([1], [2])],
-    "equal lengths": [make_row([1, 2], [3, 4]), make_row([5, 6, 7], [8])],
+    "fillers": [None, make_row([1, 2, 3], [4, 5]), make_row([1], [2]), None],
     "fillers alone": [None, None],  # the share of a process in a short last batch
 }
 
@@ -565,20 +520,3 @@ def test_collate(case):
         positions = batch["position_ids"][index].tolist()
         assert positions[gap:] == list(range(len(tokens)))
         assert all(0 <= position < max(width, 2) for position in positions)  # on padding too
-
-
-def test_collated_loss_equals_row_by_row_loss():
-    """On a tiny Llama: summed target loss over the given count, gradients finite."""
-    model = base_model(dtype=torch.float64)
-    rows = [*ROWS["mixed lengths"], *ROWS["pad id as text and target"], None]
-    total = torch.zeros((), dtype=torch.float64)
-    for row in rows[:-1]:
-        ids = torch.tensor([row["input_ids"]])  # (1, seq), no padding at all
-        log_probs = model(ids).logits.log_softmax(-1)  # (1, seq, vocabulary)
-        for column in range(ids.shape[1] - row["num_targets"], ids.shape[1]):
-            total = total - log_probs[0, column - 1, ids[0, column]]
-    loss = model(**data.collate(rows, PAD, 13)).loss
-    assert loss.item() == pytest.approx((total / 13).item(), abs=1e-5)  # the loss is in float32
-    loss.backward()
-    gradients = [weight.grad for weight in model.parameters() if weight.grad is not None]
-    assert all(grad.isfinite().all() for grad in gradients) and any(map(torch.any, gradients))

@@ -135,6 +135,8 @@ def test_places(published, tmp_path, monkeypatch, place):
     folder.parent.mkdir(parents=True, exist_ok=True)
     if "variable" in place:
         monkeypatch.setenv("BADIT_DATA", str(tmp_path / "there"))
+    if place == "data_dir":
+        monkeypatch.setenv("BADIT_DATA", str(tmp_path / "wrong"))  # which it overrules
     data_dir = folder if place == "data_dir" else None
     with pytest.raises(InputError, match=published.name):
         data.load_suite(published.name, data_dir)
