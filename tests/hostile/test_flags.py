@@ -4,30 +4,29 @@ import contextlib
 import importlib.util
 import io
 import os
-import re
 import shutil
 
 import pytest
-from conftest import SMALL, instances, prompt_of, succeed
-from transformers import AutoTokenizer
+from conftest import SMALL
 
 import train
 from harness import launch
 from hostile.conftest import rejected
 
-WHOLE = ("epochs", "batch_size", "gradient_accumulation_steps", "max_train_per_task",
-         "max_eval_per_task", "validation", "max_length", "max_new_tokens",
-         "eval_batch_size", "rank", "num_experts", "top_k", "regroup_every")
+# Every kind of bad value for one flag of a type, one for the others of that type.
 BAD_NUMBERS = {
-    **{name: ("0", "-1", "1.5", "nan", "inf", "many", "") for name in WHOLE},
-    "seed": ("-1", "0.5", "nan", "inf", "one", str(2**32), "9" * 20),
-    **{name: ("0", "-0.1", "nan", "inf", "-inf", "1e999", "high")
-       for name in ("learning_rate", "alpha", "max_grad_norm")},
-    "router_noise": ("-0.1", "nan", "inf", "much"),
-    "dropout": ("1", "1.5", "-0.1", "nan", "inf", "half"),
-    "warmup_ratio": ("1", "2", "-0.1", "nan", "inf", "short"),
+    **dict.fromkeys(("epochs", "gradient_accumulation_steps", "max_train_per_task",
+                     "max_eval_per_task", "validation", "max_length", "max_new_tokens",
+                     "eval_batch_size", "rank", "num_experts", "top_k", "regroup_every",
+                     "alpha", "max_grad_norm"), ("0",)),
+    # The last three: neither an overflow nor an allocation.
+    "batch_size": ("0", "-1", "1.5", "nan", "inf", "many", "", "9" * 400, "1e400", "1_0000000000"),
+    "seed": ("-1", "0.5", "nan", str(2**32), "9" * 20),
+    "learning_rate": ("0", "-0.1", "nan", "inf", "-inf", "1e999", "high"),
+    "router_noise": ("-0.1", "nan", "inf"),
+    "dropout": ("1", "-0.1", "nan"),
+    "warmup_ratio": ("1", "-0.1", "nan"),
 }
-ENDLESS = ("9" * 400, "1e400", "1_0000000000")  # neither an overflow nor an allocation
 
 
 @pytest.fixture
@@ -37,8 +36,7 @@ def start(no_weights, llama, suite):
 
 
 @pytest.mark.parametrize("name, value", [(name, value) for name, values in BAD_NUMBERS.items()
-                                         for value in values]
-                         + [("batch_size", value) for value in ENDLESS])
+                                         for value in values])
 def test_bad_numbers(no_weights, name, value):
     """Zero, negative or non-finite where that makes no sense; the flag and the value are named."""
     rejected(f"--{name}={value}", named=(f"--{name}", repr(value), "--help"))
@@ -48,14 +46,7 @@ def test_bad_numbers(no_weights, name, value):
     ("--epoch 3", "--epoch"),  # no abbreviations
     ("--epochs", "--epochs"),
     ("--setting both", "'both'"),
-    ("--routing random", "'random'"),
-    ("--grouping kmeans", "'kmeans'"),
-    ("--inactive freeze", "'freeze'"),
-    ("--svd slow", "'slow'"),
-    ("--eval_tasks some", "'some'"),
-    ("--report_to paper", "'paper'"),
     ("--tasks", "--tasks"),
-    ("--target_modules", "--target_modules"),
     ("--no_dog yes", "yes"),
     ("extra", "extra"),
 ])
@@ -68,9 +59,6 @@ def test_argparse_errors_are_one_line(no_weights, flags, named):
 @pytest.mark.parametrize("flags", [
     "--method zero_shot --rank 4 : --rank",
     "--method zero_shot --epochs 3 : --epochs",
-    "--method zero_shot --setting sequential : --setting",
-    "--method zero_shot --learning_rate 1e-3 : --learning_rate",
-    "--method zero_shot --eval_before : --eval_before",
     "--method zero_shot --adapter somewhere : no adapter at somewhere",
     "--adapter somewhere : no adapter at somewhere",
     "--eval_only : --adapter",
@@ -95,9 +83,8 @@ def test_flags_that_would_be_ignored_are_refused(no_weights, llama, flags):
     rejected("--model", llama, *flags.split(), named=named)
 
 
-@pytest.mark.parametrize("flags", [
-    "--rank 4", "--epochs 10", "--target_modules gate_proj", "--no_dog", "--setting mixed",
-    "--top_k 4", "--gradient_checkpointing", "--eval_tasks all", "--method zero_shot"])
+@pytest.mark.parametrize("flags", ["--rank 4", "--epochs 10", "--setting mixed",
+                                   "--method zero_shot"])
 def test_evaluation_reads_no_training_flags(no_weights, finished, flags):
     """With --eval_only the adapter's own method and settings count."""
     named = ("zero_shot", "badit") if "zero_shot" in flags else flags.split()[0]
@@ -106,25 +93,20 @@ def test_evaluation_reads_no_training_flags(no_weights, finished, flags):
 
 @pytest.mark.parametrize("flags, named", [
     (["--method", "lora2"], "lora2 badit"),
-    (["--method", "../badit"], "../badit badit"),
     (["--model", "gpt-5"], "gpt-5 smollm2-135m qwen3-8b"),
     (["--model", "no/such/folder"], "no/such/folder smollm2-135m"),
     (["--model", ""], "model"),
     (["--suite", "maxi"], "maxi mini superni"),
-    (["--suite", "superni"], "download"),
     (["--suite", "superni", "--data_dir", "nowhere"], "nowhere"),
     (["--tasks", "colour"], "colour colour_name"),
     (["--setting", "sequential", "--task_order", "colour_name"], "which_is"),
     (["--setting", "sequential", "--tasks", "colour_name", "--task_order", "which_is"],
      "which_is"),
     (["--rank", "4", "--num_experts", "9"], "9 36 32"),
-    (["--rank", "33", "--num_experts", "1", "--top_k", "1"], "33 32"),
-    (["--top_k", "9"], "9 8"),
     (["--num_experts", "2"], "4 2"),  # top_k stays at 4
     (["--target_modules", "gate"], "gate gate_proj up_proj down_proj q_proj k_proj v_proj o_proj"),
     (["--target_modules", "lm_head"], "lm_head output gate_proj"),
     (["--target_modules", "gate_proj", "mlp.up_proj"], "mlp.up_proj up_proj"),
-    (["--target_modules", "norm"], "norm gate_proj"),
     (["--max_length", "252"], "252 256"),  # with 5 new tokens more than 256 positions
     (["--gradient_accumulation_steps", "3"], "3 8 --batch_size"),
     (["--chat_template"], "--chat_template"),
@@ -132,19 +114,6 @@ def test_evaluation_reads_no_training_flags(no_weights, finished, flags):
 def test_unknown_names_and_impossible_sizes(start, flags, named):
     """What is wrong is named, with what is allowed; of flags given twice the last counts."""
     rejected(*start, *flags, named=named.split())
-
-
-def test_the_smallest_max_length_is_named(llama, suite):
-    """A task left with no training instance: the number given lets one in, one less does not."""
-    tokenizer = AutoTokenizer.from_pretrained(llama)
-    enough = min(len(tokenizer(prompt_of("say_both", row | {"input": ""})).input_ids)
-                 + len(tokenizer(row["output"][0]).input_ids) + 1
-                 for row in instances("say_both", range(12)))
-    argv = ("--model", llama, "--suite", suite, *SMALL, "--tasks", "say_both", "--max_length")
-    for length in (1, enough - 1):
-        line = rejected(*argv, length, named=("say_both", "--max_length"))
-        assert str(enough) in re.findall(r"\d+", line)
-    succeed(*argv, enough, "--epochs", 1, "--eval_tasks", "none")
 
 
 # --- the output folder --------------------------------------------------------------------------
@@ -158,20 +127,11 @@ def test_an_output_folder_in_use(finished, start, tmp_path):
     rejected(*start, "--output_dir", "used", named="used")
 
 
-@pytest.mark.parametrize("flags", [[], ["--overwrite"]])
-@pytest.mark.parametrize("folder", ["file", "file/below", "file/deep/below"])
-def test_an_output_folder_that_cannot_be(start, tmp_path, folder, flags):
+def test_an_output_folder_that_cannot_be(start, tmp_path):
     """A file is in the way."""
     (tmp_path / "file").write_text("mine")
-    rejected(*start, "--output_dir", folder, *flags, named="file")
-
-
-@pytest.mark.parametrize("flags", [["--tasks", "no_such_task"], ["--target_modules", "gate"],
-                                   ["--suite", "nowhere"], ["--max_length", "1"]])
-def test_overwrite_with_bad_input_loses_nothing(finished, start, tmp_path, flags):
-    """What is on disk stays until a run can start."""
-    shutil.copytree(finished, tmp_path / "out")
-    rejected(*start, "--output_dir", "out", "--overwrite", *flags, named=flags[1])
+    rejected(*start, "--output_dir", "file", "--overwrite", named="file")
+    rejected(*start, "--output_dir", "file/deep/below", named="file")
 
 
 # --- the launcher and the environment -----------------------------------------------------------
