@@ -1,13 +1,12 @@
 """Damaged adapters, and adapters of other prompts."""
 
 import json
-from types import SimpleNamespace
 
 import pytest
 from suite_files import complaint
 
 from harness.adapter_config import read_adapter_config
-from harness.checks import check_frame
+from harness.arguments import parse_flags
 
 
 @pytest.mark.parametrize("change, named", [
@@ -26,8 +25,8 @@ def test_a_broken_adapter(finished, tmp_path, change, named):
     assert "adapter_config.json" in message and named in message
 
 
-def test_an_adapter_remembers_its_chat_template():
-    """Another --chat_template than in training is refused."""
-    args = SimpleNamespace(adapter="a", chat_template=True)
-    message = complaint(check_frame, args, SimpleNamespace(chat_template=False))
-    assert "--adapter a was trained with --chat_template off" in message
+def test_an_adapter_remembers_its_chat_template(finished):
+    """One that was trained without the template is not evaluated or trained on with it."""
+    for more in (["--eval_only"], []):
+        assert "was trained without --chat_template" in complaint(
+            parse_flags, ["--adapter", str(finished / "adapter"), "--chat_template", *more])
