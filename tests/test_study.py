@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import accelerate.commands.config.config_args as accelerate_config
 import programs
 import pytest
 import study
@@ -332,3 +333,14 @@ def test_scripts_refuse_in_one_line(script, argv):
                              text=True)
     assert refused.returncode == 2 and refused.stderr.count("\n") == 1
     assert refused.stderr.startswith("error: ")
+
+
+def test_accelerate_configurations():
+    """Accelerate reads each as its name says."""
+    found = {path.stem: accelerate_config.load_config_from_file(str(path))
+             for path in (ROOT / "scripts" / "accelerate").glob("*.yaml")}
+    described = {name: (config.num_processes, config.mixed_precision,
+                        str(config.distributed_type).split(".")[-1])
+                 for name, config in found.items()}
+    assert described == {"one_gpu": (1, "bf16", "NO"), "eight_gpus": (8, "bf16", "MULTI_GPU"),
+                         "sharded": (8, "bf16", "FSDP"), "cpu": (1, "no", "NO")}
