@@ -26,7 +26,7 @@ case $form in
     settings=(sequential mixed single)
     groups=("lora-matched badit-energy badit half" "pissa-matched badit-energy-random loramoe
       badit-random badit-no_dog olora olora_qr-matched gainlora badit-no_bad badit-static")
-    rates=([lora-matched]=1e-4 [half]=1e-4 [badit-energy]=1e-4 [badit-energy-random]=1e-4 [badit]=2e-4)
+    rates=([lora-matched]=1e-4 [half]=5e-5 [badit-energy]=5e-5 [badit-energy-random]=5e-5 [badit]=2e-4)
     flags=(--max_train_per_task 200 --max_eval_per_task 50 --epochs 2 --max_length 256) ;;
   *) echo "error: form '$form' is unknown; allowed: mini, superni, instrument" >&2; exit 2 ;;
 esac

@@ -17,7 +17,7 @@ if [ "$form" = mini ]; then
   flags=(--validation 6 --max_train_per_task 24 --epochs 2)
 else
   data=(--suite superni --tasks T591 T639 T1687 T875 T363 T1510 --settings sequential)
-  rows=${ROWS:-200} rates="1e-4 2e-4 5e-4" runs=runs/tune-instrument${ROWS:+-$ROWS}
+  rows=${ROWS:-200} rates="5e-5 1e-4 2e-4 5e-4" runs=runs/tune-instrument${ROWS:+-$ROWS}
   often=$((rows > 60 ? rows / 20 : 3))  # five times a task, or every third step
   names=(lora-matched pissa-matched half olora olora_qr-matched gainlora loramoe badit badit-no_bad
     badit-static badit-energy)
