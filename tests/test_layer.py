@@ -364,7 +364,7 @@ def test_a_regrouping_logs_what_it_did(routing):
     assert changed(layer, snapshot(unmeasured)) == set()
     assert all(weight.grad is None for weight in layer.parameters())
     assert layer.training and line["skipped"] is None and 0 <= line["rounds"] <= 10
-    drift = float((layer.eval()(x) - y).detach().norm() / y.norm())
+    drift = float(((layer.eval()(x) - y).norm() / y.norm()).detach())
     expected |= {"regroup_drift": drift, "moved": int((old != layer.expert_of).sum()),
                  "gradient_norm": [float(g[old == k].norm()) for k in range(K)]}
     for when, labels in (("before", old), ("after", layer.expert_of)):
