@@ -546,13 +546,16 @@ FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 def test_a_full_disk_costs_nothing(argv, whole):
     """A checkpoint, a step's line, an adapter, a prediction, results: one line each, and the
     checkpoints before it stay whole; it continues when there is room."""
-    for owner, name, count, kept in (
-            (checkpoint, "write_tensors", 3, 2), (checkpoint.os, "rename", 2, 3),
-            (Recorder, "add_step", 2, 4), (adapter, "write_tensors", 1, 5),
-            (evaluation, "scored", 3, 7), (results_file, "write_json", 1, 14)):
+    before = []
+    for owner, name, count in (
+            (checkpoint, "write_tensors", 3), (checkpoint.os, "rename", 2),
+            (Recorder, "add_step", 2), (adapter, "write_tensors", 1), (evaluation, "scored", 3),
+            (results_file, "write_json", 1)):
         with failing(owner, name, count, FULL):
             assert "--resume" in refused("No space left on device", *argv, "--resume")
-        assert names_in(argv[-1]) == [f"{number:06d}" for number in (kept - 1, kept)]
+        kept = names_in(argv[-1])
+        assert len(kept) == 2 and kept >= before
+        before = kept
     succeed(*argv, "--resume")
     assert_equal_runs(argv[-1], whole())
 
