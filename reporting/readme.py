@@ -51,12 +51,14 @@ def complete(claim, cells, places):
 
 
 def overall(verdict):
-    """Return the verdict over all columns, with its numbers of seeds and columns."""
+    """Return the verdict over all columns: its word, corrected p, difference and counts."""
     if verdict is None:
         return "not run"
-    word = "" if verdict.brief().startswith("**") else f"{verdict.word()}: "
+    word = f"**{verdict.word()}**" if verdict.brief().startswith("**") else verdict.word()
+    judged = f" (p {verdict.corrected:.2g})" if verdict.seeds >= verdicts.FEWEST else ""
+    difference = verdict.brief().removeprefix(f"{word} ")
     columns = f"{verdict.places} column{'s' * (verdict.places > 1)}"
-    return f"{word}{verdict.brief()}; {columns}, {verdicts.seeds(verdict.seeds)}"
+    return f"{word}{judged}: {difference}; {columns}, {verdicts.seeds(verdict.seeds)}"
 
 
 def title(place, several):
