@@ -94,9 +94,9 @@ def rate_figure(found):
         place.yaxis.set_major_formatter("{x:g}")
         place.yaxis.set_minor_formatter("{x:g}")
         place.legend(fontsize=8)
-    lowest, highest = zip(*(place.get_ylim() for place in axes), strict=True)
-    for place in axes:  # one scale, so that numbers of steps can be compared
-        place.set_ylim(min(lowest), max(highest))
+    means = [metrics.mean(losses) for rates in found.values() for losses in rates.values()]
+    for place in axes:  # one scale, so that numbers of steps can be compared; long bars are cut
+        place.set_ylim(0.8 * min(means), 1.25 * max(means))
     return figure
 
 
