@@ -24,8 +24,8 @@ def update(file, studies):
 def claims_table(studies):
     """Return the table as Markdown: a row a claim, a column each study and setting with one.
 
-    The first column of numbers is the mean over the others, of those with most seeds, with equal
-    weights. Holm's correction is over this column, and apart from it over all other cells.
+    Column "all" is the mean over the columns that have the most seeds for a claim, with equal
+    weights. Holm's correction is over that column; all other cells are corrected separately.
     """
     places = [place for path, records in studies.items()
               for place in verdicts.places(records, study=path)]
@@ -45,7 +45,7 @@ def claims_table(studies):
 
 
 def complete(claim, cells, places):
-    """Return the places whose cell of a claim has as many seeds as any."""
+    """Return the places that have the most seeds for a claim."""
     seeds = {number: verdict.seeds for (other, number), verdict in cells.items() if other == claim}
     return [places[number] for number in seeds if seeds[number] == max(seeds.values())]
 
@@ -54,11 +54,10 @@ def overall(verdict):
     """Return the verdict over all columns: its word, corrected p, difference and counts."""
     if verdict is None:
         return "not run"
-    word = f"**{verdict.word()}**" if verdict.brief().startswith("**") else verdict.word()
     judged = f" (p {verdict.corrected:.2g})" if verdict.seeds >= verdicts.FEWEST else ""
-    difference = verdict.brief().removeprefix(f"{word} ")
     columns = f"{verdict.places} column{'s' * (verdict.places > 1)}"
-    return f"{word}{judged}: {difference}; {columns}, {verdicts.seeds(verdict.seeds)}"
+    return (f"{verdict.word()}{judged}: {verdict.difference()}; {columns}, "
+            f"{verdicts.seeds(verdict.seeds)}")
 
 
 def title(place, several):

@@ -180,13 +180,17 @@ class Verdict(NamedTuple):
         """Return the seeds that show a difference of TARGET in 80 % of studies, uncorrected."""
         return math.ceil((POWER * self.spread / TARGET) ** 2) + 2  # 2: Student's t is wider
 
-    def brief(self):
-        """Return the difference as a table shows it, with the verdict if there is a difference."""
+    def difference(self):
+        """Return the difference as a table shows it: mean, interval, and the rival if chosen."""
         mean, low, high, _ = self.interval
         rival = f" against {self.against}" if len(self.claim.theirs) > 1 else ""
         interval = f" ({low:+.2f} to {high:+.2f})" if self.seeds >= FEWEST else ""
+        return f"{mean:+.2f}{interval}{rival}"
+
+    def brief(self):
+        """Return the difference, after the verdict in bold if one is shown."""
         word = f"**{self.word()}** " if self.word() in ("shown", "the reverse") else ""
-        return f"{word}{mean:+.2f}{interval}{rival}"
+        return word + self.difference()
 
 
 def seeds(number):
@@ -212,8 +216,8 @@ def places(records, study=None):
 
 def verdicts(records, claims=PAPER + BEYOND):
     """Return a Verdict for each claim, model and setting whose runs measured losses for it."""
-    where = places(records)
-    return corrected([verdict for claim in claims for place in where
+    found = places(records)
+    return corrected([verdict for claim in claims for place in found
                       for verdict in judge(claim, [place])])
 
 
@@ -225,15 +229,15 @@ def corrected(found):
             if verdict.seeds >= FEWEST else verdict for verdict in found]
 
 
-def judge(claim, places):
-    """Return [the Verdict] over places of equal weight, or [] without a pair of runs.
+def judge(claim, where):
+    """Return [the Verdict] over the Places `where`, of equal weight, or [] without a pair of runs.
 
     Only seeds that ran in all places count. Rivals with fewer seeds or places are no rivals.
     """
     pairs = {}  # {rival: {place: [(our run, their run), one a seed]}}
     for name in claim.theirs:
         both = {}  # {place: (our runs, their runs)}
-        for number, place in enumerate(places):
+        for number, place in enumerate(where):
             ours, theirs = (place.runs.get(VARIANTS[side], {}) for side in (claim.ours, name))
             if ours.keys() & theirs.keys() and (
                     not claim.forgets or all(map(forgets, ours.values()))):
@@ -256,11 +260,11 @@ def judge(claim, places):
     else:
         studies = defaultdict(list)
         for number, found in pairs.items():
-            studies[places[number].study].append(found)
+            studies[where[number].study].append(found)
         interval, by_seed, median, nats = compare_losses(studies.values())
     if interval.mean > 0:  # the rival was chosen on these runs, which favours it
         interval = interval._replace(p=min(1.0, rivals * interval.p))
-    first = places[next(iter(pairs))]
+    first = where[next(iter(pairs))]
     return [Verdict(claim, first.model, first.setting, best, interval, len(by_seed),
                     sum(value < 0 for value in by_seed), median, nats,
                     statistics.stdev(by_seed) if len(by_seed) > 1 else 0.0, places=len(pairs))]
