@@ -111,7 +111,8 @@ class LoraSettings(LowRank):
     match_parameters: Literal["badit"] | None = setting(
         None, "badit: set --rank so that the number of trainable parameters is nearest to BADIT's "
         "(34 on SmolLM2) and, unless --alpha is given, use BADIT's scaling, alpha = 8 * rank "
-        "(default: no matching)")
+        "(olora_qr: alpha = rank; default: no matching)")
+    matched_scaling = BaditSettings.alpha / BaditSettings.rank
 
     def has_no_effect(self):
         if self.match_parameters is None:
@@ -130,6 +131,9 @@ class PissaSettings(Decomposed, LoraSettings):
 @dataclass(frozen=True)
 class OloraQrSettings(LoraSettings):
     """Settings of OLoRA: LoRA with PEFT's QR initialisation."""
+
+    # At 8 dropout would act on 8 Q_r R_r: on SmolLM2 the loss then starts at 12, not at 3.
+    matched_scaling = 1.0
 
 
 @dataclass(frozen=True)
@@ -229,10 +233,10 @@ def method_class(name):
 # Short names of study variants: methods, matched baselines, ablations, controls, Fig. 12.
 VARIANTS = {
     **{name: name for name in METHODS},
-    # As many trainable parameters as BADIT, and its scaling: alpha / rank = 272 / 34 = 8.
+    # As many trainable parameters as BADIT, and its scaling, 272 / 34 = 8 (OLoRA: 1).
     "lora-matched": "lora --alpha 272 --match_parameters badit",
     "pissa-matched": "pissa --alpha 272 --match_parameters badit",
-    "olora_qr-matched": "olora_qr --alpha 272 --match_parameters badit",
+    "olora_qr-matched": "olora_qr --alpha 34 --match_parameters badit",
     # Half of BADIT's components at its scaling, without routing.
     "half": "pissa --alpha 128 --rank 16",
     "badit-no_bad": "badit --no_bad", "badit-no_dog": "badit --no_dog",

@@ -38,8 +38,8 @@ def match_badit(settings, model):
     """Return `settings` with the rank whose number of trainable parameters is nearest to BADIT's.
 
     A LoRA layer trains r (in + out) weights, BADIT's K r (in + out) in the bank and K in in the
-    router. A default alpha is set for BADIT's scaling. Settings that have this rank were matched
-    before and are returned unchanged.
+    router. A default alpha is set for the settings' `matched_scaling`. Settings that have this rank
+    were matched before and are returned unchanged.
     """
     layers = find_targets(model, settings.target_modules).values()
     one = sum(linear.in_features + linear.out_features for linear in layers)
@@ -48,7 +48,7 @@ def match_badit(settings, model):
     if settings.rank == rank:
         return settings
     given = settings.alpha != type(settings).alpha
-    alpha = settings.alpha if given else BADIT.alpha / BADIT.rank * rank
+    alpha = settings.alpha if given else settings.matched_scaling * rank
     return replace(settings, rank=rank, alpha=alpha)
 
 

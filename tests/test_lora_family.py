@@ -99,10 +99,14 @@ def smollm2_sizes():
         return LlamaForCausalLM(config)
 
 
-@pytest.mark.parametrize(("flags", "alpha"), [("", 272), ("--alpha 272", 272), ("--alpha 68", 68)])
-@pytest.mark.parametrize("name", ["lora", "pissa", "olora_qr"])
+@pytest.mark.parametrize(("name", "flags", "alpha"), [
+    ("lora", "", 272), ("lora", "--alpha 272", 272), ("lora", "--alpha 68", 68),
+    ("pissa", "", 272), ("olora_qr", "", 34), ("olora_qr", "--alpha 272", 272)])
 def test_match_parameters_gives_badit_s_count_and_scaling(name, flags, alpha):
-    """On SmolLM2's sizes, 34 (576 + 1536) is nearest to 32 (576 + 1536) + 8 * 576."""
+    """On SmolLM2's sizes, 34 (576 + 1536) is nearest to 32 (576 + 1536) + 8 * 576.
+
+    OLoRA has scaling 1, at which dropout does not drown the base.
+    """
     model = smollm2_sizes()
     args, _ = parse_flags(["--method", name, "--match_parameters", "badit", *flags.split()])
     method = method_class(name)(settings_of(args))
