@@ -88,10 +88,14 @@ def compiler(accelerator):
 
 
 def device_name(accelerator):
+    """Return the GPU's name, or the instruction sets that choose a CPU's kernels and rounding."""
     device = accelerator.device
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{device} ({torch.backends.cpu.get_cpu_capability()})"  # which decides the kernels
+    sets = [torch.backends.cpu.get_cpu_capability()]
+    sets += ["BF16"] * torch.cpu._is_avx512_bf16_supported()
+    sets += ["AMX"] * torch.cpu._is_amx_tile_supported()
+    return f"{device} ({', '.join(sets)})"
 
 
 def identity(args, accelerator, tasks, made):

@@ -14,6 +14,7 @@ import filelock
 import pytest
 import safetensors.torch
 import torch
+from accelerate import Accelerator
 from conftest import (
     QUIET,
     SMALL,
@@ -368,6 +369,15 @@ REPLACED = {"code": (identity, "code_sha256", lambda: "0" * 64),
             "versions": (identity, "versions", lambda: {"torch": "1.0"}),
             "threads": (torch, "get_num_threads", lambda: 7),
             "device": (identity, "device_name", lambda _: "abacus")}
+
+
+def test_a_cpu_with_other_instructions_is_another_device(monkeypatch):
+    """Kernels of bfloat16 that use AMX round in another way."""
+    names = set()
+    for amx in (False, True):
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda amx=amx: amx)
+        names.add(identity.device_name(Accelerator(cpu=True)))
+    assert len(names) == 2 and {name.endswith(", AMX)") for name in names} == {False, True}
 
 
 def test_allowed_differences(stopped, whole, monkeypatch):
