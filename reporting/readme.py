@@ -22,46 +22,46 @@ def update(file, studies):
 
 
 def claims_table(studies):
-    """Return the table as Markdown: a row a claim, a column each study and setting with one.
+    """Return the table as Markdown: a row a claim, with all comparisons and those of each setting.
 
-    Column "all" is the mean over the columns that have the most seeds for a claim, with equal
-    weights. Holm's correction is over that column; all other cells are corrected separately.
+    A comparison is a study with one model and setting; a claim is judged by the mean over those
+    with the most seeds, of equal weight. Holm's correction is over the claims.
     """
     places = [place for path, records in studies.items()
               for place in verdicts.places(records, study=path)]
-    cells = {(claim, number): verdict for claim in verdicts.README
-             for number, place in enumerate(places) for verdict in verdicts.judge(claim, [place])}
-    cells = dict(zip(cells, verdicts.corrected(list(cells.values())), strict=True))
-    whole = {claim: verdict for claim in verdicts.README
-             for verdict in verdicts.judge(claim, complete(claim, cells, places))}
-    whole = dict(zip(whole, verdicts.corrected(list(whole.values())), strict=True))
-    shown = [number for number in range(len(places)) if number in {key[1] for key in cells}]
-    rows = [[claim.text, overall(whole.get(claim)), *(
-        cells[claim, number].brief() if (claim, number) in cells else "not run"
-        for number in shown)] for claim in verdicts.README]
-    several = len({places[number].model for number in shown}) > 1
-    return markdown_table(["claim", "all", *(title(places[number], several) for number in shown)],
-                          rows)
+    compared = {claim: complete(claim, places) for claim in verdicts.README}
+    judged = {claim: verdict for claim, where in compared.items()
+              for verdict in verdicts.judge(claim, where)}
+    judged = dict(zip(judged, verdicts.corrected(list(judged.values())), strict=True))
+    settings = sorted({place.setting for where in compared.values() for place in where})
+    rows = [[claim.text, overall(judged.get(claim)), *(
+        in_setting(claim, where, setting) for setting in settings)]
+        for claim, where in compared.items()]
+    return markdown_table(["claim", "all", *settings], rows)
 
 
-def complete(claim, cells, places):
+def complete(claim, places):
     """Return the places that have the most seeds for a claim."""
-    seeds = {number: verdict.seeds for (other, number), verdict in cells.items() if other == claim}
+    seeds = {number: verdict.seeds for number, place in enumerate(places)
+             for verdict in verdicts.judge(claim, [place])}
     return [places[number] for number in seeds if seeds[number] == max(seeds.values())]
 
 
 def overall(verdict):
-    """Return the verdict over all columns: its word, corrected p, difference and counts."""
+    """Return the verdict over all comparisons: its word, corrected p, difference and counts."""
     if verdict is None:
         return "not run"
     judged = f" (p {verdict.corrected:.2g})" if verdict.seeds >= verdicts.FEWEST else ""
-    columns = f"{verdict.places} column{'s' * (verdict.places > 1)}"
-    return (f"{verdict.word()}{judged}: {verdict.difference()}; {columns}, "
+    return (f"{verdict.word()}{judged}: {verdict.difference()}; {comparisons(verdict)}, "
             f"{verdicts.seeds(verdict.seeds)}")
 
 
-def title(place, several):
-    """Return the heading of a column, with the model if there are several."""
-    path = place.study
-    name = (path.parent if path.is_file() else path).resolve().name
-    return f"{name}, {place.setting}" + f", {place.model}" * several
+def in_setting(claim, places, setting):
+    """Return the difference over the places of one setting, which is not judged."""
+    found = verdicts.judge(claim, [place for place in places if place.setting == setting])
+    return "; ".join(f"{verdict.difference()}; {comparisons(verdict)}" for verdict in found
+                     ) or "not run"
+
+
+def comparisons(verdict):
+    return f"{verdict.places} comparison{'s' * (verdict.places > 1)}"

@@ -187,11 +187,6 @@ class Verdict(NamedTuple):
         interval = f" ({low:+.2f} to {high:+.2f})" if self.seeds >= FEWEST else ""
         return f"{mean:+.2f}{interval}{rival}"
 
-    def brief(self):
-        """Return the difference, after the verdict in bold if one is shown."""
-        word = f"**{self.word()}** " if self.word() in ("shown", "the reverse") else ""
-        return word + self.difference()
-
 
 def seeds(number):
     return f"{number} seed{'s' * (number > 1)}"

@@ -355,9 +355,9 @@ def test_verdicts(study):
 
 @pytest.mark.parametrize("interval, corrected, seeds, said, cell", [
     ((-0.4, -0.5, -0.2, 0.01), 0.02, 5, "**shown** (against lora -0.400",
-     "**shown** -0.40 (-0.50 to -0.20) against lora"),
+     "-0.40 (-0.50 to -0.20) against lora"),
     ((0.1, 0.05, 0.2, 0.01), 0.02, 7, "**the reverse** (against lora +0.100",
-     "**the reverse** +0.10 (+0.05 to +0.20) against lora"),
+     "+0.10 (+0.05 to +0.20) against lora"),
     ((0.1, -0.31, 0.2, 0.5), 1, 7, "**not shown**: the interval allows up to 0.310; to show "
      "0.05 takes about 34 seeds", "+0.10 (-0.31 to +0.20) against lora"),
     ((0.1, 0.05, 0.2, 0.03), 0.09, 7, "excludes 0, but not after correction for 3",
@@ -368,7 +368,7 @@ def test_what_a_verdict_says(interval, corrected, seeds, said, cell):
     """Nothing is called shown without Holm's correction, and nothing on one seed."""
     verdict = verdicts.Verdict(verdicts.BEST, "m", "mixed", "lora", verdicts.Interval(*interval),
                                seeds, 1, 0.0, 0.0, 0.1, corrected, 3)
-    assert said in verdict.sentence() and verdict.brief() == cell
+    assert said in verdict.sentence() and verdict.difference() == cell
 
 
 def test_holm():
@@ -873,6 +873,11 @@ def test_the_table_of_the_readme_is_made_from_the_records(tmp_path, monkeypatch)
     assert (tmp_path / last).read_text() == text
 
 
+def differences(row):
+    """The differences in a row of the README's table: of all comparisons, and of each setting."""
+    return [float(cell.rpartition(" (")[0].split()[-1]) for cell in row.split("|")[2:-1]]
+
+
 def test_a_table_of_claims(study, tmp_path, capsys):
     """Between the markers alone: what was run, and what was not."""
     for (method, seed), (matrix, _) in TAKEN.items():
@@ -882,11 +887,12 @@ def test_a_table_of_claims(study, tmp_path, capsys):
     assert report.main([str(study), "--readme", str(file)]) == 0
     first, start, head, _, *rows, end, last = file.read_text().splitlines()
     assert (first, start, end, last) == ("above", "<!-- results -->", "<!-- /results -->", "below")
-    assert head == "| claim | all | study, sequential |" and len(rows) == 8
+    assert head == "| claim | all | sequential |" and len(rows) == 8
     assert rows[0].startswith("| BADIT is better than the best baseline | not shown (p 0.")
-    assert "against lora; 1 column, 2 seeds | -0." in rows[0]
+    assert "against lora; 1 comparison, 2 seeds | -0." in rows[0]
     assert all(row.endswith(" | not run | not run |") for row in rows[1:])
-    for run in all_runs(study):  # a second model has a column of its own, where all is lower
+    one, _ = differences(rows[0])
+    for run in all_runs(study):  # a second model, where every loss of BADIT is lower
         shutil.copytree(run, study / "other" / run.name)
         set_flags(study / "other" / run.name, model="other")
     for (method, seed), (matrix, _) in TAKEN.items():
@@ -894,16 +900,20 @@ def test_a_table_of_claims(study, tmp_path, capsys):
         give_losses(study / "other" / f"{method}-sequential-{seed}",
                     [[factor * loss for loss in row] for row in matrix])
     assert report.main([str(study), "--readme", str(file)]) == 0
-    _, _, head, _, row, *_ = file.read_text().splitlines()
-    assert head.count("study, sequential, ") == 2 and "2 columns, 2 seeds" in row
-    whole, one, other = (float(cell.rpartition("): ")[2].split()[0])
-                         for cell in row.split("|")[2:-1])
-    assert other == pytest.approx(one + math.log(0.9), abs=0.01)
-    assert whole == pytest.approx((one + other) / 2, abs=0.01)
-    shutil.rmtree(study / "other" / "badit-sequential-2")  # a column of one seed is not in the mean
+    row = file.read_text().splitlines()[4]
+    assert differences(row) == pytest.approx([one + math.log(0.9) / 2] * 2, abs=0.01)
+    assert "2 comparisons, 2 seeds" in row and row.endswith("; 2 comparisons |")
+    shutil.rmtree(study / "other" / "badit-sequential-2")  # one seed there: not in the mean
     assert report.main([str(study), "--readme", str(file)]) == 0
-    whole = file.read_text().splitlines()[4].split("|")[2]
-    assert f"{one:+.2f} " in whole and "1 column, 2 seeds" in whole
+    row = file.read_text().splitlines()[4]
+    assert differences(row) == [one, one] and "1 comparison, 2 seeds" in row
+    for method, loss in (("badit", 2.0), ("lora", 1.0)):
+        for seed in (1, 2):
+            give_losses(study / f"{method}-mixed-{seed}", [[loss] * 3])
+    assert report.main([str(study), "--readme", str(file)]) == 0
+    row = file.read_text().splitlines()[4]
+    mixed = math.log(2)
+    assert differences(row) == pytest.approx([(mixed + one) / 2, mixed, one], abs=0.01)
     capsys.readouterr()
     file.write_text("no markers")
     assert "<!-- results -->" in refused(capsys, study, "--readme", file)
