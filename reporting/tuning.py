@@ -1,5 +1,6 @@
 """Show the loss of held-out rows by learning rate and steps, and the best rate of each method."""
 
+import itertools
 import math
 import statistics
 from collections import defaultdict
@@ -10,8 +11,10 @@ import metrics
 from inputs.errors import InputError
 from inputs.files import write_text
 from reporting import figures, verdicts
-from reporting.runs import label
+from reporting.runs import forgets, label
 from reporting.tables import Score, Table
+
+MARKERS = "osD^vP*X"
 
 
 def make(records, left_out, out):
@@ -20,10 +23,13 @@ def make(records, left_out, out):
     table = rate_table(found)
     write_text(out / "tuning.csv", table.csv())
     figures.save(rate_figure(found), out / "tuning", ("png", "pdf"))
+    pictures = ["![loss against learning rate](tuning.png)"]
+    if paths := learning_and_forgetting(records):
+        figures.save(forgetting_figure(paths), out / "forgetting", ("png", "pdf"))
+        pictures.append("![forgetting against what was learnt](forgetting.png)")
     lines = [f"- left out: `{folder}`: {reason}" for folder, reason in left_out]
     write_text(out / "tuning.md", "\n\n".join([
-        "# Learning rates", table.markdown(), "![loss against learning rate](tuning.png)",
-        *words(found), *lines]) + "\n")
+        "# Learning rates", table.markdown(), *pictures, *words(found), *lines]) + "\n")
     return out / "tuning.md"
 
 
@@ -73,7 +79,7 @@ def rate_figure(found):
     A ring marks the best rate. A bar is the 95 % interval of the mean over seeds (Student's t).
     """
     panels = list(dict.fromkeys(key[:3] for key in found))
-    variants = list(dict.fromkeys(key[3] for key in found))
+    variants = sorted({key[3] for key in found})
     figure, axes = figures.grid(len(panels), width=7 if len(panels) == 1 else 5.5, height=4.6)
     for place, panel in zip(axes, panels, strict=True):
         mine = {variant: rates for (*where, variant), rates in found.items()
@@ -97,6 +103,45 @@ def rate_figure(found):
     means = [metrics.mean(losses) for rates in found.values() for losses in rates.values()]
     for place in axes:  # one scale, so that numbers of steps can be compared; long bars are cut
         place.set_ylim(0.8 * min(means), 1.25 * max(means))
+    return figure
+
+
+def learning_and_forgetting(records):
+    """Return {(model, steps a task): {variant: {rate: (learnt, forgotten)}}} of sequential runs.
+
+    Means over tasks and seeds in nats per token: the loss right after a task's own training, and
+    its rise by later tasks, which is minus the Backward of the loss.
+    """
+    found = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
+    for run in filter(forgets, records):
+        losses = run.losses()
+        learnt = metrics.mean(losses[i][i] for i in map(run.order.index, run.tasks))
+        found[run.model, run.steps][run.variant][run.rate].append(
+            (learnt, metrics.mean(verdicts.rises(run))))
+    return {panel: {variant: {rate: tuple(map(metrics.mean, zip(*pairs, strict=True)))
+                              for rate, pairs in sorted(rates.items())}
+                    for variant, rates in sorted(variants.items())}
+            for panel, variants in sorted(found.items())}
+
+
+def forgetting_figure(paths):
+    """Draw what a method forgets against what it learnt; a marker for each learning rate."""
+    variants = sorted(set().union(*paths.values()))
+    rates = sorted({rate for mine in paths.values() for points in mine.values() for rate in points})
+    figure, axes = figures.grid(len(paths), width=7 if len(paths) == 1 else 5.5, height=4.6)
+    for place, ((model, steps), mine) in zip(axes, paths.items(), strict=True):
+        for variant, points in mine.items():
+            colour = figures.COLOURS[variants.index(variant) % len(figures.COLOURS)]
+            place.plot(*zip(*points.values(), strict=True), color=colour, label=label(variant))
+            for rate, point in points.items():
+                place.plot(*point, MARKERS[rates.index(rate) % len(MARKERS)], color=colour)
+        for rate, marker in zip(rates, itertools.cycle(MARKERS), strict=False):
+            place.plot([], [], marker, color="grey", label=f"{rate:g}")
+        place.axhline(0, color="grey", linewidth=0.6)
+        place.set(title=f"{model}, {steps} steps a task; lower left is better",
+                  xlabel="loss right after a task's own training, nats per token",
+                  ylabel="rise of the loss by later tasks, nats per token")
+        place.legend(fontsize=8)
     return figure
 
 

@@ -436,6 +436,20 @@ def test_learning_rates(folder, tmp_path, capsys):
         tmp_path / "out" / "tuning.md").read_text()
 
 
+def test_what_is_learnt_and_forgotten(study, tmp_path):
+    """By hand, two seeds: the loss after a task's own stage, and its rise; mixed runs have none."""
+    for (method, seed), (matrix, _) in TAKEN.items():
+        give_losses(study / f"{method}-sequential-{seed}", matrix)
+    measured = [run for run in runs.collect([study])[0] if run.losses()]
+    ((_, mine),) = tuning.learning_and_forgetting(measured).items()
+    assert {variant: list(points.values()) for variant, points in mine.items()} == {
+        "badit": [(1.0, (0.375 + 0.25) / 2)], "lora": [((2.5 / 3 + 3.5 / 3) / 2, 1.875 / 2)]}
+    figures.save(tuning.forgetting_figure(tuning.learning_and_forgetting(measured)),
+                 tmp_path / "forgetting", ["png"])
+    assert not tuning.learning_and_forgetting(
+        [run for run in measured if run.setting != "sequential"])
+
+
 def test_the_interval_of_a_tuned_loss():
     """Student's t on three seeds, by the table's 4.303; one seed has no interval."""
     assert tuning.half_width([1.0, 2.0, 3.0]) == pytest.approx(4.3027 * 1 / 3**0.5, rel=1e-4)
