@@ -24,6 +24,7 @@ import torch
 
 import train
 
+os.fsync = lambda handle: None  # as in conftest.py
 LIMIT = 300  # seconds; no run here takes a tenth of it where the cores are free
 
 
