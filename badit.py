@@ -6,8 +6,6 @@ weights (Eq. 7) and the method; grouping.py groups components by gradient direct
 regrouping.py applies that on a schedule. Axis names as in those files.
 """
 
-import os
-
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -150,12 +148,3 @@ class Badit(ExpertMethod):
         if self.settings.routing == "energy" and not self.settings.no_bad:
             measure_energies(self.model, self.layers, loader)
         super().start_stage(stage, loader)
-
-    def before_forward(self, batch):
-        super().before_forward(batch)
-        if os.environ.get("IDEA_PROMPT"):
-            from baselines.gainlora import prompt_mask
-            mask = prompt_mask(batch)
-            for layer in self.layers.values():
-                layer.prompt = mask
-                layer.pooled = None

@@ -5,7 +5,6 @@ Axis names in all shape comments:
     K, r, N   number of experts, rank of each, number of rank-1 components: N = K * r
 """
 
-import os
 from typing import NamedTuple
 
 import torch
@@ -43,8 +42,7 @@ def top_singular_triplets(W0, N, svd):
     """
     if svd == "exact":
         U, S, Vh = torch.linalg.svd(W0, full_matrices=False)
-        f = int(os.environ.get("IDEA_OFFSET", 0))
-        return U[:, f:f + N], S[f:f + N], Vh[f:f + N]
+        return U[:, :N], S[:N], Vh[:N]
     if svd == "fast":
         V = krylov_basis(W0, N + KRYLOV_EXTRA)  # (in, n)
         U, S, Vh = torch.linalg.svd(W0 @ V, full_matrices=False)

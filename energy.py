@@ -4,8 +4,6 @@ Axis names as in experts.py. The energy of a component for a token is the square
 initial, pre-trained form adds to the layer's output.
 """
 
-import os
-
 import torch
 import torch.nn.functional as F
 from accelerate.utils import reduce
@@ -49,26 +47,11 @@ class EnergyLinear(InitialBank, BankLinear):
         with torch.autocast(x.device.type, enabled=False):  # float32 always
             energy = activation_energy(x.to(self.lora_A0.dtype), self.lora_A0, self.lora_B0)
             scores = relative_energy(energy, self.mean_energy, expert_of, self.num_experts)
-        if os.environ.get("IDEA_PROMPT"):
-            scores = self.by_prompt(scores)
         alpha = torch.ones_like(scores)  # (..., K)
         if self.top_k == self.num_experts:
             return Routing(alpha, alpha, None, scores)
         active = select_experts(scores, self.top_k)
         return Routing(alpha, active.to(alpha.dtype), active, scores)
-
-    prompt, pooled = None, None
-
-    def by_prompt(self, scores):
-        if scores.dim() != 3 or self.prompt is None:
-            return scores
-        B, n, K = scores.shape
-        if self.prompt.shape == (B, n):
-            m = self.prompt.to(scores.dtype)[:, :, None]
-            self.pooled = (scores * m).sum(1) / m.sum(1).clamp_min(1)  # (B, K)
-        elif not (n == 1 and self.pooled is not None and len(self.pooled) == B):
-            return scores
-        return self.pooled[:, None].expand(B, n, K).contiguous()
 
 
 @torch.no_grad()
