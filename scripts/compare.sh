@@ -18,7 +18,8 @@ declare -A rates=([lora-matched]=1e-3 [pissa-matched]=5e-4 [loramoe]=2e-3 [badit
 case $form in
   mini) data=(--suite mini) often=([mixed]=15 [sequential]=3)
     rates+=([olora]=2e-3 [gainlora]=5e-3 [badit-no_bad]=5e-3)
-    groups=("${first[*]} olora gainlora half badit-no_bad badit-energy-no_dog")
+    groups=("${first[*]} olora olora_qr-matched gainlora half badit-no_bad badit-static
+      badit-energy-no_dog")
     flags=(--max_train_per_task 24 --epochs 2 --max_new_tokens 16) ;;
   superni) data=("${six[@]}") often=([mixed]=12 [sequential]=4) groups=("${first[*]}")
     flags=(--max_train_per_task 64 --max_eval_per_task 25 --epochs 1 --max_length 256) ;;

@@ -13,7 +13,8 @@ form=mini methods=() failed=0 runs=runs/tune
 case ${1:-} in mini|instrument) form=$1; shift ;; esac
 if [ "$form" = mini ]; then
   data=(--suite mini --settings mixed) rates="1e-4 2e-4 5e-4 1e-3 2e-3" often=15
-  names=(lora-matched pissa-matched olora gainlora loramoe badit badit-no_bad badit-energy)
+  names=(lora-matched pissa-matched olora olora_qr-matched gainlora loramoe badit badit-no_bad
+    badit-energy)
   flags=(--validation 6 --max_train_per_task 24 --epochs 2)
 else
   data=(--suite superni --tasks T591 T639 T1687 T875 T363 T1510 --settings sequential)
