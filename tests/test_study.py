@@ -272,7 +272,7 @@ def test_experiments_by_name(script, lines, words, calls, capsys):
 
 
 @pytest.mark.parametrize("form, setting, held_out, methods, rates", [
-    ([], "mixed", 6, 8, (1e-4, 2e-4, 5e-4, 1e-3, 2e-3)),
+    ([], "mixed", 6, 9, (1e-4, 2e-4, 5e-4, 1e-3, 2e-3)),
     (["instrument"], "sequential", 40, 11, (5e-5, 1e-4, 2e-4, 5e-4))], ids=["mini", "instrument"])
 def test_tuning_tries_every_rate_for_every_method(form, setting, held_out, methods, rates, calls,
                                                   capsys):
