@@ -30,9 +30,8 @@ def claims_table(studies):
     places = [place for path, records in studies.items()
               for place in verdicts.places(records, study=path)]
     compared = {claim: complete(claim, places) for claim in verdicts.README}
-    judged = {claim: verdict for claim, where in compared.items()
-              for verdict in verdicts.judge(claim, where)}
-    judged = dict(zip(judged, verdicts.corrected(list(judged.values())), strict=True))
+    judged = [verdicts.judge(claim, where) for claim, where in compared.items() if where]
+    judged = {verdict.claim: verdict for verdict in verdicts.corrected(judged)}
     settings = sorted({place.setting for where in compared.values() for place in where})
     rows = [[claim.text, overall(judged.get(claim)), *(
         in_setting(claim, where, setting) for setting in settings)]
@@ -42,25 +41,26 @@ def claims_table(studies):
 
 def complete(claim, places):
     """Return the places that have the most seeds for a claim."""
-    seeds = {number: verdict.seeds for number, place in enumerate(places)
-             for verdict in verdicts.judge(claim, [place])}
-    return [places[number] for number in seeds if seeds[number] == max(seeds.values())]
+    found = [verdicts.against_best(claim, [place]) for place in places]
+    seeds = [len(each[1][0]) if each else 0 for each in found]
+    return [place for place, count in zip(places, seeds, strict=True) if count == max(seeds) > 0]
 
 
 def overall(verdict):
     """Return the verdict over all comparisons: its word, corrected p, difference and counts."""
     if verdict is None:
         return "not run"
+    word = verdict.word()
+    word = f"**{word}**" if word in ("shown", "the reverse") else word
     judged = f" (p {verdict.corrected:.2g})" if verdict.seeds >= verdicts.FEWEST else ""
-    return (f"{verdict.word()}{judged}: {verdict.difference()}; {comparisons(verdict)}, "
+    return (f"{word}{judged}: {verdict.difference()}; {comparisons(verdict)}, "
             f"{verdicts.seeds(verdict.seeds)}")
 
 
 def in_setting(claim, places, setting):
     """Return the difference over the places of one setting, which is not judged."""
-    found = verdicts.judge(claim, [place for place in places if place.setting == setting])
-    return "; ".join(f"{verdict.difference()}; {comparisons(verdict)}" for verdict in found
-                     ) or "not run"
+    verdict = verdicts.judge(claim, [place for place in places if place.setting == setting])
+    return f"{verdict.difference()}; {comparisons(verdict)}" if verdict else "not run"
 
 
 def comparisons(verdict):

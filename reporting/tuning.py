@@ -14,8 +14,6 @@ from reporting import figures, verdicts
 from reporting.runs import forgets, label
 from reporting.tables import Score, Table
 
-MARKERS = "osD^vP*X"
-
 
 def make(records, left_out, out):
     """Write tuning.md with its table and figure into the folder `out`, and return its path."""
@@ -128,15 +126,16 @@ def forgetting_figure(paths):
     """Draw what a method forgets against what it learnt; a marker for each learning rate."""
     variants = sorted(set().union(*paths.values()))
     rates = sorted({rate for mine in paths.values() for points in mine.values() for rate in points})
+    markers = dict(zip(rates, itertools.cycle("osD^vP*X"), strict=False))
     figure, axes = figures.grid(len(paths), width=7 if len(paths) == 1 else 5.5, height=4.6)
     for place, ((model, steps), mine) in zip(axes, paths.items(), strict=True):
         for variant, points in mine.items():
             colour = figures.COLOURS[variants.index(variant) % len(figures.COLOURS)]
             place.plot(*zip(*points.values(), strict=True), color=colour, label=label(variant))
             for rate, point in points.items():
-                place.plot(*point, MARKERS[rates.index(rate) % len(MARKERS)], color=colour)
-        for rate, marker in zip(rates, itertools.cycle(MARKERS), strict=False):
-            place.plot([], [], marker, color="grey", label=f"{rate:g}")
+                place.plot(*point, markers[rate], color=colour)
+        for rate, marker in markers.items():
+            place.plot([], [], marker, color="grey", label=f"learning rate {rate:g}")
         place.axhline(0, color="grey", linewidth=0.6)
         place.set(title=f"{model}, {steps} steps a task; lower left is better",
                   xlabel="loss right after a task's own training, nats per token",

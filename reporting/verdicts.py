@@ -212,8 +212,8 @@ def places(records, study=None):
 def verdicts(records, claims=PAPER + BEYOND):
     """Return a Verdict for each claim, model and setting whose runs measured losses for it."""
     found = places(records)
-    return corrected([verdict for claim in claims for place in found
-                      for verdict in judge(claim, [place])])
+    judged = (judge(claim, [place]) for claim in claims for place in found)
+    return corrected([verdict for verdict in judged if verdict])
 
 
 def corrected(found):
@@ -224,10 +224,11 @@ def corrected(found):
             if verdict.seeds >= FEWEST else verdict for verdict in found]
 
 
-def judge(claim, where):
-    """Return [the Verdict] over the Places `where`, of equal weight, or [] without a pair of runs.
+def against_best(claim, where):
+    """Return (the best rival, {number in `where`: pairs of runs}, number of rivals), or None.
 
-    Only seeds that ran in all places count. Rivals with fewer seeds or places are no rivals.
+    A pair is (our run, their run) of one seed. Only seeds that ran in all places count. Rivals with
+    fewer seeds or places are no rivals.
     """
     pairs = {}  # {rival: {place: [(our run, their run), one a seed]}}
     for name in claim.theirs:
@@ -243,26 +244,35 @@ def judge(claim, where):
             pairs[name] = {number: [(ours[seed], theirs[seed]) for seed in common]
                            for number, (ours, theirs) in both.items()}
     if not pairs:
-        return []
+        return None
     counts = {name: sum(map(len, found.values())) for name, found in pairs.items()}
     best = min((name for name in pairs if counts[name] == max(counts.values())),
                key=lambda name: metrics.mean(log_loss(run) for found in pairs[name].values()
                                              for _, run in found))
-    rivals, pairs = len(pairs), pairs[best]
+    return best, pairs[best], len(pairs)
+
+
+def judge(claim, where):
+    """Return the Verdict over the Places `where`, of equal weight, or None without a pair of runs.
+    """
+    found = against_best(claim, where)
+    if found is None:
+        return None
+    best, pairs, rivals = found
     if claim.forgets:
         (only,) = pairs.values()
         interval, by_seed, median, nats = compare_forgetting(only)
     else:
         studies = defaultdict(list)
-        for number, found in pairs.items():
-            studies[where[number].study].append(found)
+        for number, both in pairs.items():
+            studies[where[number].study].append(both)
         interval, by_seed, median, nats = compare_losses(studies.values())
     if interval.mean > 0:  # the rival was chosen on these runs, which favours it
         interval = interval._replace(p=min(1.0, rivals * interval.p))
     first = where[next(iter(pairs))]
-    return [Verdict(claim, first.model, first.setting, best, interval, len(by_seed),
-                    sum(value < 0 for value in by_seed), median, nats,
-                    statistics.stdev(by_seed) if len(by_seed) > 1 else 0.0, places=len(pairs))]
+    return Verdict(claim, first.model, first.setting, best, interval, len(by_seed),
+                   sum(value < 0 for value in by_seed), median, nats,
+                   statistics.stdev(by_seed) if len(by_seed) > 1 else 0.0, places=len(pairs))
 
 
 def compare_losses(studies):

@@ -24,7 +24,7 @@ import report
 from grouping import component_gram, gradient_angles, grouping_from_gram
 from inputs.suites import SUPERNI
 from registry import METHODS, variant_of
-from reporting import figures, page, runs, study_report, tables, tuning, verdicts
+from reporting import figures, page, readme, runs, study_report, tables, tuning, verdicts
 
 GONE = object()
 
@@ -369,6 +369,7 @@ def test_what_a_verdict_says(interval, corrected, seeds, said, cell):
     verdict = verdicts.Verdict(verdicts.BEST, "m", "mixed", "lora", verdicts.Interval(*interval),
                                seeds, 1, 0.0, 0.0, 0.1, corrected, 3)
     assert said in verdict.sentence() and verdict.difference() == cell
+    assert ("**" in readme.overall(verdict)) == (corrected == 0.02)
 
 
 def test_holm():
@@ -440,14 +441,15 @@ def test_what_is_learnt_and_forgotten(study, tmp_path):
     """By hand, two seeds: the loss after a task's own stage, and its rise; mixed runs have none."""
     for (method, seed), (matrix, _) in TAKEN.items():
         give_losses(study / f"{method}-sequential-{seed}", matrix)
+        give_losses(study / f"{method}-mixed-{seed}", matrix[-1:])
     measured = [run for run in runs.collect([study])[0] if run.losses()]
     ((_, mine),) = tuning.learning_and_forgetting(measured).items()
     assert {variant: list(points.values()) for variant, points in mine.items()} == {
         "badit": [(1.0, (0.375 + 0.25) / 2)], "lora": [((2.5 / 3 + 3.5 / 3) / 2, 1.875 / 2)]}
     figures.save(tuning.forgetting_figure(tuning.learning_and_forgetting(measured)),
                  tmp_path / "forgetting", ["png"])
-    assert not tuning.learning_and_forgetting(
-        [run for run in measured if run.setting != "sequential"])
+    mixed = [run for run in measured if run.setting == "mixed"]
+    assert len(mixed) == 4 and not tuning.learning_and_forgetting(mixed)
 
 
 def test_the_interval_of_a_tuned_loss():
