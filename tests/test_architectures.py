@@ -1,5 +1,7 @@
 """Architectures beyond Llama: trained, saved and loaded alike, or refused in one line at load."""
 
+import inspect
+
 import pytest
 import torch
 import transformers
@@ -11,7 +13,7 @@ import adapter
 import models
 from harness import checks
 from inputs.errors import InputError
-from method import find_targets
+from method import find_targets, source_of
 from quantized import check_experts, find_experts, quantise
 
 STATE = dict(state_size=8, mamba_d_state=8, mamba_n_heads=4, mamba_d_head=16, mamba_n_groups=1,
@@ -134,6 +136,17 @@ def test_layers_whose_weight_is_read():
     assert "reads the weight of this layer" in one_line(caught)
     left = quantise(wrapped(model, "lora", target_modules=("all-linear",)), "int8")
     assert left == [f"backbone.layers.{i}.mixer.out_proj" for i in range(2)]
+
+
+def test_a_class_is_read_once(monkeypatch):
+    """Reading its source takes 11 ms, and a model has hundreds of linear layers."""
+    model, read = base_model(), []
+    monkeypatch.setattr(inspect, "getsource", lambda cls: read.append(cls) or "")
+    source_of.cache_clear()
+    for _ in range(2):
+        find_targets(model, ("all-linear",))
+    source_of.cache_clear()  # of what this test answered
+    assert len(read) == len(set(read)) == 2  # attention and MLP
 
 
 @pytest.mark.parametrize("called", [True, False])
