@@ -49,7 +49,7 @@ def test_weights_are_those_of_a_count_by_hand(bare):
 @pytest.mark.parametrize("method", TRAINED)
 def test_every_method_has_a_plan(method, bare, monkeypatch, capsys):
     """From the configuration alone: the folder holds no weights and no tokenizer."""
-    monkeypatch.setattr(plan, "BASES", ("nf4",))
+    monkeypatch.setattr(plan, "BASES", ("dense",))
     assert plan.main(["--method", method, "--model", str(bare), "--rank", "2", "--max_length", "32",
                       "--max_new_tokens", "4", "--batch_size", "1"]) == 0
     out = capsys.readouterr().out.splitlines()
