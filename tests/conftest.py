@@ -10,6 +10,8 @@ import json
 import logging
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
 import warnings
 from pathlib import Path
@@ -18,6 +20,7 @@ from typing import NamedTuple
 # Kept for the worker processes of pytest-xdist, which inherit the change below.
 USER_CACHE = Path(os.environ.setdefault("BADIT_TESTS_USER_CACHE", str(
     Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "badit")))
+ROOT = Path(__file__).resolve().parents[1]
 CACHE = Path(tempfile.mkdtemp(prefix="badit-tests-"))
 atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
 # Set before anything imports the libraries that read them.
@@ -38,6 +41,7 @@ from transformers.models.qwen3 import Qwen3Config  # noqa: E402
 
 import train  # noqa: E402
 from inputs import embedded  # noqa: E402
+from inputs.errors import InputError  # noqa: E402
 from registry import EMBEDDED, METHODS, method_class  # noqa: E402
 
 os.fsync = lambda handle: None  # no test cuts the power, and each call waits 5 ms for the disk
@@ -280,6 +284,15 @@ def failing(owner, name, count, error=Killed):
         yield
 
 
+def complaint(call, *args, **options):
+    """The message of the InputError that the call raises, which is one line."""
+    with pytest.raises(InputError) as caught:
+        call(*args, **options)
+    message = str(caught.value)
+    assert message.strip() and "\n" not in message
+    return message
+
+
 def refused(named, *argv, **more):
     """Call train.main, or another `main`, which must say `named` in one line and return 2."""
     outcome = run(*argv, **more)
@@ -287,6 +300,19 @@ def refused(named, *argv, **more):
     (line,) = (line for line in outcome.err if line.startswith("error: "))
     assert named in line and not any("Traceback" in line for line in outcome.err)
     return line
+
+
+def imported_by(program, *argv, **variables):
+    """Run a program of this project in a process of its own -> it, and the modules it imported."""
+    done = subprocess.run([sys.executable, ROOT / program, *map(str, argv)], text=True,
+                          env=os.environ | {"PYTHONPROFILEIMPORTTIME": "1"} | variables,
+                          capture_output=True)
+    return done, modules_in(done.stderr)
+
+
+def modules_in(text):
+    """The modules that PYTHONPROFILEIMPORTTIME=1 names in a program's stderr."""
+    return {line.rpartition("|")[2].strip() for line in text.splitlines() if "import time:" in line}
 
 
 # --- what a run leaves --------------------------------------------------------------------------

@@ -31,10 +31,6 @@ def be_killed(*_):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def touch(path, *_):
-    Path(path).touch()
-
-
 def finish(_, *flags):
     """Write the results.json of a run with these flags."""
     from harness.arguments import parse_flags, recorded_args  # here, as the others need neither
@@ -71,15 +67,6 @@ def launch(name, *more):
     """Start another of these, and end when a signal comes, passing none on."""
     subprocess.Popen(words(name, *more))
     time.sleep(60)
-
-
-def train_and_list_modules(path, *argv):
-    """Run train.main, then write the names and files of all loaded modules."""
-    import train  # here, as the others need not wait for it
-
-    assert train.main(argv) == 0
-    files = {name: getattr(module, "__file__", None) or "" for name, module in sys.modules.items()}
-    Path(path).write_text("".join(f"{name}\t{file}\n" for name, file in files.items()))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,6 @@
-"""Small task folders for tests of what reads them, and what a refusal looks like."""
+"""Small task folders for tests of what reads them."""
 
-import pytest
 from conftest import write_json
-
-from inputs.errors import InputError
 
 DEFINITION = "Name the colour."
 
@@ -19,12 +16,3 @@ def write_task(root, name, train=None, test=None, **keys):
         content = {"Definition": [DEFINITION], "Instances": instances, **keys}
         write_json(root / name / f"{split}.json", content)
     return root
-
-
-def complaint(call, *args, **options):
-    """The message of the InputError that the call raises, which is one line."""
-    with pytest.raises(InputError) as caught:
-        call(*args, **options)
-    message = str(caught.value)
-    assert message.strip() and "\n" not in message
-    return message

@@ -47,7 +47,9 @@ def test_a_step_trains_every_variant(make, options):
 
 @pytest.mark.parametrize("section, variants", [
     ("step", ["BADIT"] * 3), ("regroup", ["all", "Gram matrices", "grouping from them"])])
-def test_the_command_prints_a_table(section, variants, capsys):
+def test_the_command_prints_a_table(section, variants, capsys, monkeypatch):
+    monkeypatch.setitem(benchmark.TINY, "hidden_size", 64)
+    monkeypatch.setitem(benchmark.TINY, "intermediate_size", 128)
     threads = torch.get_num_threads()
     assert benchmark.main(["--only", section, "--rounds", "2", "--threads", str(threads)]) == 0
     lines = [line.split("|") for line in capsys.readouterr().out.splitlines() if "|" in line]

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from suite_files import DEFINITION, complaint, item, write_task
+from conftest import complaint
+from suite_files import DEFINITION, item, write_task
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 

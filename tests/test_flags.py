@@ -142,7 +142,6 @@ def test_values_that_no_flag_takes(name, value):
     ("--learning-rate 1e-4", "did you mean --learning_rate?"),
     ("--model_name x", "did you mean --model?"), ("--zzz", "--zzz; see"),
     ("--method badit-energy", "here --method badit --routing energy; allowed"),
-    ("--method lora --num_experts 8", "--num_experts has no effect with --method lora"),
     ("--task_order a b", "has no effect with --setting mixed, only with --setting sequential"),
 ])
 def test_hints(words, named):

@@ -1,12 +1,13 @@
 """Adapters as a library: load, generate, and formats that are told apart."""
 
 import json
+import re
 
 import pytest
 import torch
-from conftest import TRAINED, settings_of, wrapped
+from conftest import TRAINED, complaint, settings_of, wrapped
 from peft import PeftModel
-from tiny import base_model, continuations, learn, logits_of, one_line
+from tiny import base_model, continuations, learn, logits_of
 
 import adapter
 from harness.adapter_config import ADAPTER_CONFIG, NOT_OF_PEFT, read_adapter_config
@@ -28,9 +29,8 @@ def test_three_lines_generate(name, tmp_path):
 @pytest.mark.parametrize("name", TRAINED)
 def test_a_wrapped_model_is_not_saved_without_its_weights(name, tmp_path):
     model = wrapped(base_model(), name)
-    with pytest.raises(InputError, match=r"adapter\.save.*export\.py") as caught:
-        model.save_pretrained(tmp_path)
-    assert one_line(caught) and not any(tmp_path.iterdir())
+    assert re.search(r"adapter\.save.*export\.py", complaint(model.save_pretrained, tmp_path))
+    assert not any(tmp_path.iterdir())
 
 
 def test_a_bare_model_is_saved(tmp_path):
@@ -51,9 +51,8 @@ def test_peft_says_what_our_adapter_is(load, tmp_path):
 
 def test_an_adapter_of_pefts_is_named(tmp_path):
     (tmp_path / ADAPTER_CONFIG).write_text('{"peft_type": "LORA", "r": 8}')
-    with pytest.raises(InputError, match=r"adapter of PEFT's \(peft_type 'LORA'\)") as caught:
-        read_adapter_config(tmp_path)
-    one_line(caught)
+    message = complaint(read_adapter_config, tmp_path)
+    assert "adapter of PEFT's (peft_type 'LORA')" in message
 
 
 def test_an_adapter_of_format_1_loads(tmp_path):

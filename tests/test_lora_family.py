@@ -22,7 +22,6 @@ from baselines.loramoe import (
     importance_coefficients,
     type_of,
 )
-from baselines.pissa import PissaLinear
 from harness.arguments import parse_flags, settings_of
 from inputs.errors import InputError
 from method import INPUTS, Stage, method_of, observe
@@ -125,19 +124,6 @@ def test_match_parameters_reads_no_rank_and_no_default_alpha():
 
 
 # --- PiSSA --------------------------------------------------------------------------------------
-
-
-def test_pissa_holds_the_leading_triplets():
-    """Singular values of bank and residual, and the balance of A and B."""
-    base = linear(dtype=torch.float32)
-    singular = torch.linalg.svdvals(base.weight.detach())
-    layer = PissaLinear(base, R, 6, 0.0)
-    A, B = layer.lora_A.detach(), layer.lora_B.detach()
-    assert_close(S * torch.linalg.svdvals(B @ A)[:R], singular[:R], rtol=1e-4, atol=0)
-    wanted, atol = torch.diag(singular[:R] / S), 1e-4 * float(singular[0] / S)
-    assert_close(B.T @ B, wanted, rtol=0, atol=atol)
-    assert_close(A @ A.T, wanted, rtol=0, atol=atol)
-    assert_close(torch.linalg.matrix_norm(layer.residual, 2), singular[R], rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize(("name", "theirs"), [("pissa", "pissa"), ("olora_qr", "olora")])

@@ -2,12 +2,11 @@
 
 import json
 import pickle
-import time
 
 import pytest
 import safetensors.torch
 import torch
-from conftest import ARCHITECTURES, run, save_checkpoint, snapshot, wrapped
+from conftest import complaint, run, save_checkpoint, snapshot, wrapped
 from tiny import (
     PROMPTS,
     backward,
@@ -15,7 +14,6 @@ from tiny import (
     batch_of,
     learn,
     logits_of,
-    one_line,
     rows_of,
     start,
     weights_of,
@@ -33,11 +31,6 @@ from method import method_of
 from registry import EMBEDDED
 
 FP32, BF16 = torch.float32, torch.bfloat16
-
-
-@pytest.fixture(params=ARCHITECTURES)
-def architecture(request):
-    return request.param
 
 
 def badit(architecture="llama", **changed):
@@ -101,9 +94,7 @@ def test_a_layer_whose_input_is_flattened():
 
     mlp.register_forward_pre_hook(flatten)
     mlp.register_forward_hook(lambda module, inputs, output: output.view(shapes[-1]))
-    with pytest.raises(InputError) as caught:
-        regroup(method, rows_of(0))
-    message = one_line(caught)
+    message = complaint(regroup, method, rows_of(0))
     assert "model.layers.1.mlp.gate_proj" in message and ", 32]" in message
 
 
@@ -125,9 +116,7 @@ def test_logits_that_are_not_finite(llama, bad, step):
     if step:
         evaluation.generate(model, tokenizer, batch, step)  # finite so far
         steps.clear()
-    with pytest.raises(InputError) as caught:
-        evaluation.generate(model, tokenizer, batch, 5)
-    assert "NaN or infinite" in one_line(caught)
+    assert "NaN or infinite" in complaint(evaluation.generate, model, tokenizer, batch, 5)
 
 
 # --- adapters on disk ---------------------------------------------------------------------------
@@ -164,9 +153,7 @@ class Payload:
 def assert_refused(folder, named):
     """Assert that loading is refused in one line that names the fault, and writes nothing."""
     before = snapshot(folder)
-    with pytest.raises(InputError) as caught:
-        adapter.load(base_model(), folder)
-    assert named in one_line(caught)
+    assert named in complaint(adapter.load, base_model(), folder)
     assert snapshot(folder) == before
 
 
@@ -250,15 +237,9 @@ def test_another_gguf_is_not_converted(tmp_path, monkeypatch):
     assert not any("smollm2" in path.name for path in tmp_path.rglob("*"))
 
 
-@pytest.mark.slow
-def test_the_embedded_model_loads_fast_and_whole(smollm2):
-    """It loads from the cache in 3 seconds of CPU time, and answers in English."""
-    seconds = []
-    for _ in range(2):  # the first may import; and other processes may hold the cores
-        start = time.process_time()
-        model, tokenizer = models.load(smollm2)
-        seconds.append(time.process_time() - start)
-    assert min(seconds) < 3
+def test_the_embedded_model_is_whole(smollm2):
+    """Its weights are finite, and it answers in English."""
+    model, tokenizer = models.load(smollm2)
     assert all(torch.isfinite(weight).all() for weight in model.parameters())
     assert sum(weight.numel() for weight in model.parameters()) > 130e6
     ids = tokenizer("The capital of France is").input_ids
@@ -270,46 +251,17 @@ def assert_close_to_base(logits, base):
     assert (logits - base).abs().max() <= 1e-4 * base.abs().max()
 
 
-@pytest.fixture(scope="module")
-def smollm2_adapter(smollm2, tmp_path_factory):
-    """A saved fresh adapter of the embedded model, prompts, and the base logits on them."""
-    folder = tmp_path_factory.mktemp("smollm2")
+def test_smollm2_starts_as_it_was(smollm2, tmp_path):
+    """In float32; in bf16 an adapter adds at most a quarter to the base's mean rounding error."""
     model, tokenizer = models.load(smollm2)
-    tasks = list(data.load_suite("mini").tasks.values())
-    prompts = [tokenizer(data.build_prompt(task.definition, task.test[0]["input"])).input_ids
-               for task in (tasks[0], tasks[7])]
-    base = logits_of(model.eval(), prompts)
+    (task, *_) = data.load_suite("mini").tasks.values()
+    prompt = data.build_prompt(task.definition, task.test[0]["input"])
+    prompts = [tokenizer(prompt).input_ids]
+    exact = logits_of(model.eval(), prompts)
     wrapped(model, rank=4, alpha=32.0)
-    for top_k in (1, 4, 8):
-        for layer in method_of(model).layers.values():
-            layer.top_k = top_k
-        assert_close_to_base(logits_of(model, prompts), base)
-    adapter.save(model, folder)
-    return folder, prompts, base
-
-
-@pytest.mark.slow
-def test_smollm2_starts_as_it_was(smollm2, smollm2_adapter):
-    """Logits at initialisation under static routing; the fixture checks token routing."""
-    folder, prompts, base = smollm2_adapter
-    # Static routing has the same tensors, with `alpha` in place of the router.
-    state = safetensors.torch.load_file(folder / WEIGHTS_FILE)
-    state = {key.replace(".router", ".alpha"): torch.ones(8) if key.endswith("router") else value
-             for key, value in state.items()}
-    config = json.loads((folder / ADAPTER_CONFIG).read_text())
-    config["settings"]["routing"] = "static"
-    (folder / "static").mkdir()
-    safetensors.torch.save_file(state, folder / "static" / WEIGHTS_FILE, metadata={"format": "pt"})
-    (folder / "static" / ADAPTER_CONFIG).write_text(json.dumps(config))
-    model = adapter.load(models.load(smollm2)[0], folder / "static").eval()
-    assert_close_to_base(logits_of(model, prompts), base)
-
-
-@pytest.mark.slow
-def test_smollm2_starts_as_it_was_in_bf16(smollm2, smollm2_adapter):
-    """In bf16 the adapter adds at most a quarter to the mean rounding error of the base."""
-    folder, prompts, exact = smollm2_adapter
+    assert_close_to_base(logits_of(model, prompts), exact)
+    adapter.save(model, tmp_path)
     model = models.load(smollm2, BF16)[0].eval()
     plain = (logits_of(model, prompts) - exact).abs().mean()
-    adapted = (logits_of(adapter.load(model, folder).eval(), prompts) - exact).abs().mean()
+    adapted = (logits_of(adapter.load(model, tmp_path).eval(), prompts) - exact).abs().mean()
     assert 0 < adapted <= 1.25 * plain

@@ -8,13 +8,14 @@ from conftest import (
     SMALL,
     Killed,
     assert_equal_runs,
+    complaint,
     failing,
     lines_of,
     run,
     succeed,
     write_json,
 )
-from suite_files import complaint, item, write_task
+from suite_files import item, write_task
 from test_data import BOS, CHAT, EOS, FRAME, byte_tokenizer, encode, load
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast

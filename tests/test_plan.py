@@ -5,8 +5,7 @@ import shutil
 import plan
 import pytest
 import torch
-from conftest import TRAINED
-from suite_files import complaint
+from conftest import TRAINED, complaint
 from transformers import Qwen3MoeConfig
 
 

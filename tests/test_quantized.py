@@ -4,18 +4,15 @@ import json
 
 import pytest
 import torch
-from conftest import NO_EVAL, refused, results_of, run, succeed, wrapped
-from tiny import PROMPTS, assert_same, base_model, continuations, learn, logits_of, one_line, randn
+from conftest import NO_EVAL, TRAINED, complaint, refused, results_of, run, succeed, wrapped
+from tiny import PROMPTS, assert_same, base_model, continuations, learn, logits_of, randn
 
 import adapter
 from decomposition import residual_weight
-from inputs.errors import InputError
 from method import fingerprint
 from quantized import NF4, Quantised, dequantise, frozen_linear, quantise, to_int8, to_nf4
-from registry import METHODS
 
 KINDS = ("nf4", "int8")
-TRAINED = [name for name, method in METHODS.items() if method.trains]
 # The layer of a method does not see the kind, so each method takes one of them.
 each_method = pytest.mark.parametrize(("method", "kind"), [
     (name, KINDS[index % 2]) for index, name in enumerate(TRAINED)])
@@ -65,16 +62,6 @@ def test_nf4_takes_the_nearest_value():
             unit = block / block.abs().max().clamp_min(1e-30)
             nearest = NF4[(unit[:, None] - NF4).abs().argmin(1)] * block.abs().max()
             torch.testing.assert_close(mine, nearest, rtol=0, atol=0)
-
-
-def test_codes_are_those_of_bitsandbytes():
-    functional = pytest.importorskip("bitsandbytes.functional")
-    weight = randn(2, 48, 192).float()
-    packed, state = functional.quantize_4bit(weight, blocksize=64, quant_type="nf4")
-    codes, scale = to_nf4(weight)
-    assert torch.equal(packed.flatten(), codes.flatten())
-    assert torch.equal(functional.dequantize_4bit(packed, state),
-                       dequantise(codes, scale, torch.float32))
 
 
 def test_int8_is_within_half_a_step():
@@ -167,9 +154,7 @@ def test_layers_without_whole_blocks_stay_dense():
 def test_a_model_without_blocks_is_refused():
     model = wrapped(model_of())
     model._no_split_modules = None
-    with pytest.raises(InputError) as caught:
-        quantise(model, "nf4")
-    assert "does not say which of its modules" in one_line(caught)
+    assert "does not say which of its modules" in complaint(quantise, model, "nf4")
 
 
 @each_method

@@ -9,15 +9,13 @@ import math
 import os
 import shutil
 import statistics
-import subprocess
-import sys
 from pathlib import Path
 
 import matplotlib.image
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL, TASKS, lines_of, results_of, snapshot, succeed, write_json
+from conftest import SMALL, TASKS, imported_by, lines_of, results_of, snapshot, succeed, write_json
 from scipy import stats
 
 import report
@@ -841,21 +839,13 @@ def test_strange_folder_names_in_a_report(folder, tmp_path, capsys):
 # --- start-up -----------------------------------------------------------------------------------
 
 
-def modules_of(*argv):
-    """What `python report.py` imports with these words."""
-    done = subprocess.run([sys.executable, "-X", "importtime", report.__file__, *map(str, argv)],
-                          capture_output=True, text=True, check=True)
-    return {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()
-            if line.startswith("import time:")}
-
-
 def test_a_report_reads_files_alone(folder, tmp_path):
     """Nothing that trains is loaded; and before there is something to draw, nothing that draws."""
     shutil.copytree(folder / "badit-mixed-1", tmp_path / "run")
     train = {"torch", "transformers", "accelerate", "datasets", "harness", "train", "data"}
     draw = {"matplotlib", "numpy", "pandas", "jinja2"}
-    assert not modules_of("--help") & (train | draw)
-    assert modules_of(tmp_path / "run") & (train | draw) == draw - {"pandas"}
+    assert not imported_by("report.py", "--help")[1] & (train | draw)
+    assert imported_by("report.py", tmp_path / "run")[1] & (train | draw) == draw - {"pandas"}
 
 
 # --- the committed results ----------------------------------------------------------------------

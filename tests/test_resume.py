@@ -161,7 +161,6 @@ def test_bf16_resumes(flags, tmp_path, monkeypatch):
             "--resume")
 
 
-@pytest.mark.slow
 def test_compiled_runs_resume(argv, tmp_path, monkeypatch):
     """As `accelerate launch --dynamo_backend aot_eager` asks for it: the uncompiled run's losses.
 

@@ -10,8 +10,7 @@ import huggingface_hub
 import pytest
 import safetensors.torch
 import torch
-from conftest import SMALL, failing, refused, succeed, write_json
-from suite_files import complaint
+from conftest import SMALL, complaint, failing, refused, succeed, write_json
 from transformers import AutoModelForCausalLM, GPT2Config, MixtralConfig
 
 import models

@@ -10,7 +10,6 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-import programs
 import pytest
 import torch
 from conftest import (
@@ -24,6 +23,7 @@ from conftest import (
     failing,
     files_of,
     groupings_of,
+    imported_by,
     instances,
     lines_of,
     losses_of,
@@ -49,7 +49,6 @@ from grouping import (
     grouping_objective,
 )
 from harness.arguments import NOT_IDENTITY, parse_flags
-from harness.identity import TRAINS
 from harness.run import Run
 from metrics import (
     SCORERS,
@@ -587,13 +586,9 @@ def test_a_non_finite_loss_stops_the_run(flags, tmp_path):
                                           (["--output_dir", "/dev/null"], 2)])
 def test_help_and_wrong_flags_wait_for_no_library(argv, status):
     """They end before anything is imported that takes seconds; of two processes, with the rank."""
-    done = subprocess.run([sys.executable, "-X", "importtime", ROOT / "train.py", *argv],
-                          env=os.environ | {"WORLD_SIZE": "2", "RANK": "1"},
-                          capture_output=True, text=True)
+    done, imported = imported_by("train.py", *argv, WORLD_SIZE="2", RANK="1")
     assert done.returncode == status
     assert done.stderr.count("[rank 1] error: ") == (status > 0)
-    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()
-                if line.startswith("import time:")}
     assert "registry" in imported
     assert not imported & {"torch", "transformers", "accelerate", "numpy", "safetensors"}
 
@@ -606,23 +601,6 @@ def test_the_learning_rate_by_hand(warmup, steps, shares):
             ] == pytest.approx(shares)
 
 
-@pytest.mark.slow
-def test_what_a_run_loads(flags, tmp_path):
-    """No library that training does not need, and no file of ours that code_sha256 leaves out."""
-    argv = (*flags, *MIXED, "--max_train_per_task", 2, "--max_eval_per_task", 1, "--output_dir",
-            tmp_path / "out")
-    subprocess.run(programs.words("train_and_list_modules", tmp_path / "list", *argv), check=True,
-                   env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL)
-    loaded = dict(line.split("\t") for line in (tmp_path / "list").read_text().splitlines())
-    assert not loaded.keys() & {"transformers.trainer", "datasets", "evaluate",
-                                "matplotlib", "pandas", "peft"}
-    own = {Path(file) for file in loaded.values() if Path(file).is_relative_to(ROOT)
-           and not file.startswith((f"{ROOT}/.venv", f"{ROOT}/tests"))}
-    hashed = {file for pattern in TRAINS for file in ROOT.glob(pattern)}
-    assert ROOT / "badit.py" in own and own <= hashed
-
-
-@pytest.mark.slow
 def test_accelerate_launch(trained, flags, tmp_path):
     """The documented command, in two processes, equals one process; a short last batch too."""
     one, two = trained(*QUIET), tmp_path / "out"

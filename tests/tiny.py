@@ -130,10 +130,3 @@ def assert_same(left, right):
     """Assert that two dicts of tensors are bitwise equal."""
     assert left.keys() == right.keys()
     assert [key for key in left if not torch.equal(left[key], right[key])] == []
-
-
-def one_line(caught):
-    """Return the message of an InputError, and assert that it is one line."""
-    message = str(caught.value)
-    assert message.strip() and "\n" not in message
-    return message

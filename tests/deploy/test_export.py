@@ -4,8 +4,6 @@
 import functools
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +12,7 @@ from conftest import (
     NO_EVAL,
     SMALL,
     failing,
+    imported_by,
     save_checkpoint,
     succeed,
     wrapped,
@@ -407,8 +406,6 @@ def test_folders_that_hold_something_else(adapters, checkpoints, suite, tmp_path
 @pytest.mark.parametrize("program, words, status", [("export.py", "--wrong", 2),
                                                     ("generate.py", "--help", 0)])
 def test_help_and_wrong_flags_wait_for_no_library(program, words, status):
-    done = subprocess.run([sys.executable, "-X", "importtime", ROOT / program, words],
-                          capture_output=True, text=True)
+    done, imported = imported_by(program, words)
     assert done.returncode == status
-    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
     assert not imported & {"torch", "transformers", "accelerate", "numpy", "safetensors"}

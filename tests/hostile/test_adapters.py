@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from suite_files import complaint
+from conftest import complaint
 
 from harness.adapter_config import read_adapter_config
 from harness.arguments import parse_flags

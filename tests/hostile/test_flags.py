@@ -57,9 +57,7 @@ def test_argparse_errors_are_one_line(no_weights, flags, named):
 
 # The last word is what is named.
 @pytest.mark.parametrize("flags", [
-    "--method zero_shot --rank 4 : --rank",
     "--method zero_shot --epochs 3 : --epochs",
-    "--method zero_shot --adapter somewhere : no adapter at somewhere",
     "--adapter somewhere : no adapter at somewhere",
     "--eval_only : --adapter",
     "--task_order T1 : --task_order",

@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from conftest import SMALL, succeed, write_json
-from suite_files import complaint
+from conftest import SMALL, complaint, succeed, write_json
 
 import models
 from hostile.conftest import rejected

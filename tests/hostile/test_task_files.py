@@ -1,8 +1,8 @@
 """Malformed task files: one line that names the file and what is wrong in it."""
 
 import pytest
-from conftest import write_json
-from suite_files import DEFINITION, complaint, item, write_task
+from conftest import complaint, write_json
+from suite_files import DEFINITION, item, write_task
 
 import data
 from inputs.task_files import LONGEST
