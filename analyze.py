@@ -106,11 +106,7 @@ def analyse(argv):
 
 def main(argv=None):
     """Run with the flags `argv`; return 0, 2 for bad input, or 130 after Ctrl-C."""
-    try:
-        return exit_status(analyse, argv)
-    except KeyboardInterrupt:
-        print("stopped: no result was written", file=sys.stderr)
-        return 130
+    return exit_status(analyse, argv)
 
 
 if __name__ == "__main__":

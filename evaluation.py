@@ -3,14 +3,11 @@
 import json
 import os
 from collections import defaultdict
-from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from accelerate.utils import gather_object
 from tqdm import tqdm
-from transformers import LogitsProcessor
 
 from data import Framer, collate, pad_left
 from inputs.errors import InputError, Interrupted, library_errors
@@ -43,17 +40,6 @@ def make_batches(rows, size):
     return batches
 
 
-class Extremes(LogitsProcessor):
-    """Record the smallest and largest logit of every step, unchanged."""
-
-    def __init__(self):
-        self.seen = []
-
-    def __call__(self, input_ids, scores):
-        self.seen += torch.aminmax(scores)  # NaN if there is one; without a GPU sync
-        return scores
-
-
 def generate(model, tokenizer, batch, max_new_tokens, **options):
     """Return the continuations of left-padded prompts, without prompt and special tokens.
 
@@ -61,15 +47,20 @@ def generate(model, tokenizer, batch, max_new_tokens, **options):
     greedy unless `options` of the model's generate say otherwise. Raises InputError on NaN or
     infinite logits, for which argmax silently returns token 0.
     """
-    extremes = Extremes()
+    extremes = []
+
+    def record(_, logits):
+        extremes.extend(torch.aminmax(logits))  # NaN if there is one; without a GPU sync
+        return logits
+
     # Pass indices, not a slice: a strided input makes the output layer several times slower.
     last = torch.tensor([-1], device=batch["input_ids"].device)
     prompt_length = batch["input_ids"].shape[1]
     tokens = model.generate(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"],
                             max_new_tokens=max_new_tokens, num_beams=1, use_cache=True,
-                            logits_processor=[extremes], logits_to_keep=last,
+                            logits_processor=[record], logits_to_keep=last,
                             **{"do_sample": False} | options)  # (batch, seq + new)
-    if not torch.isfinite(torch.stack(extremes.seen)).all():
+    if not torch.isfinite(torch.stack(extremes)).all():
         raise InputError("the model's logits are NaN or infinite: its configuration or the "
                          "adapter makes its activations overflow")
     with library_errors("the tokenizer cannot decode an answer"):
@@ -117,25 +108,18 @@ def answer_losses(model, framer, rows):
     return list(zip(losses.tolist(), (row["num_targets"] for row in answers), strict=True))
 
 
-class Options(NamedTuple):
-    """How to evaluate."""
-
-    batch_size: int  # per process
-    max_new_tokens: int
-    losses: bool = False  # also compute the losses of the answers
-    in_step: bool = False  # every process generates in every round, as a sharded base needs
-    stop_asked: Callable[[], bool] = lambda: False  # asked between rounds, by all processes
-
-
 @torch.no_grad()
-def evaluate(model, tokenizer, method, accelerator, rows, path, options):
+def evaluate(model, tokenizer, method, accelerator, rows, path, *, batch_size, max_new_tokens,
+             losses, in_step, stop_asked):
     """Predict all test `rows`, write them to the file `path` and return the predicted rows.
 
-    Each process generates every n-th batch. Predictions are streamed to `path`.partial; `path`
-    itself, in the order of `rows`, is written when all are there. Every process returns all of
-    them. Raises Interrupted when `options.stop_asked()` says so.
+    Each process generates every n-th batch of `batch_size` rows; if `in_step`, all generate in
+    every round, as a sharded base needs. With `losses` the losses of the answers are computed as
+    well. Predictions are streamed to `path`.partial; `path` itself, in the order of `rows`, is
+    written when all are there. Every process returns all of them. Raises Interrupted when
+    `stop_asked()`, called between rounds by all processes, says so.
     """
-    batches, processes = make_batches(rows, options.batch_size), accelerator.num_processes
+    batches, processes = make_batches(rows, batch_size), accelerator.num_processes
     partial, main = path.with_name(path.name + ".partial"), accelerator.is_main_process
     path.parent.mkdir(parents=True, exist_ok=True)
     predicted = {}
@@ -146,23 +130,23 @@ def evaluate(model, tokenizer, method, accelerator, rows, path, options):
         prompts = {key: tensor.to(accelerator.device) for key, tensor in prompts.items()}
         method.before_forward(prompts)
         with accelerator.autocast():
-            texts = generate(model, tokenizer, prompts, options.max_new_tokens)
-            losses = [{}] * len(batch)
-            if options.losses:
-                losses = [{"loss": loss} for loss in answer_losses(
+            texts = generate(model, tokenizer, prompts, max_new_tokens)
+            more = [{}] * len(batch)
+            if losses:
+                more = [{"loss": loss} for loss in answer_losses(
                     model, Framer(tokenizer), [rows[index] for index in batch])]
-        return list(zip(batch, texts, losses, strict=True))
+        return list(zip(batch, texts, more, strict=True))
 
     with (open(partial if main else os.devnull, "w", encoding="utf-8") as file,
           tqdm(total=len(rows), desc=f"evaluate {path.stem}", unit="item", leave=False,
                disable=not main) as bar):
         for first in range(0, len(batches), processes):
-            if options.stop_asked():
+            if stop_asked():
                 raise Interrupted
             # One batch for each process; in the last round some may have none.
             mine = batches[first:first + processes][accelerator.process_index:][:1]
             answers = [answer for batch in mine for answer in predict(batch)]
-            if options.in_step and not mine:
+            if in_step and not mine:
                 predict(batches[first])
             for index, text, loss in gather_object(answers):
                 predicted[index] = scored(rows[index], text) | loss

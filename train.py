@@ -247,11 +247,11 @@ def evaluate_row(run, number, name, tasks):
     if tasks:
         rows = [row for task in tasks for row in setup.encoded.test[task]]
         path = run.predictions_file(number, name)
-        options = evaluation.Options(args.eval_batch_size, args.max_new_tokens, args.eval_loss,
-                                     args.shard_base, run.stop_asked)
         with run.progress.seconds.timed("evaluate"):
-            predictions = evaluation.evaluate(run.model, setup.tokenizer, run.method,
-                                              run.accelerator, rows, path, options)
+            predictions = evaluation.evaluate(
+                run.model, setup.tokenizer, run.method, run.accelerator, rows, path,
+                batch_size=args.eval_batch_size, max_new_tokens=args.max_new_tokens,
+                losses=args.eval_loss, in_step=args.shard_base, stop_asked=run.stop_asked)
         run.finish_file(path)
         metric_of = {task: about.metric for task, about in setup.tasks.items()}
         scores = {reference: evaluation.task_scores(predictions, metric_of, reference)

@@ -112,10 +112,6 @@ class LoraMoe(ExpertMethod):
         return LoraMoeLinear(linear, **{key: getattr(self.settings, key) for key in (
             "num_experts", "rank", "alpha", "dropout", "top_k")})
 
-    def start_stage(self, stage, loader):
-        self.check_tasks(stage.tasks)
-        super().start_stage(stage, loader)
-
     def before_forward(self, batch):
         if self.model.training and self.settings.balance_weight > 0:
             self.gates = []

@@ -1,8 +1,5 @@
 """Export an adapter: fit its update, measure the export, write it with a model card."""
 
-import contextlib
-import os
-import tempfile
 from dataclasses import asdict
 from pathlib import Path
 
@@ -17,7 +14,7 @@ from deploy import low_rank
 from harness.adapter_config import ADAPTER_CONFIG, read_adapter_config
 from inputs import formats
 from inputs.errors import InputError, one_line
-from inputs.files import fsync, write_json, write_text
+from inputs.files import atomic_folder, write_json, write_text
 from inputs.model_folders import read_config
 from inputs.tensors import write_tensors
 from metrics import named_metrics
@@ -53,7 +50,7 @@ def export(args):
         raise InputError(f"KL(adapter || export) is {kl:.3g}, above --max_kl {args.max_kl:g}: "
                          "nothing was written")
     rank = max(len(update.A) for update in updates.values())
-    with whole_folder(args.out) as folder:
+    with atomic_folder(args.out) as folder:
         write_text(folder / "README.md", card(args, config, settings, run, [form, measured]))
         if args.merged:
             exported.to("cpu", dtype).save_pretrained(folder)
@@ -182,21 +179,6 @@ def compare(trained, exported, rows, suite):
 
 
 # --- files --------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def whole_folder(path):
-    """Yield a folder that is renamed to `path` at the end; an error leaves nothing behind."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as temporary:
-        folder = Path(temporary, path.name)
-        folder.mkdir()
-        yield folder
-        for file in folder.iterdir():
-            os.chmod(file, 0o644)  # safetensors makes its files private
-            fsync(file)
-        os.rename(folder, path)
-        fsync(path.parent)
 
 
 def write_lora(folder, updates, rank, model):

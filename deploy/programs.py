@@ -44,9 +44,5 @@ def carry_out(argv, execute):
     """
     argv = sys.argv[1:] if argv is None else argv
     escape_output()
-    try:
-        with StopSignals():
-            return exit_status(refuse_odd_words, argv) or exit_status(execute, argv)
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return 130
+    with StopSignals():
+        return exit_status(refuse_odd_words, argv) or exit_status(execute, argv)

@@ -51,6 +51,9 @@ def measured_losses(run):
 def write_results(run, argv):
     """Write results.json; what differs between equal runs is under its key `run`."""
     args, accelerator, setup, rows = run.args, run.accelerator, run.setup, run.progress.rows
+    seconds = run.progress.seconds.so_far()
+    if "train" in seconds:  # the parts are disjoint
+        seconds["train"] -= seconds["regroup"]
     results = {
         "args": recorded_args(args),
         "variant": variant_of(run.method.name, run.method.settings),
@@ -82,7 +85,7 @@ def write_results(run, argv):
                 "threads": torch.get_num_threads(),
                 **{flag: getattr(args, flag) for flag in NOT_IDENTITY},
                 "output_dir": str(args.output_dir),
-                "seconds": disjoint_seconds(run.progress.seconds.so_far())},
+                "seconds": seconds},
     }
     if accelerator.device.type == "cuda":
         results["run"]["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
@@ -110,9 +113,3 @@ def summarise_regroupings(path):
              **{key: metrics.mean(layer[key] for layer in layers) for key in keys}}
             for (stage, step), layers in events.items() if "grouping" in layers[0]]
 
-
-def disjoint_seconds(seconds):
-    """Return the seconds by part, with `regroup` taken out of `train`."""
-    if "train" in seconds:
-        return seconds | {"train": seconds["train"] - seconds["regroup"]}
-    return seconds

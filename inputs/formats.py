@@ -76,17 +76,11 @@ class LogLine(Struct):
     loss: Amount
 
 
-def read(path, kind):
-    """Return a JSON file's content twice: as plain values, and as a `kind`.
+def read_lines(path, kind):
+    """Return the lines of a JSON-lines file as plain values.
 
     Raises InputError for a file that cannot be read, is not JSON, or has another shape.
     """
-    value = load(path)
-    return value, convert(value, kind, path)
-
-
-def read_lines(path, kind):
-    """Return the lines of a JSON-lines file as plain values. Raises InputError as `read` does."""
     values = [_parse(line, where) for _, where, line in _lines(path)]
     convert(values, list[kind], path)
     return values
@@ -111,9 +105,10 @@ def _lines(path):
 
 
 def load(path):
-    """Return the content of a JSON file of any shape. Raises InputError as `read` does.
+    """Return the content of a JSON file of any shape.
 
-    It also refuses repeated keys and NaN, which Python's reader accepts.
+    Raises InputError for a file that cannot be read or is not JSON, and for repeated keys and NaN,
+    which Python's reader accepts.
     """
     return _parse(text(path), path)
 

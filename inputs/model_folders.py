@@ -11,7 +11,6 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 from transformers.utils import logging as hf_logging
 
 from inputs.errors import InputError, library_errors
-from inputs.files import open_file
 
 LFS_POINTER = b"version https://git-lfs"
 ATTENTION = (None, "eager", "sdpa")  # other names may make transformers download and run code
@@ -39,7 +38,7 @@ def one_line_errors(what, advice):
 def check_folder(folder):
     """Raise ValueError for a folder that holds an adapter, or git-lfs pointers as weights."""
     for path in folder.glob("*.safetensors"):
-        with open_file(path) as file:
+        with open(path, "rb") as file:
             if file.read(len(LFS_POINTER)) == LFS_POINTER:
                 raise ValueError(f"{path.name} is a git-lfs pointer, not the weights: run `git lfs "
                                  "pull` in that folder")

@@ -7,7 +7,6 @@ import safetensors.torch
 import torch
 
 from inputs.errors import InputError
-from inputs.files import open_file
 
 FLOATS = {torch.float16, torch.bfloat16, torch.float32, torch.float64}  # each accepts the others
 
@@ -25,7 +24,6 @@ def write_tensors(path, tensors):
 def read_tensors(path):
     """Return {name: tensor} of a safetensors file. Raises InputError where it cannot be read."""
     try:
-        open_file(path).close()  # no pipe, which safetensors would wait for
         return safetensors.torch.load_file(path)
     except (OSError, safetensors.SafetensorError) as error:
         raise InputError(f"cannot read {path}: {error}") from None

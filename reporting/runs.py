@@ -170,7 +170,8 @@ def _read(path, shape, lines=False):
     if not path.exists():
         raise InputError(f"incomplete: it has no {path.name}")
     try:
-        return formats.read_lines(path, shape) if lines else formats.read(path, shape)[0]
+        return (formats.read_lines(path, shape) if lines
+                else formats.convert(formats.load(path), shape, path))
     except InputError as error:
         raise InputError(str(error).replace(str(path), f"its {path.name}")) from None
 

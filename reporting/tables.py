@@ -244,16 +244,12 @@ def losses(records):
 
 
 def regroupings(records):
-    def mean_of(name, events):
-        values = [event[name] for event in events]
-        return metrics.mean(values) if values and None not in values else None
-
     def later(name):
-        return lambda run: mean_of(name, run.results["regroupings"][1:])
+        return lambda run: metrics.mean(event[name] for event in run.results["regroupings"][1:])
 
     def chosen(name):
         """Leave out measurements after a stage's last step, unless nothing regrouped."""
-        return lambda run: mean_of(name, [
+        return lambda run: metrics.mean(event[name] for event in [
             event for event in run.results["regroupings"]
             if event["grouping"] != "fixed"] or run.results["regroupings"])
 

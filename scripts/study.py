@@ -18,10 +18,9 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import filelock
-from msgspec import Struct
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -251,18 +250,12 @@ class Runner:
         return status
 
 
-class Finished(Struct):
-    """What a study reads of a results.json, also of one that an earlier version wrote."""
-
-    args: dict[str, Any]
-
-
 def finished(run):
     """Return whether the run has its results. Raise InputError if they come from other flags."""
     path = run.folder / "results.json"
     if not path.exists():
         return False
-    saved, wanted = formats.read(path, Finished)[1].args, vars(run.flags())
+    saved, wanted = formats.load_keys(path, ("args",))["args"], vars(run.flags())
     # The batch size is that of one process. A record may have flags that no longer exist.
     different = sorted(name for name in (saved.keys() & wanted.keys()) - {"batch_size"}
                        if wanted[name] != saved[name])

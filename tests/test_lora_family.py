@@ -260,8 +260,8 @@ def test_types_are_named_by_task_or_number():
     for name, wrong in (("task5910_x", pairs), ("task002_x", pairs), (task, [*pairs, f"{task}=1"])):
         with pytest.raises(InputError, match=f"--balance_types .*{name}"):
             type_of(name, wrong)
-    with pytest.raises(InputError, match="--balance_types .*other"):
-        balanced(balance_types=("qa=0",))
+    with pytest.raises(InputError, match="--balance_types .*third"):
+        balanced().check_tasks(("qa", "third"))
 
 
 # --- parity with PEFT -----------------------------------------------------------------------------
