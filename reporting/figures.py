@@ -147,24 +147,27 @@ def angles(records):
 
 
 def sensitivity(records):
-    """Draw Fig. 12: BADIT's score against K (r = 4) and against r (K = 8)."""
+    """Draw Fig. 12: BADIT's score against K (r = 4) and against r (K = 8), with every seed's."""
     lines = defaultdict(lambda: defaultdict(list))  # {panel: {setting: points}}
     for (model, variant, setting), runs in group_runs(records).items():
         if variant in [VARIANTS[name] for name in SENSITIVITY]:
-            score = metrics.mean(values_of(runs, "rouge", records))
+            scores = values_of(runs, "rouge", records)
             experts, rank = (runs[0].results["settings"][key] for key in ("num_experts", "rank"))
             if rank == 4:
-                lines[model, "experts K (r = 4)"][setting].append((experts, score))
+                lines[model, "experts K (r = 4)"][setting].append((experts, scores))
             if experts == 8:
-                lines[model, "rank r (K = 8)"][setting].append((rank, score))
+                lines[model, "rank r (K = 8)"][setting].append((rank, scores))
     lines = {panel: each for panel, each in lines.items() if max(map(len, each.values())) > 1}
     if not lines:
         return None
     figure, axes = grid(len(lines), columns=2)
     for place, ((model, xlabel), each) in zip(axes, sorted(lines.items()), strict=True):
         for setting, points in each.items():
-            place.plot(*zip(*sorted(points), strict=True), marker="o", label=setting)
-        place.set(title=model, ylabel="score, mean over seeds", xscale="log", xlabel=xlabel)
+            sizes, scores = zip(*sorted(points), strict=True)
+            (line,) = place.plot(sizes, list(map(metrics.mean, scores)), marker="o", label=setting)
+            for size, seeds in zip(sizes, scores, strict=True):
+                place.plot([size] * len(seeds), seeds, "_", color=line.get_color())
+        place.set(title=model, ylabel="score: mean, and each seed", xscale="log", xlabel=xlabel)
         label_values(place.xaxis, {x for points in each.values() for x, _ in points})
         place.legend(fontsize=8)
     return figure
