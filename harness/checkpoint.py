@@ -21,7 +21,7 @@ from harness.run import Position, Progress, print_main
 from inputs import formats
 from inputs.errors import InputError
 from inputs.files import atomic_folder, fsync
-from inputs.tensors import read_tensors, write_tensors
+from inputs.tensors import check_tensors, read_tensors, write_tensors
 
 FOLDER, KEPT = "checkpoints", 2
 TENSORS_FILE, STATE_FILE = "tensors.safetensors", "state.json"
@@ -115,6 +115,14 @@ def optimizer_state(model, optimizer):
             for key, value in values.items()}
 
 
+def expected_moments(model):
+    """Return tensors of the shapes and types that `optimizer_state` gives."""
+    like = {"step": lambda _: torch.tensor(0.0), "exp_avg": lambda weight: weight,
+            "exp_avg_sq": lambda weight: weight}
+    return {f"{name}/{key}": make(weight) for name, weight in trained(model)
+            for key, make in like.items()}
+
+
 def restore_optimizer(resumed, model, optimizer):
     """Restore the optimizer's state in the resumed stage."""
     tensors, names = part(resumed, "optimizer"), [name for name, _ in trained(model)]
@@ -199,10 +207,14 @@ def part(checkpoint, name):
 
 
 def restore(run, resumed):
-    """Restore the method in the middle of a stage."""
+    """Restore the method in the middle of a stage. Raises InputError if the tensors do not fit."""
     (stage, step), stages = run.progress.position, run.setup.stages
     if stage < len(stages) and 0 < step < stages[stage].steps:
-        run.method.resume_stage(stages[stage], part(resumed, "method"))
+        state = part(resumed, "method")
+        run.method.resume_stage(stages[stage], state)
+        check_tensors(state, run.method.training_state(), "the checkpoint")
+        check_tensors(part(resumed, "optimizer"), expected_moments(run.model),
+                      "the checkpoint's optimizer")
 
 
 def finished(setup):

@@ -22,10 +22,7 @@ def atomic_path(path):
     os.close(handle)
     try:
         yield Path(temporary)
-        # mkstemp makes files private to the user; give them the mode of an ordinary open().
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
+        make_ordinary(temporary)
         fsync(temporary)
         os.replace(temporary, path)
         fsync(path.parent)
@@ -39,7 +36,7 @@ def atomic_path(path):
 def atomic_folder(path):
     """Yield a new folder beside `path`; on success, fsync it and rename it to `path`.
 
-    Its files get the mode 644. An error, a full disk or a kill leaves no folder `path`.
+    An error, a full disk or a kill leaves no folder `path`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.",
@@ -49,11 +46,18 @@ def atomic_folder(path):
         yield folder
         for file in folder.iterdir():
             if file.is_file():
-                os.chmod(file, 0o644)  # safetensors makes its files private
+                make_ordinary(file)
                 fsync(file)
         fsync(folder)
         os.rename(folder, path)
         fsync(path.parent)
+
+
+def make_ordinary(path):
+    """Give a file the mode of an ordinary open(); mkstemp and safetensors make it private."""
+    umask = os.umask(0)
+    os.umask(umask)
+    os.chmod(path, 0o666 & ~umask)
 
 
 def fsync(path):

@@ -255,7 +255,8 @@ def finished(run):
     path = run.folder / "results.json"
     if not path.exists():
         return False
-    saved, wanted = formats.load_keys(path, ("args",))["args"], vars(run.flags())
+    saved = formats.convert(formats.load_keys(path, ("args",))["args"], dict, path)
+    wanted = vars(run.flags())
     # The batch size is that of one process. A record may have flags that no longer exist.
     different = sorted(name for name in (saved.keys() & wanted.keys()) - {"batch_size"}
                        if wanted[name] != saved[name])

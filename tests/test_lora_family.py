@@ -8,7 +8,7 @@ import peft
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import SMALL, lines_of, succeed, wrapped
+from conftest import SMALL, lines_of, refused, succeed, wrapped
 from tiny import IN, OUT, backward, base_model, batch_of, linear, randn, trainable
 from torch.testing import assert_close
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -260,8 +260,11 @@ def test_types_are_named_by_task_or_number():
     for name, wrong in (("task5910_x", pairs), ("task002_x", pairs), (task, [*pairs, f"{task}=1"])):
         with pytest.raises(InputError, match=f"--balance_types .*{name}"):
             type_of(name, wrong)
-    with pytest.raises(InputError, match="--balance_types .*third"):
-        balanced().check_tasks(("qa", "third"))
+
+
+def test_a_task_without_a_type_is_refused(tiny, tmp_path):
+    refused("--balance_types", *tiny, *SMALL, "--method", "loramoe", "--balance_weight",
+            "0.1", "--balance_types", "colour_name=0", "--output_dir", tmp_path / "out")
 
 
 # --- parity with PEFT -----------------------------------------------------------------------------

@@ -733,6 +733,8 @@ def test_sensitivity_needs_two_values(study):
     (axes,) = [axes for axes in figure.axes if axes.lines]
     line = next(line for line in axes.lines if line.get_label() == "mixed")
     assert list(line.get_xdata()) == [4, 8]
+    seeds = [list(mark.get_ydata()) for mark in axes.lines if mark.get_marker() == "_"]
+    assert line.get_ydata()[1] in [pytest.approx(sum(each) / 2) for each in seeds if len(each) == 2]
     figures.save(figure, study / "K", ("png",))
     assert_drawn(study / "K.png")
 
