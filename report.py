@@ -90,8 +90,9 @@ def write_readme(args):
 
 def write_study(args):
     """Write the report, the file or the folders of a study."""
-    if args.out and args.out.is_dir() and any(args.out.iterdir()) and not any(
-            (args.out / name).exists() for name in ("report.md", "tuning.md")):
+    names = {path.name for path in args.out.iterdir()} if args.out and args.out.is_dir() else set()
+    # A report that was stopped leaves the two folders.
+    if names - {"tables", "figures"} and not names & {"report.md", "tuning.md"}:
         raise InputError(f"--out {args.out} holds other files and no report: name a new folder")
     records, left_out = collect(args, args.runs)
     if args.export:

@@ -200,6 +200,7 @@ def test_bad_input_is_one_line(folder, tmp_path, capsys):
     assert "--readme takes no --out" in refused(capsys, folder, *out, "--readme", "x")
     assert "'speed'" in refused(capsys, folder, *out, "--allow_other", "speed")
     assert "incomplete" in refused(capsys, tmp_path / "begun" / "run")
+    assert "holds other files" in refused(capsys, folder, "--out", tmp_path / "begun")
     assert not (tmp_path / "out").exists()
 
 
@@ -637,6 +638,7 @@ def test_a_report_and_one_of_its_export(study, tmp_path, capsys):
     for run in all_runs(study):
         put(run, "args.model", "models/a$_$b")
     one, small, two = (tmp_path / name for name in ("one", "small.jsonl.gz", "two"))
+    (one / "tables").mkdir(parents=True)  # left by a report that was stopped
     assert report.main([str(study), "--out", str(one)]) == 0
     assert "left out" not in capsys.readouterr().err
     names = {path.relative_to(one).as_posix() for path in one.rglob("*") if path.is_file()}
@@ -856,6 +858,7 @@ ROOT = Path(report.__file__).resolve().parent
 REPORTS = {"compare-mini": ("--allow_other", "code"), "compare-superni": (),
            "compare-instrument": (), "compare-instrument-other-rates": (),
            "compare-mini-2e-4": ("--allow_other", "versions"),
+           "sensitivity-mini": ("--allow_other", "code"),
            "tuning": ("--tuning", "--allow_other", "code"),
            "tuning-instrument": ("--tuning", "--allow_other", "code")}
 
