@@ -95,7 +95,6 @@ def fork(order, rank, processes, port):
     child = os.fork()
     if child:
         return child
-    status = 99
     try:
         handle = os.open(order["out"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(handle, 1)
@@ -112,13 +111,17 @@ def fork(order, rank, processes, port):
         status = train.main(order["argv"])
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
+        leave(status)
     except BaseException:  # noqa: BLE001 (a child must not return into the server)
         traceback.print_exc()
-        status = 1
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
+        leave(1)  # in here: freeing the exception's frames may wait for the other process for ever
+
+
+def leave(status):
+    """End this process at once."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def watch(children, order, start):
