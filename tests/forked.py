@@ -25,7 +25,7 @@ import torch
 import train
 
 os.fsync = lambda handle: None  # as in conftest.py
-LIMIT = 300  # seconds; no run here takes a tenth of it where the cores are free
+LIMIT = 120  # seconds; no run here takes a third of it where the cores are free
 
 
 class Forks:
