@@ -6,9 +6,11 @@ import os
 import shlex
 import signal
 import sys
+import traceback
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.state import AcceleratorState, is_initialized
 
 from harness import checkpoint, output_folder, processes, sharding
 from harness.arguments import PAPER_BATCH, PATH_FLAGS, parse_flags, rank_prefix
@@ -34,6 +36,8 @@ def carry_out(argv, execute):
 
     def end(status, reason):
         print(rank_prefix() + reason, file=sys.stderr)
+        if status == 2 and several_processes():
+            leave_now(status)
         return status
 
     with StopSignals() as stop:
@@ -57,8 +61,27 @@ def carry_out(argv, execute):
                 f"continue with: {command(args, argv, stop)}"))
         except Exception as error:
             if not is_out_of_memory(error):
+                if several_processes():
+                    traceback.print_exc()
+                    leave_now(1)
                 raise
             return end(2, one_line(f"error: {out_of_memory(args, stop)} ({error})"))
+
+
+def several_processes():
+    """Return whether Accelerate has started and this is one of several processes."""
+    return is_initialized() and AcceleratorState().num_processes > 1
+
+
+def leave_now(status):
+    """End this process before the frames of its exception are freed.
+
+    With them goes the DDP model. The destructor of its gloo group joins a thread that may wait for
+    Python's lock, which this thread holds: now and then the process would never end.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def is_out_of_memory(error):

@@ -6,6 +6,7 @@ stdin, answers JSON lines on stdout; `Forks` is the client.
 
 import contextlib
 import faulthandler
+import gc
 import glob
 import json
 import os
@@ -18,11 +19,11 @@ import time
 import traceback
 from pathlib import Path
 
-import accelerate.commands.launch  # noqa: F401 (what a run would import late)
 import saboteurs
 import torch
 
 import train
+from registry import METHODS, method_class
 
 os.fsync = lambda handle: None  # as in conftest.py
 LIMIT = 120  # seconds; no run here takes a third of it where the cores are free
@@ -58,6 +59,7 @@ def serve():
     `after` seconds, or when a path matches `seen`, so many `times` to all or to one rank. The
     answer: statuses (negative: killed by that signal) and seconds.
     """
+    preload()
     for line in sys.stdin:
         order = json.loads(line)
         start, processes = time.perf_counter(), order.get("processes", 1)
@@ -66,6 +68,17 @@ def serve():
         statuses = watch(children, order, start)
         print(json.dumps({"statuses": statuses, "seconds": time.perf_counter() - start}),
               flush=True)
+
+
+def preload():
+    """Import what every child would import late, in more time than a tiny run takes."""
+    import accelerate.commands.launch  # noqa: F401
+    import datasets  # noqa: F401 (Accelerate asks for its classes in a run of several processes)
+    import rouge_score.rouge_scorer  # noqa: F401
+    import transformers.models.llama.modeling_llama  # noqa: F401
+    for name in METHODS:
+        method_class(name)
+    gc.freeze()  # as in conftest.py
 
 
 def free_port():
@@ -82,7 +95,6 @@ def fork(order, rank, processes, port):
     child = os.fork()
     if child:
         return child
-    status = 99
     try:
         handle = os.open(order["out"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(handle, 1)
@@ -97,15 +109,21 @@ def fork(order, rank, processes, port):
         if "sabotage" in order:
             getattr(saboteurs, order["sabotage"])(rank)
         status = train.main(order["argv"])
+        if status == 2:
+            print("main returned")
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
+        leave(status)
     except BaseException:  # noqa: BLE001 (a child must not return into the server)
         traceback.print_exc()
-        status = 1
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
+        leave(1)
+
+
+def leave(status):
+    """End this process at once."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def watch(children, order, start):
@@ -131,7 +149,7 @@ def watch(children, order, start):
         if passed > limit:
             limit += 5  # for it to print where
             send(waiting, signal.SIGABRT)
-        time.sleep(0.0005)
+        time.sleep(0.002)
     if limit > LIMIT:  # else a status of -6 reads as a crash of the run
         with open(order["out"], "a") as out:
             print(f"forked.py: no end after {LIMIT} s, so it sent SIGABRT", file=out)
