@@ -147,8 +147,8 @@ def refuse_non_finite(stage, step, loss, penalty, norm):
     """Raise InputError before a step would destroy the adapter; all processes agree."""
     if not all(map(math.isfinite, (loss, penalty, norm))):
         raise InputError(f"training diverged in stage {stage.name} at step {step}: loss "
-                         f"{float(loss)}, gradient norm {float(norm)}; nothing of this stage was "
-                         "saved. Try a lower --learning_rate")
+                         f"{float(loss)}, gradient norm {float(norm)}; this step was not taken. "
+                         "Try a lower --learning_rate, in another --output_dir")
 
 
 def checkpoint_or_stop(run, stage, optimizer):
@@ -360,7 +360,7 @@ def execute(args, argv, stop):
     run = Run(setup, progress)
     if resumed is not None:
         run.print(f"resuming at step {run.steps}, after checkpoint {resumed.name}")
-    load_model(run, resumed)
+    load_model(run, resumed if run.steps else None)  # an untrained adapter is made as it was
     counts = results_file.parameter_counts(run)
     run.print(f"parameters: {counts['trainable']:,} trainable, {counts['stored']:,} stored, "
               f"{counts['active']:,} active per token, {counts['total']:,} in the base model")

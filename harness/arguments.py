@@ -36,7 +36,8 @@ class Flag(settings.Flag):
     only_setting: str | None = None  # refused with any other --setting
     not_identity: bool = False  # equal runs may differ in it
     is_path: bool = False  # its content is compared; --allow_other paths lets the path differ
-    same_in_table: bool | str = False  # runs of one table share it: True, or "trained" runs only
+    # Shared by all runs of one table, by its "trained" ones, or "by setting".
+    same_in_table: bool | str = False
     ignored_by_single: bool = False  # a study drops it from --setting single
     set_by_study: bool = False  # a study chooses it for each of its runs
     of_method: bool = False
@@ -196,7 +197,9 @@ def parse_flags(argv):
     if args.adapter is not None:
         take_adapter(args, typed)
     if args.method not in METHODS:
-        raise InputError(f"--method {args.method!r} is unknown{variant_hint(args.method)}; "
+        variant = (f": it is a variant of scripts/study.py, here --method {VARIANTS[args.method]}"
+                   if args.method in VARIANTS else "")
+        raise InputError(f"--method {args.method!r} is unknown{variant}; "
                          f"allowed: {', '.join(METHODS)}{did_you_mean(args.method, METHODS)}")
     refuse_flags_without_effect(args, typed)
     if not args.eval_only:
@@ -242,13 +245,6 @@ def typed_flags(parser, argv):
     probe = argparse.Namespace(**dict.fromkeys(ALL_FLAGS, untyped))
     return {name for name, value in vars(parser.parse_args(argv, probe)).items()
             if value is not untyped}
-
-
-def variant_hint(method):
-    """Return words that give the flags of a study's variant, or ''."""
-    if method not in VARIANTS:
-        return ""
-    return f": it is a variant of scripts/study.py, here --method {VARIANTS[method]}"
 
 
 # --- what an adapter brings along ---------------------------------------------------------------
@@ -323,9 +319,9 @@ def trained_on(args, tasks):
     earlier = read_adapter_config(args.adapter)[0].trained_on
     if any(earlier.get(name) != here[name] for name in ("suite", "data_dir")):
         return here | {"earlier": earlier}
-    if earlier.get("tasks") is None or tasks is None:
-        return here | {"tasks": None}
-    return here | {"tasks": list(dict.fromkeys([*earlier["tasks"], *tasks]))}
+    whole = earlier.get("tasks") is None or tasks is None
+    return earlier | here | {
+        "tasks": None if whole else list(dict.fromkeys([*earlier["tasks"], *tasks]))}
 
 
 # --- what follows from the flags ----------------------------------------------------------------

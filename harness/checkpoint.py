@@ -66,7 +66,8 @@ def save(run, optimizer=None):
         write(path, tensors, state)
     except OSError as error:
         raise InputError(f"could not save a checkpoint in {folder} ({error}): nothing that was "
-                         "saved before is lost; free some space, then --resume") from error
+                         "saved before is lost; when the disk can be written again, give "
+                         "--resume") from error
     for old in older[:1 - KEPT]:
         shutil.rmtree(old)
 
@@ -162,9 +163,10 @@ def find(setup, fresh):
     state = found.state
     differences = identity.refuse_another_run(setup, state["identity"],
                                               f"checkpoint {folder / FOLDER / found.name}")
+    fresh.seconds.done |= state["seconds"]  # what came after the checkpoint is lost
     progress = Progress(Position(*state["position"]), state["rows"], state["files"],
                         state["hashes"], differences | set(state["allowed_differences"]),
-                        fresh.seconds.after(state["seconds"]))
+                        fresh.seconds)
     return progress, found
 
 

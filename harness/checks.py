@@ -28,7 +28,7 @@ def check_model(setup, method):
         raise InputError(f"--max_length {args.max_length} + --max_new_tokens {args.max_new_tokens} "
                          f"is more than the model's {limit} positions")
     rows = skeleton.get_input_embeddings().weight.shape[0]
-    if setup.tokenizer.pad_token_id >= rows:  # the others are in the rows that are checked below
+    if setup.tokenizer.pad_token_id >= rows:  # it is in no row that check_encoded reads
         raise InputError(f"model {args.model}: its tokenizer pads with the token "
                          f"{setup.tokenizer.pad_token_id}, its embedding has only {rows} rows")
     check_encoded(setup.encoded, limit - args.max_new_tokens, rows)
@@ -55,7 +55,7 @@ def check_architecture(model, target_modules):
     types = {name.rpartition(".")[2]: type(module).__name__ for name, module in
              model.named_modules() if not isinstance(module, nn.Linear)}
     transposed = sorted(name for name, each in types.items() if each == "Conv1D")
-    if transposed:
+    if transposed and target_modules:
         raise InputError(f"model type {model.config.model_type}: its layers "
                          f"{', '.join(transposed)} are Conv1D modules, which store their "
                          "weights transposed; only nn.Linear is adapted")

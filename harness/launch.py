@@ -36,7 +36,7 @@ def carry_out(argv, execute):
 
     def end(status, reason):
         print(rank_prefix() + reason, file=sys.stderr)
-        if status == 2 and several_processes():
+        if several_processes():
             leave_now(status)
         return status
 
@@ -49,9 +49,9 @@ def carry_out(argv, execute):
         except InputError as error:
             return end(2, error_lines(error))
         except OSError as error:
-            full = (f"; what was saved before is intact: free some space, then "
+            disk = (f"; what was saved before is intact. When the disk can be written again: "
                     f"{command(args, argv, stop)}") if error.errno in DISK_ERRORS else ""
-            return end(2, one_line(f"error: {error}{full}"))
+            return end(2, one_line(f"error: {error}{disk}"))
         except (Interrupted, KeyboardInterrupt) as error:
             number = stop.received or signal.SIGINT
             saved = isinstance(error, Interrupted) and checkpoint.checkpoints_in(
@@ -96,8 +96,9 @@ def out_of_memory(args, stop):
             "more memory") if stop.deferred else ""
     return (f"out of memory with --batch_size {args.batch_size}, --gradient_accumulation_steps "
             f"{args.gradient_accumulation_steps}, --max_length {args.max_length}, "
-            f"--eval_batch_size {args.eval_batch_size}: halve the first and double the second for "
-            "the same result, add --gradient_checkpointing, or lower the others" + kept)
+            f"--eval_batch_size {args.eval_batch_size}: halve --batch_size and double "
+            "--gradient_accumulation_steps for the same result, add --gradient_checkpointing, or "
+            "lower --max_length or --eval_batch_size" + kept)
 
 
 def command(args, argv, stop):
@@ -106,9 +107,10 @@ def command(args, argv, stop):
         argv = [*argv, "--shard_base"]
     if stop.deferred:
         argv = [*(word for word in argv if word not in ("--resume", "--overwrite")), "--resume"]
-    threads = os.environ.get("OMP_NUM_THREADS")  # a resumed run needs the same number
-    prefix = f"OMP_NUM_THREADS={shlex.quote(threads)} " if threads else ""
-    return f"{prefix}{processes.launcher()} train.py {shlex.join(argv)}"
+    # A resumed run needs the same number of threads; several processes on a CPU the other.
+    set_ones = [f"{name}={shlex.quote(os.environ[name])} " for name in
+                ("OMP_NUM_THREADS", "ACCELERATE_USE_CPU") if os.environ.get(name)]
+    return f"{''.join(set_ones)}{processes.launcher()} train.py {shlex.join(argv)}"
 
 
 # --- the Accelerator ----------------------------------------------------------------------------
@@ -203,10 +205,10 @@ def more_threads():
 
 
 # --- matmul backends ----------------------------------------------------------------------------
-# PyTorch gives bf16 products to oneDNN and float32 ones to MKL, which takes about twice as long on
-# the AMD processor of docs/speed.md. The setting that gives oneDNN the float32 ones too is "bf16".
-# It permits bf16 inside: a processor with AMX uses that, others multiply in float32. So its effect
-# is measured, not guessed from a processor's name.
+# PyTorch multiplies bf16 matrices with oneDNN and float32 ones with MKL, which takes about twice as
+# long on the AMD processor of docs/speed.md. With fp32_precision "bf16" oneDNN multiplies float32
+# ones as well. A processor with AMX then rounds them to bf16, others keep float32. So we measure
+# which one this is.
 
 
 def avoid_cudnn_attention():

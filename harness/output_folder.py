@@ -29,7 +29,8 @@ def check(args, path_flags):
     if not args.overwrite:
         raise InputError(f"--output_dir {folder} is not empty: name another folder, or give "
                          "--resume to continue the run in it, or --overwrite to delete that run")
-    if not any((folder / name).exists() for name in SIGNS):
+    if not (any((folder / name).exists() for name in SIGNS)
+            or any(folder.glob("predictions/*.partial"))):  # a stopped evaluation
         raise InputError(f"--output_dir {folder} is not empty and holds no run that --overwrite "
                          f"could replace: it has none of {', '.join(SIGNS)}")
     for flag in sorted(path_flags):
@@ -42,7 +43,8 @@ def check(args, path_flags):
 def clear(folder):
     """Delete what a run wrote into `folder`.
 
-    If it is killed meanwhile, the rest is still a run, but does not look finished.
+    results.json goes first and log.jsonl last: after a kill the rest does not look finished, and
+    --overwrite still finds a run.
     """
     for path in (folder / name for name in OUTPUTS):
         if path.is_dir() and not path.is_symlink():

@@ -44,11 +44,6 @@ class Seconds:
         start = self.started.pop(part)
         self.done[part] = self.done.get(part, 0.0) + time.perf_counter() - start
 
-    def after(self, before):
-        """Add the seconds {part: seconds} up to the checkpoint; what came later is lost."""
-        self.done |= before
-        return self
-
     def so_far(self):
         now = time.perf_counter()
         return self.done | {part: self.done.get(part, 0.0) + now - start

@@ -175,3 +175,5 @@ def test_changed_tasks_of_an_adapter(tmp_path, monkeypatch):
     assert trained_on(args, ["b"]) == {
         "suite": "superni", "data_dir": None, "tasks": ["b"], "max_length": 1024,
         "max_new_tokens": 50, "earlier": earlier}
+    args.suite, config.trained_on = "mini", earlier | {"earlier": {"suite": "before"}}
+    assert trained_on(args, ["b"])["earlier"] == {"suite": "before"}

@@ -152,6 +152,15 @@ def test_variants_resume(more, flags, tmp_path):
     assert_resumes((*flags, *dog, *more.split()), tmp_path)
 
 
+def test_a_kill_before_the_first_step_resumes(flags, tmp_path):
+    """The first task then trains the first branch, as it would have done."""
+    argv = (*flags, "--method", "gainlora", "--eval_before", "--output_dir")
+    succeed(*argv, tmp_path / "whole")
+    kill(*argv, tmp_path / "out", at=(Recorder, "add_step", 1))
+    succeed(*argv, tmp_path / "out", "--resume")
+    assert_equal_runs(tmp_path / "out", tmp_path / "whole")
+
+
 def test_bf16_resumes(flags, tmp_path, monkeypatch):
     """Under autocast; resuming in another precision is refused."""
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
@@ -211,7 +220,7 @@ def test_a_signal_saves_and_stops(number, moment, argv, whole, forks, tmp_path):
     assert answer["statuses"] == [128 + number], answer["lines"][-5:]
     last = answer["lines"][-1]
     assert last.startswith(f"stopped by {number.name}, saved; continue with: OMP_NUM_THREADS=1 "
-                           "python train.py ")
+                           "ACCELERATE_USE_CPU=true python train.py ")
     assert last.endswith("--resume") and not any("Traceback" in line for line in answer["lines"])
     assert forks(*argv, "--resume", out=tmp_path / "b")["statuses"] == [0]
     assert_equal_runs(tmp_path / "out", whole())

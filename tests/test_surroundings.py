@@ -112,6 +112,7 @@ def test_transposed_layers_are_named(llama):
     for names in (("gate_proj",), (ALL_LINEAR,), ("c_fc",)):
         message = complaint(checks.check_architecture, model, names)
         assert "Conv1D" in message and "gpt2" in message and "c_fc" in message
+    checks.check_architecture(model, ())  # zero_shot adapts none
 
 
 @pytest.mark.parametrize("names, fits", [

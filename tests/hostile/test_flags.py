@@ -123,6 +123,10 @@ def test_an_output_folder_in_use(finished, start, tmp_path):
     (tmp_path / "used").mkdir()
     (tmp_path / "used" / ".hidden").write_text("mine")
     rejected(*start, "--output_dir", "used", named="used")
+    rejected(*start, "--output_dir", "used", "--overwrite", named="holds no run")
+    (tmp_path / "used" / "predictions").mkdir()
+    (tmp_path / "used" / "predictions" / "00_before.jsonl.partial").touch()  # a killed evaluation
+    rejected(*start, "--output_dir", "used", "--overwrite", "--model", "nowhere", named="nowhere")
 
 
 def test_an_output_folder_that_cannot_be(start, tmp_path):
