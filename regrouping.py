@@ -42,7 +42,7 @@ class Regrouper:
         self.interval = self.regroup_every or stage.steps_per_epoch
         if self.grouping != "fixed" and self.interval >= stage.steps:
             PartialState().print(f"stage {stage.name} never regroups: it has {stage.steps} steps, "
-                                 f"and the first would follow step {self.interval} "
+                                 f"no more than one interval of {self.interval} "
                                  "(--regroup_every)")
         self._reset()
 
@@ -104,7 +104,7 @@ class Regrouper:
             layer.take_grouping(adopted)
         report = grouping_report(gram, old, new, rounds, K)
         return [dict(layer=name, steps=self.count, grouping=grouping, skipped=skipped[i],
-                     **measured[i], gradient_norm=expert_norms(norms[i], old[i], K),
+                     **measured[name], gradient_norm=expert_norms(norms[i], old[i], K),
                      **{key: values[i] for key, values in report.items()})
                 for i, name in enumerate(self.layers)]
 
@@ -204,13 +204,13 @@ def probe_rows(batch):
 
 
 def measure(model, batch, layers, new):
-    """Return one dict per layer: what groupings `new` (L, N) would change, and the router's health.
+    """Return {layer: dict}: what groupings `new` (L, N) would change, and the router's health.
 
     One evaluation pass over rows of the last micro-batch, padding left out. `regroup_drift` is the
     relative change of the layer's output for the same input. The groupings are not adopted.
     """
     batch = probe_rows(batch)
-    measured, tokens = [], batch["attention_mask"].bool()
+    measured, tokens = {}, batch["attention_mask"].bool()
     groupings = dict(zip(layers, new, strict=True))
 
     def look(name, x, y):
@@ -219,8 +219,8 @@ def measure(model, batch, layers, new):
         now, then = (layer.add_bank(torch.zeros_like(y), x, bank)
                      for bank in (layer.bank, layer.regrouped(groupings[name])))  # (tokens, out)
         drift = float((then - now).norm() / y.norm())  # NaN where all outputs are zero
-        measured.append(dict(regroup_drift=drift if math.isfinite(drift) else None,
-                             **router_health(layer.route(x))))
+        measured[name] = dict(regroup_drift=drift if math.isfinite(drift) else None,
+                              **router_health(layer.route(x)))
 
     with observe(model, layers, look):
         model(**batch, logits_to_keep=1, use_cache=False)

@@ -29,6 +29,7 @@ from inputs import embedded
 from inputs.errors import InputError
 from method import method_of
 from registry import EMBEDDED
+from regrouping import measure
 
 FP32, BF16 = torch.float32, torch.bfloat16
 
@@ -60,6 +61,18 @@ def test_a_regrouping_after_a_batch_of_fillers(architecture):
     """The last micro-batch of a process may hold no token; earlier ones give the gradients."""
     lines = regroup(badit(architecture), rows_of(0), [None, None])
     assert sum(line["moved"] for line in lines) > 0
+
+
+def test_layers_are_measured_by_name():
+    """A model may call its layers in another order than it holds them in."""
+    method, batch = badit(), batch_of(rows_of(0), targets=13)
+    learn(method, 0)
+    layers = method.layers
+    new = torch.stack([layer.expert_of.roll(3 * i) for i, layer in enumerate(layers.values())])
+    with torch.no_grad():
+        one = measure(method.model, batch, layers, new)
+        other = measure(method.model, batch, dict(reversed(layers.items())), new.flip(0))
+    assert one == other and len({line["regroup_drift"] for line in one.values()}) == len(layers)
 
 
 @pytest.mark.parametrize("routing, spoil", [
