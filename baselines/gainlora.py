@@ -142,7 +142,8 @@ def new_directions(C, space, eps):
 
     The new basis must hold the share `eps` of the energy, the trace of the second moments C (d, d).
     Deviation: the code squares C's singular values; GPM and the paper, whose energy is ||H||_F^2,
-    do not. As in the code, the first task stops before the share is reached, but adds at least one.
+    do not. As in the code, the first task keeps the directions before the one that reaches the
+    share, at least one.
     """
     C = C.double()
     values, U = directions_outside(C, space)
@@ -159,7 +160,7 @@ def extend(C, space, eps):
     held = space.N if isinstance(space, Complement) else space
     if 2 * (U.shape[1] - q) < len(U):
         return Complement(U[:, q:].to(held.dtype).contiguous())
-    return torch.cat([held, U[:, :q].to(held.dtype)], dim=1)  # never more than half: a basis
+    return torch.cat([held, U[:, :q].to(held.dtype)], dim=1)  # at most half of d: a basis
 
 
 def scheduled_threshold(eps, t):
@@ -232,8 +233,9 @@ class GainLinear(OloraLinear):
     """Compute y = base(x) + s sum_i a_i B_i A_i dropout(x), where a_i is the gate of task i.
 
     `gain` (batch, t) holds the a_i of the sequences in x (batch, seq, in). GainLora sets it before
-    the forward pass; decoding steps use that of the prompt. With `memory`, branches are InfLoRA's,
-    which train only B, and `basis` is the subspace of old inputs; otherwise they are O-LoRA's.
+    the forward pass; decoding steps reuse the prompt's gates. With `memory`, branches are
+    InfLoRA's, which train only B, and `basis` is the subspace of old inputs; otherwise they are
+    O-LoRA's.
     """
 
     constant_update = None  # gates depend on the prompt
@@ -343,25 +345,24 @@ class GainLora(BranchMethod):
 
     # --- hooks ----------------------------------------------------------------------------------
 
-    def start_stage(self, stage, loader):
-        super().start_stage(stage, loader)
-        if self.has_memory:
-            self._warn_if_full()
-            self._start_rows(loader)
+    def active_parameters(self):
+        """Count the gates of past tasks too: all gates act on every prompt."""
+        return super().active_parameters() + sum(
+            weight.numel() for gate in self.gates.tasks[:-1] for weight in gate.parameters())
 
     @torch.no_grad()
-    def _start_rows(self, loader):
-        """Set the new branch's frozen lora_A."""
-        moments = self._observe(loader, with_gates=False)
-        for name, layer in self.layers.items():
-            layer.lora_A[-1].copy_(rows_from_moment(moments[name], layer.basis.get(), layer.rank))
-
-    def _warn_if_full(self):
-        rank, layers = self.settings.rank, self.layers.values()
-        full = sum(free_directions(layer.basis.get()) < rank for layer in layers)
+    def start_stage(self, stage, loader):
+        super().start_stage(stage, loader)
+        if not self.has_memory:
+            return
+        rank, layers = self.settings.rank, self.layers
+        full = sum(free_directions(layer.basis.get()) < rank for layer in layers.values())
         if full:
             PartialState().print(f"gainlora: old inputs leave a new branch less than rank {rank} "
                                  f"in {full} of {len(layers)} layers: lower --threshold")
+        moments = self._observe(loader, with_gates=False)
+        for name, layer in layers.items():  # the new branch's frozen lora_A
+            layer.lora_A[-1].copy_(rows_from_moment(moments[name], layer.basis.get(), rank))
 
     def before_forward(self, batch):
         with torch.autocast(batch["input_ids"].device.type, enabled=False):
