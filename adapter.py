@@ -47,8 +47,9 @@ def load(model, path, settings=None, device=None):
     sha256 = fingerprint(model)
     if sha256 != config.base_sha256:
         named = f" ({config.model})" if config.model else ""
-        raise InputError(f"{path} was made on another base model{named}: its SHA-256 is "
-                         f"{config.base_sha256[:12]}…, this one's is {sha256[:12]}…")
+        raise InputError(f"{path} was made on another base model{named}, or on one loaded in "
+                         f"another precision: its SHA-256 is {config.base_sha256[:12]}…, this "
+                         f"one's is {sha256[:12]}…")
     method = method_class(config.method)(settings or saved)
     method.base_sha256, method.base_name = sha256, config.model
     method.trained_on = config.trained_on

@@ -34,26 +34,28 @@ def export(args):
     device = PartialState().device
     device = torch.device("cpu") if device.type == "mps" else device  # mps has no float64
     run = run_of(args.adapter, config)
-    trained, tokenizer = models.load(args.model)
-    adapter.load(trained.to(device), args.adapter).eval()
+    # A checkpoint that is stored in float32 has other weights when loaded in bf16, as the run did.
+    dtype = torch.bfloat16 if run and run["precision"] == "bf16" else torch.float32
+    trained, tokenizer = models.load(args.model, dtype)
+    adapter.load(trained.to(device, torch.float32), args.adapter).eval()
     check_layers(trained.adapted_by, args.approximate)
     suite, encoded = read_rows(args, run, tokenizer, config)
     updates, form = fit(args, trained, tokenizer, encoded.train, device)
-    dtype = None
+    stored = None
     if args.merged:  # in the dtype that the checkpoint's configuration names
-        dtype = read_config(models.locate(args.model))[0].dtype or torch.float32
-    exported, _ = models.load(args.model)
-    low_rank.merge(exported.to(device), updates, dtype)
+        stored = read_config(models.locate(args.model))[0].dtype or torch.float32
+    exported, _ = models.load(args.model, dtype)
+    low_rank.merge(exported.to(device, torch.float32), updates, stored)
     kl, measured = compare(trained, exported, first_of_each(encoded.test, args.rows), suite.name)
     print(one_line(form), one_line(measured), sep="\n", flush=True)
-    if kl > args.max_kl:
+    if not kl <= args.max_kl:  # it may be NaN
         raise InputError(f"KL(adapter || export) is {kl:.3g}, above --max_kl {args.max_kl:g}: "
                          "nothing was written")
     rank = max(len(update.A) for update in updates.values())
     with atomic_folder(args.out) as folder:
         write_text(folder / "README.md", card(args, config, settings, run, [form, measured]))
         if args.merged:
-            exported.to("cpu", dtype).save_pretrained(folder)
+            exported.to("cpu", stored).save_pretrained(folder)
             tokenizer.save_pretrained(folder)
         else:
             write_lora(folder, updates, rank, args.model)
@@ -172,7 +174,7 @@ def compare(trained, exported, rows, suite):
         tokens += len(p)
         difference = torch.maximum(difference, (p - q).abs().max())
         largest = torch.maximum(largest, p.abs().max())
-    kl = max(0.0, kl / tokens)
+    kl = max(kl / tokens, 0.0)  # NaN stays NaN
     return kl, (f"on {len(rows)} held-out prompts of {suite} ({tokens:,} tokens): KL(adapter || "
                 f"export) {kl:.2g}, same most likely token at {same / tokens:.1%}, largest "
                 f"difference of a logit {float(difference / largest):.1e} of the largest logit")

@@ -22,7 +22,7 @@ def read_adapter_config(path):
     content = formats.load(file)
     kind = content.get("peft_type", NOT_OF_PEFT) if isinstance(content, dict) else NOT_OF_PEFT
     if kind != NOT_OF_PEFT:
-        raise InputError(f"{path} is an adapter of PEFT's (peft_type {kind!r:.40}): load it "
+        raise InputError(f"{path} is a PEFT adapter (peft_type {kind!r:.40}): load it "
                          "with PEFT or transformers; this program loads the folder adapter/ of a "
                          "run")
     config = formats.convert(content, formats.AdapterConfig, file)

@@ -52,7 +52,7 @@ def test_peft_says_what_our_adapter_is(load, tmp_path):
 def test_an_adapter_of_pefts_is_named(tmp_path):
     (tmp_path / ADAPTER_CONFIG).write_text('{"peft_type": "LORA", "r": 8}')
     message = complaint(read_adapter_config, tmp_path)
-    assert "adapter of PEFT's (peft_type 'LORA')" in message
+    assert "is a PEFT adapter (peft_type 'LORA')" in message
 
 
 def test_an_adapter_of_format_1_loads(tmp_path):

@@ -248,7 +248,7 @@ def test_an_exact_export_is_the_wrapped_model(case, architecture, adapters, chec
     assert_near(AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval(), wanted)
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(checkpoints[architecture])
-    with pytest.raises(InputError, match="adapter of PEFT's"):
+    with pytest.raises(InputError, match="is a PEFT adapter"):
         read_adapter_config(tmp_path / "out")
 
     status, out, _ = call(capsys, *words, tmp_path / "merged", "--merged")
@@ -305,6 +305,18 @@ def test_a_merged_export_has_the_dtype_of_its_base(suite, tmp_path, capsys):
     assert loaded.dtype == torch.bfloat16
     said = float(out[1].rpartition("largest difference of a logit ")[2].split()[0])
     assert 1e-4 < said < 0.05
+
+
+def test_a_bf16_run_on_a_float32_checkpoint(llama, suite, tmp_path, capsys, monkeypatch):
+    """Its base is the checkpoint rounded to bf16, so the export starts from that as well."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    succeed("--model", llama, "--suite", suite, "--method", "lora", *SMALL, "--epochs", 1,
+            "--output_dir", tmp_path / "run", *NO_EVAL)
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION")
+    status, out, _ = call(capsys, tmp_path / "run" / "adapter", "--out", tmp_path / "out")
+    assert status == 0 and out[0] == "exact; rank 2"
+    kl = float(out[1].partition("export) ")[2].partition(",")[0])
+    assert 0 <= kl < 1e-9
 
 
 def test_the_card(llama, suite, tmp_path, capsys, monkeypatch):
