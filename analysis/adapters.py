@@ -84,13 +84,16 @@ def check_experts(paths, adapters):
                              f"experts; methods that do: {', '.join(WITH_EXPERTS)}")
 
 
-def check_tasks(adapters, suite):
-    """Raise InputError where a single-task run has no adapter for a task of the suite."""
+def check_tasks(adapters, suite, flags):
+    """Raise InputError where a single-task run has no adapter for a task of the suite.
+
+    The message names the `flags` that choose the tasks.
+    """
     for each in adapters:
         missing = [task for task in suite.tasks if each.single and task not in each.folders]
         if missing:
             raise InputError(f"{each.name} has single-task adapters for {', '.join(each.folders)}, "
-                             f"not for {', '.join(missing)} (--tasks, --suite)")
+                             f"not for {', '.join(missing)} ({flags})")
 
 
 def unseen(suite, adapters, needed):

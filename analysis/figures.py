@@ -100,7 +100,7 @@ def weights(result, arrays, module):
         total.set(ylim=(rows, 0), ylabel="row (output unit)" if index == 0 else None)
         total.invert_xaxis()
         total.set_xlabel("share over\nall tasks", fontsize=8)
-        if module != "gate_proj":
+        if module in ("q_proj", "k_proj", "v_proj"):  # whose rows belong to heads
             for head in range(0, rows + 1, result["head_dim"]):
                 total.axhline(head, color="black", linewidth=0.4)
     figure.colorbar(drawn, ax=list(axes), label="share of the row's weights that are active")

@@ -68,7 +68,8 @@ class OneAdapter:
         return self.adapter.about | {
             "losses": losses, "loss": float(np.mean(losses)),
             "whole": conflict(sum(self.gram(name, kept) for name in self.weights)),
-            "effective": [{"layer": session.layer_number(name)} | (
+            "effective": [{"layer": session.layer_number(name),
+                           "module": name.rpartition(".")[2]} | (
                 conflict(self.gram(f"effective {name}", kept)) or {}) for name in self.chosen],
             "lookahead": self.lookahead(kept) if self.args.lookahead else None}
 
@@ -76,10 +77,8 @@ class OneAdapter:
         """Compute the mean gradients (H, ...) of a task's folds, by trained and effective weight.
         """
         model, rows, H = self.model, self.rows[task], self.args.folds
-        shapes = {name: weight.shape for name, weight in self.weights.items()} | {
-            f"effective {name}": model.get_submodule(name).residual.shape for name in self.chosen}
-        sums = {name: torch.zeros(H, *shape, device=model.device)
-                for name, shape in shapes.items()}
+        sums = {name: torch.zeros(H, *weight.shape, device=model.device)
+                for name, weight in self.weights.items()}
         total = 0.0
         for index, row in enumerate(rows):
             fold = index % H
@@ -94,7 +93,9 @@ class OneAdapter:
                     check_finite(weight.grad, row, f"the gradient of {name}")
                     sums[name][fold] += share * weight.grad
             for name in self.chosen:
-                sums[f"effective {name}"][fold] += share * gradient(name)
+                found = gradient(name)  # (out, in)
+                mine = sums.setdefault(f"effective {name}", found.new_zeros(H, *found.shape))
+                mine[fold] += share * found
             count(1)
         return sums | {"loss": torch.tensor(total / len(rows), dtype=torch.float64)}
 

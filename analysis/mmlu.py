@@ -42,20 +42,20 @@ def load(path, subjects):
     Raises InputError for a damaged line or an unknown subject.
     """
     found = {}
-    for number, line in enumerate(formats.read_lines(path, dict), start=1):
-        where = f"{path}, line {number}"
-        row = formats.convert(line, Question, where, verdict="")
-        if row.correct_answer == HEADER:
+    for number, row in formats.numbered_lines(path, Question):
+        answer = row["correct_answer"]
+        if answer == HEADER:
             continue
-        if row.correct_answer not in tuple(LETTERS):
-            raise InputError(f"{where}: correct_answer {row.correct_answer!r:.20} must be A, B, C "
-                             "or D")
-        subject = row.topic.replace(" ", "_")
+        if answer not in tuple(LETTERS):
+            raise InputError(f"{path}, line {number}: correct_answer {answer!r:.20} must be A, B, "
+                             "C or D")
+        subject = row["topic"].replace(" ", "_")
         rows = found.setdefault(subject, [])
-        choices = zip(LETTERS, (row.answer_a, row.answer_b, row.answer_c, row.answer_d),
-                      strict=True)
-        rows.append({"id": f"{subject}-{len(rows)}", "outputs": [row.correct_answer],
-                     "input": "\n".join([row.question, *map(". ".join, choices)])})
+        choices = [f"{letter}. {row[f'answer_{letter.lower()}']}" for letter in LETTERS]
+        rows.append({"id": f"{subject}-{len(rows)}", "outputs": [answer],
+                     "input": "\n".join([row["question"], *choices])})
+    if len(subjects) < 2:
+        raise InputError(f"--subjects {' '.join(subjects)}: an analysis compares two or more")
     unknown = [subject for subject in subjects if subject not in found]
     if unknown:
         raise InputError(f"--subjects {unknown[0]}: {path} has no such subject; it has "

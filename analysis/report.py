@@ -40,7 +40,7 @@ def settings(result):
     made = result["made"]
     shown = [f"{name} {' '.join(map(str, value)) if isinstance(value, list) else value}"
              for name, value in sorted(made["args"].items())
-             if value not in (None, [], False) and name != "command"]
+             if value is not None and value is not False and value != [] and name != "command"]
     rows, tokens = (sum(task[key] for task in result["tasks"]) for key in ("rows", "tokens"))
     about = f" ({result['about']})" if "about" in result else ""
     return one_line(f"{'; '.join(shown)}; {rows} rows{about}, {tokens:,} tokens; base model "
@@ -146,12 +146,12 @@ def loss_table(result):
 
 
 def accuracy_table(result):
-    adapters = result["adapters"]
+    adapters, rows = result["adapters"], [task["rows"] for task in result["tasks"]]
     return table("Accuracy", "Most probable of the four letters; chance 25%. p: binomial test.",
                  ["subject", "family", "questions", *(each["name"] for each in adapters)],
-                 [["all", "", sum(task["rows"] for task in result["tasks"]), *(
-                     f"{np.mean(each['accuracy']):.1%}, p {each['accuracy_p']:.2g}"
-                     for each in adapters)],
+                 [["all", "", sum(rows), *(
+                     f"{np.average(each['accuracy'], weights=rows):.1%}, p "
+                     f"{each['accuracy_p']:.2g}" for each in adapters)],
                   *([task["name"], task["category"], task["rows"], *(
                       f"{each['accuracy'][t]:.0%}" for each in adapters)]
                     for t, task in enumerate(result["tasks"]))])
@@ -180,7 +180,8 @@ def effective_table(result):
     return table("Conflict in the effective weight", "The gradient of the adapted weight: the same "
                  "space for all methods.",
                  ["adapter", "layer", "cosine", "negative", "R", "decided", "rho"],
-                 [[adapter["name"], line["layer"], *conflict_cells(line)]
+                 [[adapter["name"], " ".join(str(line[key]) for key in ("layer", "module")
+                                             if key in line), *conflict_cells(line)]
                   for adapter in result["adapters"] for line in adapter["effective"]])
 
 

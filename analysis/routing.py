@@ -161,7 +161,7 @@ def run_experts(args):
     found = adapters.find(args.adapter)
     adapters.check_experts(args.adapter, found)
     suite = session.read_suite(args)
-    adapters.check_tasks(found, suite)
+    adapters.check_tasks(found, suite, "--tasks, --suite")
     suite, which = adapters.unseen(suite, found, args.rows)
     measure_all(args, found, suite, which)
 
@@ -171,7 +171,7 @@ def run_mmlu(args):
     found = adapters.find(args.adapter)
     adapters.check_experts(args.adapter, found)
     suite = Suite("mmlu", mmlu.load(args.mmlu, args.subjects))
-    adapters.check_tasks(found, suite)
+    adapters.check_tasks(found, suite, "--subjects")
     measure_all(args, found, suite, f"MMLU's questions from {args.mmlu}", letters_of)
 
 

@@ -20,6 +20,7 @@ from inputs.errors import InputError
 from inputs.files import atomic_path, sha256_file, write_json
 from inputs.numbers import stable_seed
 from method import find_targets, fingerprint
+from registry import ALL_LINEAR
 
 RESULT, ARRAYS = "analysis.json", "arrays.npz"
 MOST_TASKS = 62  # a set of tasks is an int64
@@ -76,7 +77,8 @@ def task_lines(suite, drawn):
 def by_task(lengths, compute, title):
     """Return {task: tensors on the CPU} of compute(task, count), with a progress bar.
 
-    `lengths` are {task: rows}; `compute` calls count(n) after every n rows.
+    `lengths`, {task: number of rows}, give the bar's total; `compute` calls count(n) after every n
+    rows.
     """
     with tqdm(total=sum(lengths.values()), desc=title, unit="row") as bar:
         return {name: {key: tensor.cpu() for key, tensor in compute(name, bar.update).items()}
@@ -106,6 +108,8 @@ def linear_layers(model, layers, modules):
 
     Raises InputError for a module that the bare `model` does not have.
     """
+    if ALL_LINEAR in modules:
+        raise InputError(f"--target_modules {ALL_LINEAR}: name the linear layers to analyse")
     names = [name for name in find_targets(model, modules) if layer_number(name) in layers]
     return sorted(names, key=lambda name: (modules.index(name.rpartition(".")[2]),
                                            layers.index(layer_number(name))))

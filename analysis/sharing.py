@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from scipy import stats
 
+from experts import select_experts
+
 LABEL_PERMUTATIONS = 10_000
 EXACT_UNITS = 10**5  # more units: E[J] is the ratio of expectations, with an error of O(1 / P)
 SMALLEST_HEADROOM = 0.02  # ceiling minus chance; below this, kappa would be noise
@@ -25,8 +27,7 @@ SMALLEST_HEADROOM = 0.02  # ceiling minus chance; below this, kappa would be noi
 def top_mask(scores, share):
     """Return the mask (..., P) of the `share` of largest scores (..., P), ties to the lower index.
     """
-    order = scores.sort(descending=True, stable=True).indices[..., :round(share * scores.shape[-1])]
-    return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, order, True)
+    return select_experts(scores, round(share * scores.shape[-1]))
 
 
 def additive_structure(F):
@@ -85,12 +86,6 @@ def jaccard(M, N):
     return both / np.maximum(either, 1)
 
 
-def own_jaccard(halves):
-    """Compute J of the two halves (2, T, P) of each task, (T,)."""
-    return np.array([jaccard(first[None], second[None])[0, 0]
-                     for first, second in zip(*halves, strict=True)])
-
-
 def chance_jaccard(k, j, P):
     """Compute E[J] of two random sets of k and j among P units (hypergeometric overlap)."""
     if P > EXACT_UNITS:
@@ -105,12 +100,6 @@ def mean_chance_jaccard(k, P):
     pairs = [(int(k[t]), int(k[u])) for t in range(len(k)) for u in range(t)]
     distinct = {pair: chance_jaccard(*pair, P) for pair in set(pairs)}
     return float(np.mean([distinct[pair] for pair in pairs]))
-
-
-def cross_jaccard(halves):
-    """Average J over pairs of tasks and both combinations of their folds; halves (2, T, P)."""
-    J = (jaccard(halves[0], halves[1]) + jaccard(halves[1], halves[0])) / 2  # (T, T)
-    return float(off_diagonal(J).mean())
 
 
 def kappa(cross, chance, ceiling):
@@ -189,7 +178,9 @@ def sharing(M, halves, controls, categories, generator):
     T, P = M.shape
     k, n = M.sum(1), M.sum(0)  # (T,), (P,)
     J = jaccard(M, M)
-    pairs, ceiling = off_diagonal(J), float(own_jaccard(halves).mean())
+    across = jaccard(*halves)  # (T, T): the first half of a task, the second of another
+    pairs, ceiling = off_diagonal(J), float(across.diagonal().mean())
+    cross = float(off_diagonal((across + across.T) / 2).mean())  # both combinations of halves
     half_chance = mean_chance_jaccard(halves.sum(2).mean(0).round(), P)
     effect, p = category_effect(J, categories, generator)
     core = n == T
@@ -199,7 +190,7 @@ def sharing(M, halves, controls, categories, generator):
         "shared": shared_share(M), "shared_chance": shared_chance(k / P),
         "jaccard": float(pairs.mean()), "smallest": float(pairs.min()),
         "largest": float(pairs.max()), "chance": mean_chance_jaccard(k, P),
-        "ceiling": ceiling, "kappa": kappa(cross_jaccard(halves), half_chance, ceiling),
+        "ceiling": ceiling, "kappa": kappa(cross, half_chance, ceiling),
         "category_effect": effect, "category_p": p,
         "lower_half": float(M[:, :P // 2].sum() / M.sum()),
         "controls": {name: {

@@ -108,6 +108,8 @@ def answer_file(args):
         except InputError as error:
             raise InputError(f"{args.prompts}, line {number}: {error}") from None
         rows.append({"asked": row})
+    if not rows:
+        raise InputError(f"{args.prompts} holds no prompts")
     order = sorted(range(len(rows)), key=lambda index: -len(prompts[index]))
     batches = [order[first:first + args.batch_size]
                for first in range(0, len(order), args.batch_size)]

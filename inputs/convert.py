@@ -192,11 +192,11 @@ def _read_json(path):
 def _read_csv(path, notes):
     """Return the rows of a CSV or TSV file, in which every value stays text: 007, NA."""
     text = formats.text(path)
-    header = text.partition("\n")[0]
+    header = next(io.StringIO(text, newline=None), "")  # a line may end with \r alone
+    csv.field_size_limit(LARGEST_CELL)
     separator = max(",;\t|", key=lambda mark: len(next(csv.reader([header], delimiter=mark), ())))
     if separator != ",":
         notes.add(f"columns separated by {separator!r}", path.name)
-    csv.field_size_limit(LARGEST_CELL)
     rows, reader = [], csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
     try:
         columns = next(reader, ())

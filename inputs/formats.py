@@ -77,31 +77,21 @@ class LogLine(Struct):
 
 
 def read_lines(path, kind):
-    """Return the lines of a JSON-lines file as plain values.
-
-    Raises InputError for a file that cannot be read, is not JSON, or has another shape.
-    """
-    values = [_parse(line, where) for _, where, line in _lines(path)]
-    convert(values, list[kind], path)
-    return values
+    """Return the lines of a JSON-lines file as plain values; raises as `numbered_lines`."""
+    return [value for _, value in numbered_lines(path, kind)]
 
 
 def numbered_lines(path, kind):
-    """Yield (number, plain value) of every line of a JSON-lines file.
+    """Yield (number, plain value) of every line of a JSON-lines file that is not blank.
 
     Raises InputError naming a line that is not JSON, or of another shape.
     """
-    for number, where, line in _lines(path):
-        value = _parse(line, where)
-        convert(value, kind, where, verdict="")
-        yield number, value
-
-
-def _lines(path):
-    """Return (number, words that name it, text) of every line that is not blank."""
-    lines = text(path).split("\n")  # not splitlines: texts hold other line breaks
-    return [(number, f"{path}, line {number}", line)
-            for number, line in enumerate(lines, start=1) if line.strip()]
+    for number, line in enumerate(text(path).split("\n"), start=1):  # texts hold other breaks
+        if line.strip():
+            where = f"{path}, line {number}"
+            value = _parse(line, where)
+            convert(value, kind, where, verdict="")
+            yield number, value
 
 
 def load(path):

@@ -20,9 +20,9 @@ from inputs.numbers import from_text
 def setting(default, help, *, metavar=None, check=None, names_variant=True, same_in_table=False):
     """Return a field of a settings class; its type is its flag's.
 
-    `check(text)` refuses what the type cannot (it raises argparse.ArgumentTypeError). With
-    `names_variant` False the setting does not tell variants of the method apart. `same_in_table`:
-    all runs of one table of a report share it; "by setting": those of one --setting do.
+    `check(text)` refuses what the type cannot (it raises argparse.ArgumentTypeError). If
+    `names_variant` is False, the value is not part of the variant's name. `same_in_table`: all runs
+    of one table of a report share it; "by setting": only runs with the same --setting must.
     """
     return dataclasses.field(default=default, metadata=dict(
         help=help, metavar=metavar, check=check, names_variant=names_variant,
@@ -79,11 +79,11 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **options):
         super().__init__(allow_abbrev=False, **options)
 
-    def parse_args(self, args=None, namespace=None):
-        namespace, unknown = self.parse_known_args(args, namespace)
+    def parse_known_args(self, args=None, namespace=None):  # argparse calls it for subcommands too
+        namespace, unknown = super().parse_known_args(args, namespace)
         if unknown:
             self.error(f"unrecognized argument {unknown[0]}{self._nearest(unknown[0])}")
-        return namespace
+        return namespace, unknown
 
     def _nearest(self, word):
         word = word.split("=")[0]
@@ -164,7 +164,35 @@ def add_flags(parser, flags, group=None):
     """Add `flags` to a parser, under the heading `group` of its --help where one is given."""
     parser = parser.add_argument_group(group) if group else parser
     for flag in flags:
-        _add_flag(parser, flag)
+        value_type, required = flag.type, flag.default is REQUIRED
+        options = {"help": flag.help, "default": None if required else flag.default,
+                   "metavar": flag.metavar}
+        if isinstance(value_type, types.UnionType) or typing.get_origin(value_type) is typing.Union:
+            (value_type,) = (each for each in typing.get_args(value_type)
+                             if each is not types.NoneType)
+        if value_type is bool:
+            parser.add_argument(f"--{flag.name}", action="store_true", help=flag.help)
+            continue
+        if typing.get_origin(value_type) is tuple:
+            options["nargs"] = "+"
+            value_type = typing.get_args(value_type)[0]
+        if typing.get_origin(value_type) is Literal:
+            options["choices"] = typing.get_args(value_type)
+        elif hasattr(value_type, "__metadata__"):
+            options["type"] = from_text(value_type)
+        elif flag.check is not None:
+            options["type"] = flag.check
+        elif value_type is not str:
+            options["type"] = value_type  # Path
+        if "nargs" in options and flag.check is None and (
+                value_type is str or hasattr(value_type, "__metadata__")):  # paths may hold a comma
+            options |= {"action": Flatten, "type": comma_separated(options.get("type", str))}
+        if not flag.positional:
+            parser.add_argument(f"--{flag.name}", required=required, **options)
+        elif required or "nargs" in options:
+            parser.add_argument(flag.name, **options)
+        else:
+            parser.add_argument(flag.name, **{"nargs": "?"} | options)
 
 
 def program_parser(program, description, flags=()):
@@ -173,36 +201,3 @@ def program_parser(program, description, flags=()):
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     add_flags(parser, flags)
     return parser
-
-
-def _add_flag(parser, flag):
-    value_type, required = flag.type, flag.default is REQUIRED
-    options = {"help": flag.help, "default": None if required else flag.default}
-    if isinstance(value_type, types.UnionType) or typing.get_origin(value_type) is typing.Union:
-        (value_type,) = (each for each in typing.get_args(value_type)
-                         if each is not types.NoneType)
-    if value_type is bool:
-        parser.add_argument(f"--{flag.name}", action="store_true", help=flag.help)
-        return
-    if flag.metavar:
-        options["metavar"] = flag.metavar
-    if typing.get_origin(value_type) is tuple:
-        options["nargs"] = "+"
-        value_type = typing.get_args(value_type)[0]
-    if typing.get_origin(value_type) is Literal:
-        options["choices"] = typing.get_args(value_type)
-    elif hasattr(value_type, "__metadata__"):
-        options["type"] = from_text(value_type)
-    elif flag.check is not None:
-        options["type"] = flag.check
-    elif value_type is not str:
-        options["type"] = value_type  # Path
-    if "nargs" in options and flag.check is None and (
-            value_type is str or hasattr(value_type, "__metadata__")):  # paths may hold a comma
-        options |= {"action": Flatten, "type": comma_separated(options.get("type", str))}
-    if not flag.positional:
-        parser.add_argument(f"--{flag.name}", required=required, **options)
-    elif required or "nargs" in options:
-        parser.add_argument(flag.name, **options)
-    else:
-        parser.add_argument(flag.name, **{"nargs": "?"} | options)

@@ -231,6 +231,9 @@ def test_separators(tmp_path, capsys):
     (task,) = converted(write(tmp_path, {"x.csv": text}) / "x.csv", tmp_path).values()
     assert exchanges(task) == {("What, now?", "yes"), ("a; b", "no")}
     assert "columns separated by ';': x.csv" in capsys.readouterr().out
+    write(tmp_path, {"old.csv": text.replace("\n", "\r")})  # as old spreadsheets end lines
+    (task,) = converted(tmp_path / "old.csv", tmp_path / "old").values()
+    assert len(exchanges(task)) == 2
 
 
 def test_instructions_of_rows(tmp_path, capsys):

@@ -76,6 +76,8 @@ def test_documented_commands_parse():
     ("--layers 2: the model has layers 0 to 1", ("--layers", 0, 2)),
     ("--layers: 1 1 has a repeated value", ("--layers", "1,1")),
     ("allowed: down_proj, gate_proj, k_proj", ("--target_modules", "c_fc")),
+    ("all-linear: name the linear layers", ("--target_modules", "all-linear")),
+    ("did you mean --rows?; see `python analyze.py sharing --help`", ("--row", 4)),
     ("needs 4 rows, two in each of 2 fold(s)", ("--rows", 3)),
     ("'0' is not a number between 0 and 1", ("--share", 0)),
     ("--share 0.001 of a layer's neurons, 64, is 0", ("--share", 0.001)),
@@ -187,8 +189,8 @@ def test_bad_adapters(tiny, trained, checkpoints, suite, tmp_path):
 CONFLICT = ("--max_length", 64, "--rows", 11, "--lookahead", 2, "--layers", 1, "--folds", 4)
 
 
-def test_conflict(tiny, trained, tmp_path):
-    """Two methods side by side, and tables of what could not be measured."""
+def test_conflict(tiny, trained, wide, tmp_path):
+    """Two methods side by side, and tables of what could not be measured; a quantised base."""
     succeed("conflict", *tiny, *CONFLICT, "--adapter", trained("loramoe"), trained("lora"),
             "--out", tmp_path)
     result = load(tmp_path / "analysis.json")
@@ -196,6 +198,9 @@ def test_conflict(tiny, trained, tmp_path):
         assert sum(adapter["whole"]["decided"]) == pytest.approx(1)
         assert 0 <= adapter["lookahead"]["improved"] <= 3
         assert [line["layer"] for line in adapter["effective"]] == [1]
+    other = ("--model", wide, *tiny[2:])
+    quantised = train_adapter(other, tmp_path / "run", "badit", "--base", "int8")
+    succeed("conflict", *other, *CONFLICT, "--adapter", quantised, "--out", tmp_path / "int8")
     one, other = result["adapters"]
     one["lookahead"]["reason"] = "planted"
     other["whole"] = other["lookahead"] = None
@@ -240,7 +245,7 @@ def test_mmlu(llama, suite, tmp_path):
     tiny = ("--model", tmp_path / "model", "--suite", suite)
     adapter = train_adapter(tiny, tmp_path / "run", "loramoe")
     file = write_questions(tmp_path / "questions.jsonl")
-    row = mmlu.load(file, ["red"])["red"].train[1]
+    row = mmlu.load(file, ["red", "white"])["red"].train[1]
     assert row["outputs"] == ["B"] and row["input"].splitlines() == [
         "which is red 1", "A. cat w1", "B. cat w1", "C. cat w1", "D. cat w1"]
     flags = ("mmlu", *tiny[:2], "--adapter", adapter, "--max_length", 64, "--subjects", "red",
@@ -259,6 +264,7 @@ def test_mmlu(llama, suite, tmp_path):
                        ("line 10 is not readable JSON", "{"),
                        ("line 10: Object missing required", '{"question": "x"}')):
         refused(named, *flags, "--mmlu", write_questions(tmp_path / "bad.jsonl", bad))
+    refused("--subjects red: an analysis compares two", *flags, "--mmlu", file, "--subjects", "red")
     refused("--subjects green: ", *flags, "--mmlu", file, "--subjects", "red", "green")
     refused("of the 1 rows that fit", *flags, "--mmlu",
             write_questions(tmp_path / "few.jsonl", count=1))

@@ -63,13 +63,14 @@ def test_overlap_by_loops():
     J = sharing.jaccard(M, M)
     for t, u in itertools.product(range(4), repeat=2):
         assert J[t, u] == pytest.approx(len(sets[t] & sets[u]) / len(sets[t] | sets[u]))
-    halves = rng(2).random((2, 4, 30)) < 0.3
-    own = [(a & b).sum() / (a | b).sum() for a, b in zip(*halves, strict=True)]
-    assert sharing.own_jaccard(halves) == pytest.approx(own)
-    assert measured(M, halves)["ceiling"] == pytest.approx(np.mean(own))
-    cross = [sharing.jaccard(halves[:1, t], halves[1:, u]) for t, u in
-             itertools.permutations(range(4), 2)]
-    assert sharing.cross_jaccard(halves) == pytest.approx(np.mean(cross))
+    halves = M ^ (rng(2).random((2, 4, 30)) < 0.1)  # alike, as two halves of a task are
+    own = np.mean([(a & b).sum() / (a | b).sum() for a, b in zip(*halves, strict=True)])
+    cross = np.mean([sharing.jaccard(halves[:1, t], halves[1:, u]) for t, u in
+                     itertools.permutations(range(4), 2)])
+    chance = sharing.mean_chance_jaccard(halves.sum(2).mean(0).round(), 30)
+    found = measured(M, halves)
+    assert found["ceiling"] == pytest.approx(own)
+    assert found["kappa"] == pytest.approx((cross - chance) / (own - chance))
     n = M.sum(0)
     pairs = sum(len(sets[t] & sets[u]) for t, u in itertools.combinations(range(4), 2))
     assert pairs == (n * (n - 1) // 2).sum() == sharing.off_diagonal(sharing.common(M, M)).sum()

@@ -190,6 +190,12 @@ def test_a_broken_line_is_named(runs, capsys, line):
              "in.jsonl", "--out", "out.jsonl")
 
 
+def test_a_file_without_prompts(runs, capsys):
+    write_lines(Path("in.jsonl"), [""])
+    rejected(capsys, "in.jsonl holds no prompts", "--adapter", runs / "badit" / "adapter",
+             "--prompts", "in.jsonl", "--out", "out.jsonl")
+
+
 def test_a_stopped_call_writes_nothing(runs, capsys):
     write_lines(Path("in.jsonl"), [{"prompt": "cat"}] * 3)
     words = ("--adapter", runs / "badit" / "adapter", "--prompts", "in.jsonl", "--out",
