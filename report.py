@@ -34,22 +34,23 @@ FLAGS = (
          metavar="FILE"),
     Flag("tuning", bool, False, "the runs are those of scripts/tune.sh, at several learning "
          "rates and, if they differ, numbers of rows: --out says which rate suits each method"),
-    Flag("allow_other", tuple[Literal[runs.FREE], ...], (), "what may differ between runs of one "
-         f"report, of {', '.join(runs.FREE)}", metavar="WHAT"),
+    Flag("allow_other", tuple[Literal[runs.FREE], ...], (), "let the runs of one report differ in "
+         f"these: {', '.join(runs.FREE)}", metavar="WHAT"),
 )
 
 
-def show_run(paths):
+def show_run(args):
     """Print the table of a run; write its page and, if it was trained, its figure.
 
-    The first of `paths` holds the run, the others single-task runs for its Forward.
+    The first of the paths holds the run, the others single-task runs for its Forward.
     """
-    folder = only_run(paths[0])
+    folder = only_run(args.runs[0])
+    others = collect(args, args.runs[1:])[0] if args.runs[1:] else None
     try:
         record = runs.read(folder)
-        if paths[1:]:
-            record = runs.with_forward(record, runs.collect(paths[1:])[0])
-        answers = runs.read_answers(folder)
+        if others:
+            record = runs.with_forward(record, others)
+        answers = runs.read_answers(folder, record.setting == "single")
     except InputError as error:
         raise InputError(f"{folder}: {error}") from None
     lines = "\n".join(metrics.score_table(record.results)).split("\n")
@@ -66,7 +67,9 @@ def only_run(folder):
     """Return the folder of the one run in `folder`. Raises InputError if there are more."""
     if (folder / "results.json").exists():
         return folder  # even if other runs lie below it
-    found = [] if runs.is_records_file(folder) else list(runs.find([folder]))
+    if runs.is_records_file(folder):
+        raise InputError(f"{folder} is a file of records: give --out DIR for their report")
+    found = list(runs.find([folder]))
     if len(found) != 1:
         raise InputError(f"{folder} holds several runs: name one, or give --out DIR for the report "
                          "of all")
@@ -91,8 +94,8 @@ def write_readme(args):
 def write_study(args):
     """Write the report, the file or the folders of a study."""
     names = {path.name for path in args.out.iterdir()} if args.out and args.out.is_dir() else set()
-    # A report that was stopped leaves the two folders.
-    if names - {"tables", "figures"} and not names & {"report.md", "tuning.md"}:
+    # A report that was stopped left only these; they may be overwritten.
+    if names - {"tables", "figures", "tuning.csv"} and not names & {"report.md", "tuning.md"}:
         raise InputError(f"--out {args.out} holds other files and no report: name a new folder")
     records, left_out = collect(args, args.runs)
     if args.export:
@@ -123,7 +126,7 @@ def report(argv):
     elif outputs:
         write_study(args)
     else:
-        show_run(args.runs)
+        show_run(args)
 
 
 def main(argv=None):

@@ -22,7 +22,7 @@ def update(file, studies):
 
 
 def claims_table(studies):
-    """Return the table as Markdown: a row a claim, with all comparisons and those of each setting.
+    """Return the table as Markdown: one row per claim; columns: all comparisons, then each setting.
 
     A comparison is a study with one model and setting; a claim is judged by the mean over those
     with the most seeds, of equal weight. Holm's correction is over the claims.
@@ -30,10 +30,11 @@ def claims_table(studies):
     places = [place for path, records in studies.items()
               for place in verdicts.places(records, study=path)]
     compared = {claim: complete(claim, places) for claim in verdicts.README}
-    judged = [verdicts.judge(claim, where) for claim, where in compared.items() if where]
+    judged = [verdict for claim, where in compared.items()
+              if (verdict := verdicts.judge(claim, where))]
     judged = {verdict.claim: verdict for verdict in verdicts.corrected(judged)}
     settings = sorted({place.setting for where in compared.values() for place in where})
-    rows = [[claim.text, overall(judged.get(claim)), *(
+    rows = [[claim.text, overall(judged.get(claim), where), *(
         in_setting(claim, where, setting) for setting in settings)]
         for claim, where in compared.items()]
     return markdown_table(["claim", "all", *settings], rows)
@@ -46,10 +47,10 @@ def complete(claim, places):
     return [place for place, count in zip(places, seeds, strict=True) if count == max(seeds) > 0]
 
 
-def overall(verdict):
-    """Return the verdict over all comparisons: its word, corrected p, difference and counts."""
+def overall(verdict, where):
+    """Return the verdict over the comparisons `where`: word, corrected p, difference, counts."""
     if verdict is None:
-        return "not run"
+        return "no seed is in all comparisons" if where else "not run"
     word = verdict.word()
     word = f"**{word}**" if word in ("shown", "the reverse") else word
     judged = f" (p {verdict.corrected:.2g})" if verdict.seeds >= verdicts.FEWEST else ""

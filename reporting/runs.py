@@ -105,7 +105,7 @@ class Record(NamedTuple):
 
     @property
     def group(self):
-        """What runs that differ only in their seed have in common."""
+        """What runs share that differ only in their seed."""
         return self.model, self.variant, self.setting
 
     def matrix(self, reference):
@@ -118,11 +118,11 @@ class Record(NamedTuple):
         return losses and losses[self.results["args"]["eval_before"]:]
 
     def final(self, reference):
-        """Return {task: score after all training}; of a single run, after the task's own."""
+        """Return {task: score after all training; in a single run, after training on that task}."""
         return self._last(self.matrix(reference))
 
     def final_losses(self):
-        """Return what `final` does of the losses, {} if they were not measured."""
+        """Return {task: loss} as `final` returns scores, {} if losses were not measured."""
         return self._last(self.losses()) if self.losses() else {}
 
     def _last(self, matrix):
@@ -139,6 +139,8 @@ def read(folder, name=None):
     results = _read(folder / "results.json", dict)
     record = Record(folder, name or folder.resolve().name, results, [], {})
     check_keys(record)
+    if None in record.final("first").values():
+        raise InputError("it was not evaluated on all of its tasks at its end")
     if record.setting != "single":
         record = record._replace(items=_read_items(folder))
         missing = sorted(set(record.order) - set(record.items))
@@ -147,8 +149,6 @@ def read(folder, name=None):
                              f"{', '.join(missing[:3])}")
     if record.setting != "eval":
         record = record._replace(log=_read(folder / "log.jsonl", formats.LogLine, lines=True))
-    if None in record.final("first").values():
-        raise InputError("it was not evaluated on all of its tasks at its end")
     return record
 
 
@@ -187,11 +187,20 @@ def _read_items(folder):
     return items
 
 
-def read_answers(folder):
-    """Return the predictions after all training as dicts, or [] if they are not kept."""
-    paths = list((folder / "predictions").glob("[0-9]*.jsonl"))
-    last = max(paths, key=lambda path: int(path.name.split("_")[0]), default=None)
-    return _read(last, formats.Prediction, lines=True) if last else []
+def read_answers(folder, single=False):
+    """Return the predictions after all training as dicts, or [] if they are not kept.
+
+    Those of a `single` run were made after training on each task.
+    """
+    paths = sorted((folder / "predictions").glob("[0-9]*.jsonl"),
+                   key=lambda path: int(path.name.split("_")[0]))
+    found = {}
+    for path in paths if single else paths[-1:]:
+        lines = defaultdict(list)
+        for line in _read(path, formats.Prediction, lines=True):
+            lines[line["task"]].append(line)
+        found |= lines
+    return [line for lines in found.values() for line in lines]
 
 
 def find(folders):
@@ -258,8 +267,11 @@ def unpack(records, out):
     """
     folders = [out / record.name for record in records]
     for folder, record in zip(folders, records, strict=True):
-        if ".." in folder.parts or PurePath(record.name).is_absolute():
+        name = PurePath(record.name)
+        if ".." in name.parts or name.is_absolute():
             raise InputError(f"the name {record.name!r} leads out of {out}")
+        if folders.count(folder) > 1:
+            raise InputError(f"--unpack: two runs have the name {record.name!r}")
         if folder.exists():
             raise InputError(f"--unpack would overwrite {folder}")
     for record, folder in zip(records, folders, strict=True):
@@ -277,8 +289,8 @@ def protocol(record, free=()):
     """Return {name: value} of everything that must be equal in runs of one table.
 
     The model, the method, the seed and the setting are its rows and columns. Each variant of a
-    method may have its own learning rate. `free` leaves out some of FREE and TUNED; without
-    ROWS the training rows are free too, not the test rows.
+    method may have its own learning rate. Parts named in `free`, from FREE and TUNED, may differ;
+    with ROWS in it the training rows may differ too, but not the test rows.
     """
     results = record.results
     values = results["comparable"] | {"precision": results["precision"],
@@ -321,7 +333,7 @@ def select(records, free=()):
                               f"{_brief(json.loads(usual[name]))}" for name in other[:3])
             left_out.append((record.folder, f"mixed settings: {shown}"))
         elif key in seen:
-            left_out.append((record.folder, f"the same run as {seen[key]}"))
+            left_out.append((record.folder, f"same model, method, setting and seed as {seen[key]}"))
         else:
             seen[key] = record.folder
             kept.append(record)
@@ -372,7 +384,7 @@ def group_runs(records):
 
 
 def label(variant):
-    """Return the short name that `study.py --methods` takes, if there is one."""
+    """Return a variant's short name for tables and figures, or the variant if it has none."""
     names = {words: name for name, words in (VARIANTS | FORMER).items()}
     return "zero-shot" if variant == "zero_shot" else names.get(variant, variant)
 
@@ -422,7 +434,7 @@ def forgets(run):
 
 
 def on_one_task(record, records, measure):
-    """Return {task: `measure` of the same method, model and seed trained on that task alone}."""
+    """Return {task: `measure` of the single-task run with the same method, model and seed}."""
     def alike(run):  # beside the protocol
         schedule = run.results["comparable"].get(f"--regroup_every, {run.setting}")
         return run.model, run.variant, run.seed, schedule
@@ -437,17 +449,17 @@ def on_one_task(record, records, measure):
 def with_forward(record, others):
     """Return `record` with the Forward that the single-task runs `others` give.
 
-    Raises InputError that names the tasks on which no such run was trained.
+    Other runs are not read. Raises InputError naming the tasks without such a run.
     """
-    kept, left_out = select([record, *others])
+    kept, left_out = select([record, *(run for run in others if run.setting == "single")])
     for folder, reason in left_out:
         raise InputError(f"{folder}: {reason}")
     single = on_one_task(record, kept, lambda run: run.final("best"))
     missing = [task for task in record.tasks if task not in single]
     if missing:
-        raise InputError("Forward needs runs with --setting single of the same method, model and "
-                         f"seed; there is none on {', '.join(missing)} (for a report of several "
-                         "runs, give --out DIR)")
+        raise InputError("Forward needs runs with --setting single of the same method, model, "
+                         f"seed and --regroup_every; there is none on {', '.join(missing)} (for a "
+                         "report of several runs, give --out DIR)")
     forward = metrics.continual_metrics(record.matrix("best"), record.order, single,
                                         record.without)["forward"]
     changed = {"metrics": record.results["metrics"] | {"forward": forward}}

@@ -248,7 +248,7 @@ def regroupings(records):
         return lambda run: metrics.mean(event[name] for event in run.results["regroupings"][1:])
 
     def chosen(name):
-        """Leave out measurements after a stage's last step, unless nothing regrouped."""
+        """Average over the regroupings; if there are none, over all measurements."""
         return lambda run: metrics.mean(event[name] for event in [
             event for event in run.results["regroupings"]
             if event["grouping"] != "fixed"] or run.results["regroupings"])

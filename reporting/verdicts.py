@@ -21,7 +21,7 @@ RESAMPLES = 10_000
 LEVEL = 0.95  # of an interval
 ALPHA = 0.05  # a corrected p below it shows a claim
 FEWEST = 2  # seeds that judge a claim
-TARGET = 0.05  # a difference of ln(loss), or of nats of forgetting, that one would want to see
+TARGET = 0.05  # smallest difference of ln(loss), or of nats of forgetting, worth detecting
 POWER = 2.8  # standard errors that p < 0.05 needs in 80 % of studies: 1.96 + 0.84
 BASELINES = ("lora-matched", "pissa-matched", "olora_qr-matched", "lora", "pissa", "olora",
              "olora_qr", "loramoe", "gainlora")
@@ -30,7 +30,8 @@ BASELINES = ("lora-matched", "pissa-matched", "olora_qr-matched", "lora", "pissa
 class Claim(NamedTuple):
     """`ours` has a lower loss than `theirs`, or forgets less.
 
-    Of several `theirs` the one with the lowest loss is taken: what learns nothing forgets nothing.
+    Of several `theirs` the one with the lowest loss is the rival, also for forgetting: a method
+    that learns nothing forgets nothing.
     """
 
     text: str
@@ -96,8 +97,8 @@ def paired_bootstrap(studies, measure=np.asarray, resamples=RESAMPLES):
     mean over settings, tasks and seeds of measure(mean over items), ours minus theirs.
     Its standard error is that of a bootstrap: seeds are drawn with replacement once for everything,
     items within each task once for all settings and seeds. Its percentiles would be too narrow: on
-    five seeds without a difference, one interval in six would leave 0 out. One seed has none, and
-    p is 1.
+    five seeds without a difference, one interval in six would leave 0 out. With one seed the
+    interval is infinite and p is 1.
     """
     generator = np.random.default_rng(0)
     shapes = [next(iter(pairs.values()))[0].shape for pairs in studies]

@@ -15,10 +15,11 @@ import platform
 import sys
 import time
 from pathlib import Path
-from statistics import median, quantiles
+from statistics import median
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 from transformers import AutoModelForCausalLM  # noqa: E402
@@ -69,7 +70,7 @@ def rows_of(what, seconds, name=None):
         elif other != name:
             ratios = [mine / theirs for mine, theirs in zip(seconds[name], seconds[other],
                                                             strict=True)]
-            low, _, high = quantiles(ratios, n=4, method="inclusive")
+            low, high = np.percentile(ratios, (25, 75))
             yield (what, name, f"{median(seconds[name]):.4g} s", other, f"{median(ratios):.3f}",
                    f"{low:.3f}–{high:.3f}")
 

@@ -85,7 +85,7 @@ class PlannedRun(NamedTuple):
 
 
 def parse(argv):
-    """Read `argv` -> (args, flags for train.py). Raise InputError where train.py would refuse."""
+    """Read `argv` -> (args, flags for train.py). Raises InputError for what train.py refuses."""
     cut = argv.index("--") if "--" in argv else len(argv)
     parser = program_parser("scripts/study.py", __doc__, FLAGS)
     for word in argv[:cut]:
@@ -214,7 +214,8 @@ def print_dry_run(runs, args):
     flags = [run.flags() for run in runs]
     single = sum(each.setting == "single" for each in flags)
     note = f"{len(runs) - single} runs, {single} on one task alone"
-    if {*args.models} <= BILLIONS.keys() and args.suite == "superni" and not args.tasks:
+    cut = any(each.max_train_per_task or each.max_eval_per_task for each in flags)
+    if {*args.models} <= BILLIONS.keys() and args.suite == "superni" and not (args.tasks or cut):
         note += f"; about {sum(map(gpu_hours, flags)):,.1f} GPU hours (assuming 200 TFLOP/s)"
     print(note, file=sys.stderr, flush=True)
     print("\n".join(shlex.join(run.command) for run in runs))

@@ -51,7 +51,7 @@ def test_the_command_prints_a_table(section, variants, capsys, monkeypatch):
     monkeypatch.setitem(benchmark.TINY, "hidden_size", 64)
     monkeypatch.setitem(benchmark.TINY, "intermediate_size", 128)
     threads = torch.get_num_threads()
-    assert benchmark.main(["--only", section, "--rounds", "2", "--threads", str(threads)]) == 0
+    assert benchmark.main(["--only", section, "--rounds", "1", "--threads", str(threads)]) == 0
     lines = [line.split("|") for line in capsys.readouterr().out.splitlines() if "|" in line]
     assert [line[2].strip() for line in lines[2:]] == variants
     assert all(float(line[3].removesuffix("s ")) > 0 for line in lines[2:])

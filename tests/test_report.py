@@ -149,8 +149,9 @@ def assert_left_out(study, reason):
     (lambda run: (run / "results.json").write_text("{"), "its results.json is not readable JSON"),
     (lambda run: (run / "results.json").write_text("[1]"), "its results.json is damaged"),
     (lambda run: (run / "log.jsonl").unlink(), "incomplete: it has no log.jsonl"),
-    (lambda run: (run / "log.jsonl").write_text('{"loss": null}\n'), "its log.jsonl is damaged"),
+    (lambda run: (run / "log.jsonl").write_text('{"loss": null}\n'), "its log.jsonl, line 1: E"),
     (lambda run: shutil.rmtree(run / "predictions"), "no scores per item"),
+    (lambda run: put(run, "scores.first.-1", [None] * 3), "not evaluated on all of its tasks"),
     (lambda run: set_flags(run, epochs=3), "mixed settings: --epochs 3, most have 2"),
     (lambda run: set_flags(run, task_order=list(TASKS)), "--task_order"),
 ], ids=lambda value: value if isinstance(value, str) else "")
@@ -368,7 +369,7 @@ def test_what_a_verdict_says(interval, corrected, seeds, said, cell):
     verdict = verdicts.Verdict(verdicts.BEST, "m", "mixed", "lora", verdicts.Interval(*interval),
                                seeds, 1, 0.0, 0.0, 0.1, corrected, 3)
     assert said in verdict.sentence() and verdict.difference() == cell
-    assert ("**" in readme.overall(verdict)) == (corrected == 0.02)
+    assert ("**" in readme.overall(verdict, [None])) == (corrected == 0.02)
 
 
 def test_holm():
@@ -690,6 +691,12 @@ def test_files_of_records_are_read_with_suspicion(folder, tmp_path, capsys):
     for name in ("../x", "/x"):
         bad.write_bytes(gzip.compress(json.dumps(line | {"name": name}).encode()))
         assert "leads out of" in refused(capsys, bad, "--unpack", tmp_path / "runs")
+    assert report.main([str(good), "--unpack", str(tmp_path / "x" / ".." / "there")]) == 0
+    capsys.readouterr()
+    bad.write_bytes(gzip.compress(json.dumps(line | {"results": line["results"] | {
+        "args": line["results"]["args"] | {"seed": 2}}}).encode()))
+    assert "two runs have the name" in refused(capsys, good, bad, "--unpack", tmp_path / "runs")
+    assert "is a file of records: give --out" in refused(capsys, good)
     shutil.copytree(folder / "lora-mixed-1", tmp_path / "more" / "lora-mixed-1")
     set_flags(tmp_path / "more" / "lora-mixed-1", seed=5)
     assert "two runs have the name 'lora-mixed-1'" in refused(
@@ -780,6 +787,8 @@ def test_one_run_with_forward(folder, tmp_path, capsys, monkeypatch):
                                for i, task in enumerate(results_of(run)["task_order"]))
     assert report.main([str(run), str(single)]) == 0
     assert f"\nforward: {forward:.2f}\n" in capsys.readouterr().out
+    assert report.main([str(run), str(tmp_path / "study")]) == 0  # which holds other runs as well
+    assert f"\nforward: {forward:.2f}\n" in capsys.readouterr().out
     assert "there is none on which_is, colour_name" in refused(capsys, run, single / "say_both")
     assert "none on" in refused(capsys, tmp_path / "study" / "lora-mixed-1", single)
     monkeypatch.setattr(runs, "UNLEARNABLE", {"bad"})
@@ -835,7 +844,7 @@ def test_strange_folder_names_in_a_report(folder, tmp_path, capsys):
     assert err.count("\n") == 2 and err.count(SHOWN) == 2
     text = (tmp_path / STRANGE / "report.md").read_text()
     assert f"runs/c/{SHOWN}`: incomplete" in text
-    assert any(line.endswith(f"the same run as {tmp_path}/runs/{SHOWN}")
+    assert any(line.endswith(f"setting and seed as {tmp_path}/runs/{SHOWN}")
                for line in text.splitlines())
     assert SHOWN in refused(capsys, tmp_path / "runs" / "c" / STRANGE)
 
@@ -919,6 +928,13 @@ def test_a_table_of_claims(study, tmp_path, capsys):
     assert report.main([str(study), "--readme", str(file)]) == 0
     row = file.read_text().splitlines()[4]
     assert differences(row) == [one, one] and "1 comparison, 2 seeds" in row
+    for method in ("badit", "lora"):  # two seeds there, but others than here
+        shutil.copytree(study / f"{method}-sequential-2", study / "other" / f"{method}-7")
+        set_flags(study / "other" / f"{method}-7", model="other", seed=7)
+        set_flags(study / "other" / f"{method}-sequential-1", seed=8)
+    assert report.main([str(study), "--readme", str(file)]) == 0
+    assert "| no seed is in all comparisons |" in file.read_text().splitlines()[4]
+    shutil.rmtree(study / "other")
     for method, loss in (("badit", 2.0), ("lora", 1.0)):
         for seed in (1, 2):
             give_losses(study / f"{method}-mixed-{seed}", [[loss] * 3])
