@@ -127,7 +127,7 @@ class BankLinear(nn.Module):
 
     def forward(self, x):
         """Map (..., in) to (..., out)."""
-        # Flat, since a view cannot be changed in place.
+        # Flattened first: add_bank changes y in place, which autograd refuses for a view.
         y = frozen_linear(x.reshape(-1, x.shape[-1]), self.residual, self.bias)  # (tokens, out)
         return self.add_bank(y, x).view(*x.shape[:-1], y.shape[-1])
 

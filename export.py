@@ -4,8 +4,8 @@
     python export.py runs/X/adapter --out exported --approximate  # experts that depend on the token
     python export.py runs/X/adapter --out merged --merged         # a whole checkpoint
 
-Exact unless experts depend on the token, so for lora, pissa, olora, olora_qr and badit --routing
-static. Else no LoRA adapter is equal: --approximate fits the nearest one to training rows. Every
+The export is exact for lora, pissa, olora, olora_qr and badit --routing static. If experts depend
+on the token, no LoRA adapter is equal: --approximate fits the nearest one to training rows. Every
 export is compared with the adapter on held-out rows before it is written; its README.md holds the
 figures.
 """

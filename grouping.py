@@ -128,8 +128,8 @@ def relabel(grouping, current, num_experts, counted=None):
 def place_components_without_gradient(grouping, alive, current):
     """Reassign the components that are not `alive`, so that as many as possible stay in `current`.
 
-    grouping, alive, current (N,), of one layer. They share the places that they have in `grouping`;
-    without `current` they fill these in order.
+    grouping, alive, current (N,), of one layer. Their places in `grouping` are redistributed
+    among them, without `current` in order.
     """
     idle = (~alive).nonzero().squeeze(1)
     places = grouping[idle].sort().values  # (idle,): an expert for each

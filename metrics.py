@@ -33,12 +33,12 @@ _QUOTE = r"\p{Quotation_Mark}\p{Pi}\p{Pf}"
 _OPENING = rf"\s\p{{Ps}}\u00a1\u00bf\u2e18{_QUOTE}"  # with the inverted marks of Spanish
 # Stops before a digit or a symbol end no sentence: .5 is not 5, and != is not =.
 _LEFT_EDGE = regex.compile(rf"^(?:[{_OPENING}]|[{_STOP}]++(?=[\p{{L}}{_OPENING}]))+")
-# A bracket that was opened within the text is a part of it: f() is not f. The search runs from
-# the end, (?r), as it would try every run of punctuation on its way from the start.
+# A bracket that was opened within the text is a part of it: f() is not f. (?r) searches from the
+# end: from the start, it would try every run of punctuation.
 _RIGHT_EDGE = regex.compile(rf"(?r)(?:[\s{_STOP}{_QUOTE}]|(?<!\p{{Ps}}[^\p{{Pe}}]*)\p{{Pe}})+\Z")
 
-# Letters of scripts that put no spaces between words; the last class is of those of Thailand and
-# around it. Tibetan is not among them, since a mark ends each of its syllables.
+# Letters of scripts that put no spaces between words; Complex_Context is Thai, Lao, Khmer and
+# Burmese. Tibetan is left out: a mark ends each of its syllables.
 _UNSPACED = (r"[\p{L}&&[\p{scx=Han}\p{scx=Hiragana}\p{scx=Katakana}"
              r"\p{Line_Break=Complex_Context}]]")
 _SPACED = rf"[[\p{{L}}\p{{N}}]--{_UNSPACED}]"
@@ -140,7 +140,7 @@ def as_evaluate_metric(metric):
     return SuperNIMetric()
 
 
-# How Backward is read, wherever it stands.
+# Printed wherever Backward is shown.
 BACKWARD = "Backward: change after later tasks; below zero means forgetting, for score and loss."
 
 

@@ -96,7 +96,8 @@ def is_multimodal(name_or_path):
 
 
 def config_sha256(model, tokenizer):
-    """Return a SHA-256 of everything but weights that decides a loaded model's answers."""
+    """Hash what decides a model's answers beside its weights: configuration, tokenizer, template.
+    """
     config = model.config.to_diff_dict()
     for key in ("_name_or_path", "transformers_version"):  # may differ for the same model
         config.pop(key, None)

@@ -1,6 +1,6 @@
 """Beyond the paper: store the frozen base in 8 or 4.5 bits a weight, in plain Parameters.
 
-Of an adapted layer, the frozen part is quantised. In BADIT and PiSSA that is the residual: the
+In an adapted layer only the frozen part is quantised. In BADIT and PiSSA that is the residual: the
 bank, the leading singular directions of W0, stays exact. nf4 is the format of QLoRA (Dettmers et
 al. 2023): the codes equal those of bitsandbytes, the scales are not quantised a second time.
 

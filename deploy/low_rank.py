@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from method import observe
 
-RIDGE = 1e-6  # relative to the mean square of h: unseen directions of h keep the mean factors
+RIDGE = 1e-6  # relative to the mean square of h: other directions keep the mean factors
 
 
 class Update(NamedTuple):

@@ -19,7 +19,7 @@ from inputs.files import sha256_file
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("torch", "transformers", "accelerate", "numpy", "scipy", "rouge_score", "regex",
             "safetensors")
-# The files that decide a result: of the paper, of its data and of the loop; not of reports.
+# The files that can change a result: method, data and training loop, not reports.
 TRAINS = ("badit.py", "energy.py", "quantized.py", "decomposition.py", "experts.py", "grouping.py",
           "regrouping.py", "method.py", "registry.py", "train.py", "data.py", "models.py",
           "evaluation.py", "metrics.py", "adapter.py", "baselines/*.py", "inputs/*.py",

@@ -28,7 +28,7 @@ def matrix_metrics(run):
     """
     order = run.setup.order
     matrix = [row["best"] for row in run.progress.rows[run.args.eval_before:]]
-    if run.args.setting == "single":  # row i holds task i alone: no score after all tasks
+    if run.args.setting == "single":  # row i scores task i alone
         alone = [row[i] for i, row in enumerate(matrix)]
         return {"rouge": metrics.mean(alone), "forward": None, "forget_rate": None,
                 "backward": None}

@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from inputs.errors import InputError
 from method import find_blocks, of_base
 
-TIMEOUT = timedelta(hours=3)  # of a collective: the processes of a node load the model in turn
+TIMEOUT = timedelta(hours=3)  # of a collective: some wait while others load the model
 # FSDP options of accelerate launch that are refused: variable, value, what to do.
 REFUSED = {
     "FSDP_VERSION": ("1", "version 1 of FSDP is not supported: give --fsdp_version 2"),

@@ -13,7 +13,7 @@ class StopSignals:
     """A context in which SIGTERM and Ctrl-C stop the run: at once or, if `deferred`, later.
 
     A deferred signal is kept in `received`. A second one stops at once by KeyboardInterrupt, unless
-    it comes within ECHO seconds: launchers pass on signals that their processes also get directly.
+    it comes within ECHO seconds: a launcher also passes on a Ctrl-C that its processes have got.
     """
 
     def __init__(self):

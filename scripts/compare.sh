@@ -4,7 +4,7 @@
 #   superni     the six SuperNI tasks with the shortest inputs, 64 rows of each, one epoch
 #   instrument  the same six tasks, 200 rows of each, two epochs: 36 to 50 steps a task, 10 to 17 minutes
 #               a run; in sequence, mixed, and on each task alone, for Forward; deciding methods first
-# In each setting all methods of a seed run before the next seed. Each has the learning rate that was
+# In each setting every method runs with seed 1, then every method with seed 2, and so on. Each has the learning rate that was
 # tuned for it (docs/results.md; untuned: that of badit), or RATE. After a stop the same command continues.
 #   python report.py runs/compare-mini --out report
 set -euo pipefail

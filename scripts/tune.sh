@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Find each method's learning rate by the loss of rows that nothing else uses:
+# Find each method's learning rate by the loss of training rows that are held out for it:
 # bash scripts/tune.sh [mini|instrument] [arguments of sweep.sh]
 #   mini        mixed training on the mini suite (the default)
 #   instrument  sequential training on the six SuperNI tasks of compare.sh instrument
