@@ -1,11 +1,13 @@
 #!/usr/bin/env bash
-# Compare all methods on one suite: bash scripts/compare.sh mini|superni|instrument [arguments of sweep.sh]
+# Compare methods: bash scripts/compare.sh mini|sequence|superni|instrument [arguments of sweep.sh]
 #   mini        15 short tasks, 24 rows of each, two epochs: 3 minutes a run on one CPU thread in bf16
+#   sequence    the same tasks in sequence, at rates tuned in sequence, with the Forget Rate
 #   superni     the six SuperNI tasks with the shortest inputs, 64 rows of each, one epoch
 #   instrument  the same six tasks, 200 rows of each, two epochs: 36 to 50 steps a task, 10 to 17 minutes
 #               a run; in sequence, mixed, and on each task alone, for Forward; deciding methods first
-# In each setting every method runs with seed 1, then every method with seed 2, and so on. Each has the learning rate that was
-# tuned for it (docs/results.md; untuned: that of badit), or RATE. After a stop the same command continues.
+# In each setting every method runs with seed 1, then every method with seed 2, and so on. Each has the
+# learning rate that was tuned for it (docs/results.md; untuned: that of badit), or RATE. After a stop the
+# same command continues.
 #   python report.py runs/compare-mini --out report
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -21,6 +23,10 @@ case $form in
     groups=("${first[*]} olora olora_qr-matched gainlora half badit-no_bad badit-static
       badit-energy-no_dog")
     flags=(--max_train_per_task 24 --epochs 2 --max_new_tokens 16) ;;
+  sequence) data=(--suite mini) often=([sequential]=3) settings=(sequential)
+    groups=("lora-matched badit badit-energy half")
+    rates=([lora-matched]=1e-3 [badit]=2e-4)
+    flags=(--max_train_per_task 24 --epochs 2 --max_new_tokens 16 --eval_tasks all) ;;
   superni) data=("${six[@]}") often=([mixed]=12 [sequential]=4) groups=("${first[*]}")
     flags=(--max_train_per_task 64 --max_eval_per_task 25 --epochs 1 --max_length 256) ;;
   instrument) data=("${six[@]}") often=([mixed]=10 [sequential]=10 [single]=10)
@@ -29,7 +35,7 @@ case $form in
       badit-random badit-no_dog olora olora_qr-matched gainlora badit-no_bad badit-static")
     rates=([lora-matched]=1e-4 [half]=5e-5 [badit-energy]=5e-5 [badit-energy-random]=5e-5 [badit]=2e-4)
     flags=(--max_train_per_task 200 --max_eval_per_task 50 --epochs 2 --max_length 256) ;;
-  *) echo "error: form '$form' is unknown; allowed: mini, superni, instrument" >&2; exit 2 ;;
+  *) echo "error: form '$form' is unknown; allowed: mini, sequence, superni, instrument" >&2; exit 2 ;;
 esac
 shift
 for group in "${groups[@]}"; do for setting in "${settings[@]}"; do for seed in 1 2 3 4 5; do
@@ -39,7 +45,7 @@ for group in "${groups[@]}"; do for setting in "${settings[@]}"; do for seed in 
     case $method in badit*|loramoe) flag+=" --regroup_every ${often[$setting]}" ;; esac
     methods+=("$flag")
   done
-  [ "$setting" != sequential ] || more=(--eval_tasks new)
+  [ "$setting" != sequential ] || [ "$form" = sequence ] || more=(--eval_tasks new)
   bash scripts/sweep.sh --models smollm2-135m --launcher "${LAUNCHER:-python}" "${data[@]}" \
     --runs "runs/compare-$form${RATE:+-$RATE}" --methods "${methods[@]}" \
     --seeds "$seed" --settings "$setting" "$@" -- --eval_loss --eval_batch_size 64 "${flags[@]}" "${more[@]}" ||

@@ -285,7 +285,8 @@ def test_experiments_by_name(script, lines, words, calls, capsys):
 
 @pytest.mark.parametrize("form, setting, held_out, methods, rates", [
     ([], "mixed", 6, 9, (1e-4, 2e-4, 5e-4, 1e-3, 2e-3)),
-    (["instrument"], "sequential", 40, 11, (5e-5, 1e-4, 2e-4, 5e-4))], ids=["mini", "instrument"])
+    (["sequence"], "sequential", 6, 10, (1e-4, 2e-4, 5e-4, 1e-3, 2e-3)),
+    (["instrument"], "sequential", 40, 11, (5e-5, 1e-4, 2e-4, 5e-4))], ids=str)
 def test_tuning_tries_every_rate_for_every_method(form, setting, held_out, methods, rates, calls,
                                                   capsys):
     """It uses held-out training rows, and a seed that no comparison uses."""
@@ -321,6 +322,16 @@ def test_the_instrument_has_all_methods_in_both_settings(calls, capsys):
              len(args.tasks), args.eval_tasks == "new") for args in trained} == {
         (200, 50, 2, 256, 6, False), (200, 50, 2, 256, 6, True), (200, 50, 2, 256, 1, False)}
     assert {args.regroup_every for args in trained if args.method == "badit"} == {10}
+
+
+def test_the_short_tasks_in_sequence(calls, capsys):
+    """Every task is evaluated after every stage, which the Forget Rate needs."""
+    given = [train_flags(words) for argv in calls("compare.sh", "sequence", "--dry-run")
+             for words in dry(capsys, *argv)[0]]
+    trained = {(args.method, args.learning_rate, args.setting, args.eval_tasks, args.seed)
+               for args in given if args.method != "zero_shot"}
+    assert trained == {(method, rate, "sequential", "all", seed) for method, rate in
+                       (("lora", 1e-3), ("badit", 2e-4), ("pissa", 2e-4)) for seed in range(1, 6)}
 
 
 @pytest.mark.parametrize("nodes", ["1", "2"])
