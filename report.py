@@ -95,7 +95,9 @@ def write_study(args):
     """Write the report, the file or the folders of a study."""
     names = {path.name for path in args.out.iterdir()} if args.out and args.out.is_dir() else set()
     # A report that was stopped left only these; they may be overwritten.
-    if names - {"tables", "figures", "tuning.csv"} and not names & {"report.md", "tuning.md"}:
+    begun = {"tables", "figures", "tuning.csv", "tuning.png", "tuning.pdf", "forgetting.png",
+             "forgetting.pdf"}
+    if names - begun and not names & {"report.md", "tuning.md"}:
         raise InputError(f"--out {args.out} holds other files and no report: name a new folder")
     records, left_out = collect(args, args.runs)
     if args.export:

@@ -161,7 +161,8 @@ def draw_active(axes, adapter, place, tasks):
     tokens = f"{place} tokens"
     trained = "an adapter for each task" if adapter["alone"] else f"loss {adapter['loss']:.2f}"
     if accuracy is not None:
-        trained = f"accuracy {np.mean(accuracy):.0%}, chance 25%"
+        trained = f"accuracy {np.average(accuracy, weights=[task['rows'] for task in tasks]):.0%}"
+        trained += ", chance 25%"
         tokens = "the letter's token" if place == "target" else tokens
     axes.set_title(f"{adapter['name']}, {tokens} ({trained})\nJaccard "
                    f"{found['jaccard']:.2f}, of random sets {adapter['chance']:.2f}", fontsize=9)

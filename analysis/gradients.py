@@ -93,9 +93,10 @@ class OneAdapter:
                     check_finite(weight.grad, row, f"the gradient of {name}")
                     sums[name][fold] += share * weight.grad
             for name in self.chosen:
-                found = gradient(name)  # (out, in)
-                mine = sums.setdefault(f"effective {name}", found.new_zeros(H, *found.shape))
-                mine[fold] += share * found
+                found, key = gradient(name), f"effective {name}"  # (out, in)
+                if key not in sums:
+                    sums[key] = found.new_zeros(H, *found.shape)
+                sums[key][fold] += share * found
             count(1)
         return sums | {"loss": torch.tensor(total / len(rows), dtype=torch.float64)}
 

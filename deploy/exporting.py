@@ -41,15 +41,15 @@ def export(args):
     check_layers(trained.adapted_by, args.approximate)
     suite, encoded = read_rows(args, run, tokenizer, config)
     updates, form = fit(args, trained, tokenizer, encoded.train, device)
-    stored = None
-    if args.merged:  # in the dtype that the checkpoint's configuration names
-        stored = read_config(models.locate(args.model))[0].dtype or torch.float32
+    stored = read_config(models.locate(args.model))[0].dtype or torch.float32
+    if dtype == torch.bfloat16 != stored and not args.merged:
+        form += "; load the base in bfloat16, as the run did"
     exported, _ = models.load(args.model, dtype)
-    low_rank.merge(exported.to(device, torch.float32), updates, stored)
+    low_rank.merge(exported.to(device, torch.float32), updates, stored if args.merged else None)
     kl, measured = compare(trained, exported, first_of_each(encoded.test, args.rows), suite.name)
     print(one_line(form), one_line(measured), sep="\n", flush=True)
     if not kl <= args.max_kl:  # it may be NaN
-        raise InputError(f"KL(adapter || export) is {kl:.3g}, above --max_kl {args.max_kl:g}: "
+        raise InputError(f"KL(adapter || export) is {kl:.3g}, not below --max_kl {args.max_kl:g}: "
                          "nothing was written")
     rank = max(len(update.A) for update in updates.values())
     with atomic_folder(args.out) as folder:

@@ -39,7 +39,7 @@ def check_model(setup, method):
     if method is not None:
         asked = method.settings
         method.check_tasks(setup.order)
-        check_architecture(skeleton, getattr(asked, "target_modules", ()))
+        check_architecture(skeleton, getattr(asked, "target_modules", ()), args.base != "dense")
         method.check_model(skeleton)
         for name in asked.names():
             value = getattr(method.settings, name)
@@ -47,18 +47,18 @@ def check_model(setup, method):
                 print_main(setup.accelerator, f"{name} {value}")
 
 
-def check_architecture(model, target_modules):
-    """Raise InputError where `target_modules` name layers that are not nn.Linear modules.
+def check_architecture(model, target_modules, quantised=False):
+    """Raise InputError where layers to adapt or to store `quantised` are not nn.Linear modules.
 
     These are the transposed layers of GPT-2, and experts that share one tensor.
     """
     types = {name.rpartition(".")[2]: type(module).__name__ for name, module in
              model.named_modules() if not isinstance(module, nn.Linear)}
     transposed = sorted(name for name, each in types.items() if each == "Conv1D")
-    if transposed and target_modules:
+    if transposed and (target_modules or quantised):
         raise InputError(f"model type {model.config.model_type}: its layers "
                          f"{', '.join(transposed)} are Conv1D modules, which store their "
-                         "weights transposed; only nn.Linear is adapted")
+                         "weights transposed; only nn.Linear is adapted or quantised")
     wanted = set(target_modules)
     for name, weight in find_experts(model).items():
         if wanted == {ALL_LINEAR} or wanted & FUSED.get(name.rpartition(".")[2], set()):

@@ -107,10 +107,7 @@ def command(args, argv, stop):
         argv = [*argv, "--shard_base"]
     if stop.deferred:
         argv = [*(word for word in argv if word not in ("--resume", "--overwrite")), "--resume"]
-    # A resumed run needs the same number of threads; several processes on a CPU the other.
-    set_ones = [f"{name}={shlex.quote(os.environ[name])} " for name in
-                ("OMP_NUM_THREADS", "ACCELERATE_USE_CPU") if os.environ.get(name)]
-    return f"{''.join(set_ones)}{processes.launcher()} train.py {shlex.join(argv)}"
+    return f"{processes.launcher()} train.py {shlex.join(argv)}"
 
 
 # --- the Accelerator ----------------------------------------------------------------------------

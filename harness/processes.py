@@ -4,7 +4,7 @@ import os
 import shlex
 
 import torch
-from accelerate.utils import gather_object
+from accelerate.utils import gather_object, parse_flag_from_env
 
 from inputs.errors import InputError
 
@@ -40,12 +40,20 @@ def bit_sum(tensor):
 
 
 def launcher():
-    """Return the words that started this process: python, or accelerate launch with its options."""
+    """Return the words that started this process: python, or accelerate launch with its options.
+
+    Before them stand the variables that a resumed run needs as they are. With --cpu, which is for
+    one process, accelerate launch sets ACCELERATE_USE_CPU itself.
+    """
     processes = os.environ.get("WORLD_SIZE", "1")
     precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     backend = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()
-    if (processes, precision, backend) == ("1", "no", "no"):
-        return "python"
-    several = ["--multi_gpu"] if processes != "1" else []
-    return shlex.join(["accelerate", "launch", *several, "--num_processes", processes,
-                       "--mixed_precision", precision, "--dynamo_backend", backend])
+    on_cpu, threads = parse_flag_from_env("ACCELERATE_USE_CPU"), os.environ.get("OMP_NUM_THREADS")
+    words = ["python"]
+    if (processes, precision, backend) != ("1", "no", "no"):
+        kind = ["--multi_gpu"] if processes != "1" else ["--cpu"] * on_cpu
+        words = ["accelerate", "launch", *kind, "--num_processes", processes, "--mixed_precision",
+                 precision, "--dynamo_backend", backend]
+    before = [f"OMP_NUM_THREADS={shlex.quote(threads)}"] if threads else []
+    before += ["ACCELERATE_USE_CPU=true"] * (on_cpu and "--cpu" not in words)
+    return " ".join([*before, shlex.join(words)])

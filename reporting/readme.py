@@ -50,7 +50,7 @@ def complete(claim, places):
 def overall(verdict, where):
     """Return the verdict over the comparisons `where`: word, corrected p, difference, counts."""
     if verdict is None:
-        return "no seed is in all comparisons" if where else "not run"
+        return missing(where)
     word = verdict.word()
     word = f"**{word}**" if word in ("shown", "the reverse") else word
     judged = f" (p {verdict.corrected:.2g})" if verdict.seeds >= verdicts.FEWEST else ""
@@ -60,8 +60,14 @@ def overall(verdict, where):
 
 def in_setting(claim, places, setting):
     """Return the difference over the places of one setting, which is not judged."""
-    verdict = verdicts.judge(claim, [place for place in places if place.setting == setting])
-    return f"{verdict.difference()}; {comparisons(verdict)}" if verdict else "not run"
+    mine = [place for place in places if place.setting == setting]
+    verdict = verdicts.judge(claim, mine)
+    return f"{verdict.difference()}; {comparisons(verdict)}" if verdict else missing(mine)
+
+
+def missing(places):
+    """Return the cell of a claim that could not be compared at `places`."""
+    return "no seed is in all comparisons" if places else "not run"
 
 
 def comparisons(verdict):

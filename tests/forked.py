@@ -109,7 +109,7 @@ def fork(order, rank, processes, port):
         if "sabotage" in order:
             getattr(saboteurs, order["sabotage"])(rank)
         status = train.main(order["argv"])
-        if status == 2:
+        if status and processes > 1:
             print("main returned")
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()

@@ -17,6 +17,7 @@ from conftest import (
 )
 
 import models
+from harness.processes import launcher
 
 STARTS = ("pissa", "olora_qr")  # LoRA with another start; BADIT also decomposes in two processes
 # Two tasks of twelve rows: the second of two steps is short in both epochs.
@@ -53,6 +54,21 @@ def test_two_processes_are_one(method, flags, two, tmp_path, monkeypatch):
     assert files_of(tmp_path / "one/predictions") == files_of(tmp_path / "two/predictions")
 
 
+@pytest.mark.parametrize("variables, words", [
+    ({"WORLD_SIZE": "1"}, "OMP_NUM_THREADS=1 ACCELERATE_USE_CPU=true python"),
+    ({"ACCELERATE_MIXED_PRECISION": "bf16"}, "OMP_NUM_THREADS=1 accelerate launch --cpu "
+     "--num_processes 1 --mixed_precision bf16 --dynamo_backend no"),
+    ({"WORLD_SIZE": "2"}, "OMP_NUM_THREADS=1 ACCELERATE_USE_CPU=true accelerate launch --multi_gpu "
+     "--num_processes 2 --mixed_precision no --dynamo_backend no"),
+    ({"ACCELERATE_USE_CPU": "false"}, "OMP_NUM_THREADS=1 python")], ids=str)
+def test_the_words_that_start_a_run_again(variables, words, monkeypatch):
+    """accelerate launch takes the device of one process from --cpu, of several from the variable.
+    """
+    for name, value in ({"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"} | variables).items():
+        monkeypatch.setenv(name, value)
+    assert launcher() == words
+
+
 def test_two_processes_resume(flags, two, tmp_path):
     """A signal to one stops both; resumed, they are the undisturbed two, with dropout."""
     argv = (*flags, "--regroup_every", 1, "--checkpoint_every", 1)
@@ -60,6 +76,7 @@ def test_two_processes_resume(flags, two, tmp_path):
     assert whole["statuses"] == [0, 0]
     stopped = two(*argv, signal=signal.SIGTERM, to=1, seen=f"{tmp_path}/out/checkpoints/000003")
     assert stopped["statuses"] == [128 + signal.SIGTERM] * 2, stopped["lines"][-5:]
+    assert "main returned" not in stopped["lines"]
     assert all(sum(f"[rank {rank}] stopped by" in line for line in stopped["lines"]) == 1
                for rank in (0, 1))
     resumed = two(*argv, "--resume")

@@ -113,6 +113,7 @@ def test_transposed_layers_are_named(llama):
         message = complaint(checks.check_architecture, model, names)
         assert "Conv1D" in message and "gpt2" in message and "c_fc" in message
     checks.check_architecture(model, ())  # zero_shot adapts none
+    assert "Conv1D" in complaint(checks.check_architecture, model, (), True)
 
 
 @pytest.mark.parametrize("names, fits", [

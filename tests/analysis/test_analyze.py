@@ -197,7 +197,9 @@ def test_conflict(tiny, trained, wide, tmp_path):
     for adapter in result["adapters"]:
         assert sum(adapter["whole"]["decided"]) == pytest.approx(1)
         assert 0 <= adapter["lookahead"]["improved"] <= 3
-        assert [line["layer"] for line in adapter["effective"]] == [1]
+        assert [(line["layer"], line["module"]) for line in adapter["effective"]] == [
+            (1, "gate_proj")]
+        assert "| 1 gate_proj |" in report.effective_table(result)
     other = ("--model", wide, *tiny[2:])
     quantised = train_adapter(other, tmp_path / "run", "badit", "--base", "int8")
     succeed("conflict", *other, *CONFLICT, "--adapter", quantised, "--out", tmp_path / "int8")
@@ -245,6 +247,7 @@ def test_mmlu(llama, suite, tmp_path):
     tiny = ("--model", tmp_path / "model", "--suite", suite)
     adapter = train_adapter(tiny, tmp_path / "run", "loramoe")
     file = write_questions(tmp_path / "questions.jsonl")
+    file = write_questions(file, file.read_text().splitlines()[-1])  # one more on white
     row = mmlu.load(file, ["red", "white"])["red"].train[1]
     assert row["outputs"] == ["B"] and row["input"].splitlines() == [
         "which is red 1", "A. cat w1", "B. cat w1", "C. cat w1", "D. cat w1"]
@@ -253,8 +256,9 @@ def test_mmlu(llama, suite, tmp_path):
     succeed(*flags, "--mmlu", file)
     result = load(tmp_path / "out" / "analysis.json")
     (found,) = result["adapters"]
-    assert [task["rows"] for task in result["tasks"]] == [4, 4] and len(found["accuracy"]) == 2
-    assert f"{np.mean(found['accuracy']):.1%}, p" in (tmp_path / "out" / "analysis.md").read_text()
+    assert [task["rows"] for task in result["tasks"]] == [4, 5] and len(found["accuracy"]) == 2
+    found["accuracy"] = [1.0, 0.0]
+    assert f"{4 / 9:.1%}, p" in report.accuracy_table(result)
     assert "no model is above chance" in figures.mmlu_title(result)
     found["accuracy_p"] = 0.001
     assert figures.mmlu_title(result) == "MMLU: above chance: run"

@@ -314,7 +314,8 @@ def test_a_bf16_run_on_a_float32_checkpoint(llama, suite, tmp_path, capsys, monk
             "--output_dir", tmp_path / "run", *NO_EVAL)
     monkeypatch.delenv("ACCELERATE_MIXED_PRECISION")
     status, out, _ = call(capsys, tmp_path / "run" / "adapter", "--out", tmp_path / "out")
-    assert status == 0 and out[0] == "exact; rank 2"
+    assert status == 0 and out[0] == (
+        "exact; rank 2; load the base in bfloat16, as the run did")
     kl = float(out[1].partition("export) ")[2].partition(",")[0])
     assert 0 <= kl < 1e-9
 
