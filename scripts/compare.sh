@@ -24,7 +24,7 @@ case $form in
       badit-energy-no_dog")
     flags=(--max_train_per_task 24 --epochs 2 --max_new_tokens 16) ;;
   sequence) data=(--suite mini) often=([sequential]=3) settings=(sequential)
-    groups=("lora-matched badit badit-energy half")
+    groups=("lora-matched badit badit-energy half pissa-matched")
     rates=([lora-matched]=1e-3 [badit]=2e-4)
     flags=(--max_train_per_task 24 --epochs 2 --max_new_tokens 16 --eval_tasks all) ;;
   superni) data=("${six[@]}") often=([mixed]=12 [sequential]=4) groups=("${first[*]}")

@@ -867,7 +867,7 @@ def test_a_report_reads_files_alone(folder, tmp_path):
 ROOT = Path(report.__file__).resolve().parent
 REPORTS = {"compare-mini": ("--allow_other", "code"), "compare-superni": (),
            "compare-instrument": (), "compare-instrument-other-rates": (),
-           "compare-mini-2e-4": ("--allow_other", "versions"),
+           "compare-mini-2e-4": ("--allow_other", "versions"), "compare-sequential": (),
            "sensitivity-mini": ("--allow_other", "code"),
            "tuning": ("--tuning", "--allow_other", "code"),
            "tuning-instrument": ("--tuning", "--allow_other", "code")}
