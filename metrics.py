@@ -37,8 +37,8 @@ _LEFT_EDGE = regex.compile(rf"^(?:[{_OPENING}]|[{_STOP}]++(?=[\p{{L}}{_OPENING}]
 # end: from the start, it would try every run of punctuation.
 _RIGHT_EDGE = regex.compile(rf"(?r)(?:[\s{_STOP}{_QUOTE}]|(?<!\p{{Ps}}[^\p{{Pe}}]*)\p{{Pe}})+\Z")
 
-# Letters of scripts that put no spaces between words; Complex_Context is such as Thai, Lao and
-# Khmer. Tibetan is left out: a mark ends each of its syllables.
+# Letters of scripts that put no spaces between words; Complex_Context holds Thai, Lao,
+# Khmer and others. Tibetan is left out: a mark ends each of its syllables.
 _UNSPACED = (r"[\p{L}&&[\p{scx=Han}\p{scx=Hiragana}\p{scx=Katakana}"
              r"\p{Line_Break=Complex_Context}]]")
 _SPACED = rf"[[\p{{L}}\p{{N}}]--{_UNSPACED}]"

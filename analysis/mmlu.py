@@ -39,8 +39,10 @@ class Question(Struct):
 def load(path, subjects):
     """Read the questions of `subjects` -> {subject: Task}; the answer is a letter.
 
-    Raises InputError for a damaged line or an unknown subject.
+    Raises InputError for a damaged line, an unknown subject, or fewer than two subjects.
     """
+    if len(subjects) < 2:
+        raise InputError(f"--subjects {' '.join(subjects)}: an analysis compares two or more")
     found = {}
     for number, row in formats.numbered_lines(path, Question):
         answer = row["correct_answer"]
@@ -54,8 +56,6 @@ def load(path, subjects):
         choices = [f"{letter}. {row[f'answer_{letter.lower()}']}" for letter in LETTERS]
         rows.append({"id": f"{subject}-{len(rows)}", "outputs": [answer],
                      "input": "\n".join([row["question"], *choices])})
-    if len(subjects) < 2:
-        raise InputError(f"--subjects {' '.join(subjects)}: an analysis compares two or more")
     unknown = [subject for subject in subjects if subject not in found]
     if unknown:
         raise InputError(f"--subjects {unknown[0]}: {path} has no such subject; it has "

@@ -42,7 +42,7 @@ def export(args):
     suite, encoded = read_rows(args, run, tokenizer, config)
     updates, form = fit(args, trained, tokenizer, encoded.train, device)
     stored = read_config(models.locate(args.model))[0].dtype or torch.float32
-    if dtype == torch.bfloat16 != stored and not args.merged:
+    if dtype == torch.bfloat16 and stored != dtype and not args.merged:
         form += "; load the base in bfloat16, as the run did"
     exported, _ = models.load(args.model, dtype)
     low_rank.merge(exported.to(device, torch.float32), updates, stored if args.merged else None)

@@ -817,6 +817,16 @@ def test_one_damaged_run(folder, tmp_path, capsys, damage):
     assert message.startswith(f"error: {tmp_path / 'run'}: its ") and snapshot(tmp_path) == before
 
 
+def test_answers_of_a_single_task_run(folder, tmp_path):
+    """Each stage has a file with its own task; the page shows them all."""
+    run = shutil.copytree(folder / "single" / "say_both", tmp_path / "run")
+    later = shutil.copy(answers(run), answers(run).with_name("02_other.jsonl"))
+    edit_lines(later, lambda line: line | {"task": "other"})
+    tasks = [line["task"] for line in runs.read_answers(run, single=True)]
+    assert tasks == ["say_both"] * 5 + ["other"] * 5
+    assert {line["task"] for line in runs.read_answers(run)} == {"other"}
+
+
 def test_a_line_separator_in_a_prediction(folder, tmp_path):
     """JSON leaves it as it is, so a line of the file is not one of str.splitlines."""
     run, text = tmp_path / "run", "a\u2028b\x85c"

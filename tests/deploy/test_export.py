@@ -349,13 +349,17 @@ def test_names_on_the_hub(tmp_path, monkeypatch):
         None, None, "Qwen/Qwen3-4B", "a/b"]
 
 
-def test_a_failed_export_leaves_no_trace(adapters, suite, tmp_path, capsys):
+def test_a_failed_export_leaves_no_trace(adapters, suite, tmp_path, capsys, monkeypatch):
     folder, _ = adapters("lora")
     words = (folder, "--out", tmp_path / "out", "--suite", suite, "--rows", 3)
     for error, status in ((OSError(28, "no space"), 2), (KeyboardInterrupt, 130)):
         with failing(exporting, "write_lora", 1, error):
             assert call(capsys, *words)[0] == status
         assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+    with monkeypatch.context() as patch:
+        patch.setattr(exporting, "compare", lambda *_: (float("nan"), ""))
+        status, _, err = call(capsys, *words)
+        assert status == 2 and "is nan, not below --max_kl 0.05" in err[-1]
     (tmp_path / "out").mkdir()  # an empty folder is accepted
     assert call(capsys, *words)[0] == 0
 
