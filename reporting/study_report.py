@@ -13,11 +13,13 @@ VERDICTS = ("Ours minus theirs, below zero is better for ours: the mean over tas
             "the test answers), so -0.05 is a loss about 5 % lower; of forgetting, the rise of the "
             "loss in nats per token. Intervals are Student's over the seeds, with the standard "
             "error of a paired bootstrap over seeds and items, of forgetting over seeds and tasks "
-            f"({verdicts.RESAMPLES:,} resamples). A claim is shown only if its p is below 0.05 "
-            "after Holm's correction over all claims of this report. The best baseline is the one "
-            "with the lowest loss on these runs, among those with the most seeds; if it wins, its "
-            "p counts as many times as there were baselines. The seeds that would show a "
-            "difference are for 80 % of studies, before correction.")
+            f"({verdicts.RESAMPLES:,} resamples). A claim is **shown**, or **the reverse** is, if "
+            "its p is below 0.05 after Holm's correction over all claims of this report. **No "
+            "gain**: the interval, uncorrected, excludes a gain of "
+            f"{verdicts.TARGET}. **Open**: neither. The best baseline is the one with the lowest "
+            "loss on these runs, among those with the most seeds; if it wins, its p counts as many "
+            "times as there were baselines. The seeds that would show a difference are for 80 % of "
+            "studies, before correction.")
 
 
 def make(records, left_out, out):

@@ -152,30 +152,41 @@ class Verdict(NamedTuple):
     places: int = 1  # studies, models and settings that it is a mean of
 
     def word(self):
-        """Return shown, the reverse, not shown, or not judged."""
+        """Return shown, the reverse, no gain, open, or not judged.
+
+        Shown and the reverse hold after Holm's correction. No gain says that the uncorrected
+        interval excludes a gain of TARGET.
+        """
         _, low, high, _ = self.interval
         if self.seeds < FEWEST:
             return "not judged"
-        if low <= 0 <= high or self.corrected >= ALPHA:
-            return "not shown"
-        return "shown" if high < 0 else "the reverse"
+        if self.corrected < ALPHA and not low <= 0 <= high:
+            return "shown" if high < 0 else "the reverse"
+        return "no gain" if low > -TARGET else "open"
+
+    def reason(self):
+        """Return why a claim is neither shown nor the reverse, with a colon before it."""
+        _, low, high, _ = self.interval
+        if self.seeds < FEWEST:
+            return ": one seed"
+        if self.word() == "no gain":
+            return f": the uncorrected interval excludes a gain of {TARGET}"
+        if self.word() != "open":
+            return ""
+        if high < 0:
+            return f": the interval excludes 0, but not after correction for {self.claims} claims"
+        return (f": the interval allows a gain of up to {-low:.3f}; to show {TARGET} takes about "
+                f"{self.needed()} seeds")
 
     def sentence(self):
         mean, low, high, _ = self.interval
-        reason, judged = "", (f"95 % interval {low:+.3f} to {high:+.3f}, "
-                              f"corrected p {self.corrected:.2g}")
-        if self.seeds < FEWEST:
-            reason, judged = ": one seed", "no interval"
-        elif self.word() == "not shown":
-            reason = (f": the interval allows up to {max(abs(low), abs(high)):.3f}; to show "
-                      f"{TARGET} takes about {self.needed()} seeds" if low <= 0 <= high else
-                      ": the interval excludes 0, but not after correction for "
-                      f"{self.claims} claims")
+        judged = "no interval" if self.seeds < FEWEST else (
+            f"95 % interval {low:+.3f} to {high:+.3f}, corrected p {self.corrected:.2g}")
         others = "" if self.claim.forgets else (
             f"; median task {self.median:+.3f}; plain mean {self.nats:+.3f} nats")
-        return (f"{self.model}, {self.setting}: {self.claim.text}: **{self.word()}**{reason} "
-                f"(against {self.against} {mean:+.3f}, {judged}{others}; lower on {self.lower} "
-                f"of {seeds(self.seeds)}).")
+        return (f"{self.model}, {self.setting}: {self.claim.text}: **{self.word()}**"
+                f"{self.reason()} (against {self.against} {mean:+.3f}, {judged}{others}; lower on "
+                f"{self.lower} of {seeds(self.seeds)}).")
 
     def needed(self):
         """Return the seeds that show a difference of TARGET in 80 % of studies, uncorrected."""

@@ -349,7 +349,7 @@ def test_verdicts(study):
     for verdict in (better, less):
         assert (verdict.against, verdict.seeds, verdict.lower, verdict.claims) == ("lora", 2, 2, 2)
         assert verdict.interval.low <= verdict.interval.mean <= verdict.interval.high
-    assert better.interval.high > 0 and better.word() == "not shown"  # two seeds: t is 12.7
+    assert better.interval.high > 0 and better.word() == "open"  # two seeds: t is 12.7
     assert less.spread == pytest.approx(statistics.stdev([0.375 - 1.125, 0.25 - 0.75]))
 
 
@@ -358,14 +358,18 @@ def test_verdicts(study):
      "-0.40 (-0.50 to -0.20) against lora"),
     ((0.1, 0.05, 0.2, 0.01), 0.02, 7, "**the reverse** (against lora +0.100",
      "+0.10 (+0.05 to +0.20) against lora"),
-    ((0.1, -0.31, 0.2, 0.5), 1, 7, "**not shown**: the interval allows up to 0.310; to show "
+    ((0.1, -0.31, 0.2, 0.5), 1, 7, "**open**: the interval allows a gain of up to 0.310; to show "
      "0.05 takes about 34 seeds", "+0.10 (-0.31 to +0.20) against lora"),
-    ((0.1, 0.05, 0.2, 0.03), 0.09, 7, "excludes 0, but not after correction for 3",
-     "+0.10 (+0.05 to +0.20) against lora"),
+    ((-0.1, -0.2, -0.05, 0.03), 0.09, 7, "**open**: the interval excludes 0, but not after "
+     "correction for 3", "-0.10 (-0.20 to -0.05) against lora"),
+    ((0.1, 0.05, 0.2, 0.03), 0.09, 7, "**no gain**: the uncorrected interval excludes a gain of "
+     "0.05", "+0.10 (+0.05 to +0.20) against lora"),
+    ((0.0, -0.05, 0.05, 1), 1, 7, "**open**", "+0.00 (-0.05 to +0.05) against lora"),
+    ((0.0, -0.04, 0.05, 1), 1, 7, "**no gain**", "+0.00 (-0.04 to +0.05) against lora"),
     ((0.1, -math.inf, math.inf, 1), 1, 1, "**not judged**: one seed (against lora +0.100, no "
      "interval;", "+0.10 against lora")])
 def test_what_a_verdict_says(interval, corrected, seeds, said, cell):
-    """Nothing is called shown without Holm's correction, and nothing on one seed."""
+    """Nothing is shown without Holm's correction; no gain means that 0.05 is excluded."""
     verdict = verdicts.Verdict(verdicts.BEST, "m", "mixed", "lora", verdicts.Interval(*interval),
                                seeds, 1, 0.0, 0.0, 0.1, corrected, 3)
     assert said in verdict.sentence() and verdict.difference() == cell
@@ -920,7 +924,7 @@ def test_a_table_of_claims(study, tmp_path, capsys):
     first, start, head, _, *rows, end, last = file.read_text().splitlines()
     assert (first, start, end, last) == ("above", "<!-- results -->", "<!-- /results -->", "below")
     assert head == "| claim | all | sequential |" and len(rows) == 8
-    assert rows[0].startswith("| BADIT is better than the best baseline | not shown (p 0.")
+    assert rows[0].startswith("| BADIT is better than the best baseline | open (p 0.")
     assert "against lora; 1 comparison, 2 seeds | -0." in rows[0]
     assert all(row.endswith(" | not run | not run |") for row in rows[1:])
     one, _ = differences(rows[0])
