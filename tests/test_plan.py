@@ -1,11 +1,13 @@
 """scripts/plan.py: bytes counted by hand, and a plan for every method."""
 
+import json
 import shutil
 
 import plan
 import pytest
 import torch
 from conftest import TRAINED, complaint
+from torch._subclasses import FakeTensorMode
 from transformers import Qwen3MoeConfig
 
 
@@ -43,6 +45,17 @@ def test_weights_are_those_of_a_count_by_hand(bare):
         assert one.sums == 2 * 4 * 16 * (64 + 128)
         assert (one.rows, two.rows) == (8, 8)
         assert one.checkpointed < one.activations
+
+
+def test_activations_grow_with_the_blocks(bare):
+    """Those of five blocks, from two and three, are those measured with five."""
+    config = json.loads((bare / "config.json").read_text())
+    (bare / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 5}))
+    args = flags_of(bare, "--batch_size", "8")
+    one, *_ = plan.plan(args, torch.float32, ["dense"])
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        measured = plan.peak_of_step(args, plan.fake_model(args, "dense", torch.float32), 8)
+    assert one.activations == pytest.approx(measured, rel=0.01)
 
 
 @pytest.mark.parametrize("method", TRAINED)

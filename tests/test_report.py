@@ -779,6 +779,20 @@ def test_one_run(folder, tmp_path, capsys, name, pictures):
         assert task in text and task in out
 
 
+def test_examples_are_the_best_and_the_worst_answer(folder):
+    """Of each task; of equal ones the first. Nothing is right at 0 and nothing wrong at 100."""
+    record = runs.read(folder / "badit-mixed-1")
+    given = [(task, number, score) for task, scores in zip(
+        record.tasks, ([0, 60, 100, 100, 0], [0, 0], [100, 100]), strict=True)
+        for number, score in enumerate(scores)]
+    found = page.examples(record, [
+        {"task": task, "prompt": str(number), "scores": {record.tasks[task]["metric"]: {
+            "best": score}}} for task, number, score in given])
+    first, second, third = record.tasks
+    assert [(each["task"], each["prompt"], each["verdict"]) for each in found] == [
+        (first, "2", "right"), (first, "0", "wrong"), (second, "0", "wrong"), (third, "0", "right")]
+
+
 def test_one_run_with_forward(folder, tmp_path, capsys, monkeypatch):
     """From single-task runs of the same method and seed; others are refused.
 

@@ -31,6 +31,7 @@ from conftest import (
     snapshot,
     succeed,
 )
+from torch._dynamo.utils import counters
 
 import adapter
 import data
@@ -180,7 +181,9 @@ def test_compiled_runs_resume(argv, tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "aot_eager")
     kill(*argv, at=(Recorder, "add_step", 4))
     torch.compiler.reset()
+    counters.clear()
     succeed(*argv, "--resume")
+    assert counters["frames"]["ok"] > 0  # it is compiled
     torch.compiler.reset()
     assert results_of(tmp_path / "out")["compiler"] == "aot_eager"
     assert losses_of(tmp_path / "out") == pytest.approx(losses_of(tmp_path / "eager"), abs=1e-5)

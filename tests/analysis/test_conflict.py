@@ -41,6 +41,7 @@ def test_by_loops():
     assert found["reliability"] == pytest.approx([own[t] / mean[t][t] for t in range(T)])
     cosine = mean[0][1] / np.sqrt(mean[0][0] * mean[1][1])
     assert found["cosines"][0][1] == pytest.approx(cosine)
+    assert found["norms"] == pytest.approx([mean[t][t] ** 0.5 for t in range(T)])
     off = sum(mean[t][u] for t in range(T) for u in range(T) if t != u)
     assert found["cancellation"] == pytest.approx(off / ((T - 1) * sum(own)))
     folds = [[G[0, g, 1, h] for g in range(H) for h in range(H) if f not in (g, h)]
@@ -84,7 +85,7 @@ def test_interference():
     delta = np.array([[-2., 1, -1], [0.5, -1, 0], [-0.5, 1e-9, -4]])
     found = conflict.interference(delta, np.ones(3))
     assert found["interference_share"] == 2 / 6 and found["improved"] == 3
-    assert found["harm_ratio"] == pytest.approx(1.5 / 3)
+    assert found["harm_ratio"] == pytest.approx(1.5 / 3) and found["own_gain"] == 7 / 3
     assert found["transfer"] == pytest.approx(np.median([-0.5, 0.5, -0.5, 0, 0.125, -1e-9 / 4]))
     delta[0, 0] = 1
     none = conflict.interference(delta, np.ones(3))

@@ -77,6 +77,13 @@ def test_overlap_by_loops():
     naive = np.mean([len([p for p in mine if n[p] >= 2]) / len(mine) for mine in sets])
     found = measured(M)
     assert found["shared"] == pytest.approx(naive)
+    of_pairs = [J[t, u] for t, u in itertools.combinations(range(4), 2)]
+    assert [found[key] for key in ("jaccard", "smallest", "largest")] == pytest.approx(
+        [np.mean(of_pairs), min(of_pairs), max(of_pairs)])
+    assert found["lower_half"] == sum(p < 15 for mine in sets for p in mine) / M.sum()
+    control = set(range(10))
+    assert measured(M, controls={"ten": np.arange(30) < 10})["controls"]["ten"]["jaccard"] == (
+        pytest.approx(np.mean([len(mine & control) / len(mine | control) for mine in sets])))
     assert sum(found["histogram"]) == 30 == pytest.approx(sum(found["chance_histogram"]))
     assert sum(n * count for n, count in enumerate(found["histogram"])) == M.sum()
 

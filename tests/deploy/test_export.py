@@ -19,7 +19,7 @@ from conftest import (
     write_json,
 )
 from peft import PeftModel
-from tiny import base_model, learn, loader_of, logits_of, randn, rows_of
+from tiny import PROMPTS, base_model, learn, loader_of, logits_of, randn, rows_of
 from torch import nn
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
@@ -227,6 +227,17 @@ def test_divergence_against_its_sum():
         P, Q = (each[row].exp() / each[row].exp().sum() for each in (p, q))
         wanted = sum(float(P[i] * (P[i] / Q[i]).log()) for i in range(7))
         assert float(exporting.divergence(p, q)[row]) == pytest.approx(wanted)
+
+
+def test_what_a_comparison_measures():
+    """KL and share of equal tokens are means over all tokens, of the adapter and the export."""
+    left, right = trained("badit", base_model()), base_model()
+    rows = [{"input_ids": prompt} for prompt in PROMPTS]
+    kl, said = exporting.compare(left, right, rows, "some")
+    p, q = logits_of(left), logits_of(right)  # (tokens, vocabulary)
+    assert kl == pytest.approx(float(exporting.divergence(p, q).mean()), rel=1e-4) and kl > 1e-3
+    same = (p.argmax(-1) == q.argmax(-1)).double().mean()
+    assert f"some ({len(p)} tokens): " in said and f"token at {float(same):.1%}, " in said
 
 
 # --- whole exports ------------------------------------------------------------------------------
