@@ -88,6 +88,8 @@ def parse_flags(argv):
             raise InputError(f"--{name}: {' '.join(map(str, values))} has a repeated value")
     if args.command != "sharing" and not args.adapter:
         raise InputError(f"{args.command} needs --adapter: the adapter folder of a finished run")
+    if args.command == "conflict" and args.lookahead == 0 and args.learning_rate is not None:
+        raise InputError("--learning_rate has no effect with --lookahead 0: remove it")
     return args
 
 

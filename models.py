@@ -34,6 +34,7 @@ def load(name_or_path, dtype=torch.float32, padded=True):
     `padded`: whether the caller pads rows. Raises InputError for a model that cannot be loaded or
     trained.
     """
+    avoid_cudnn_attention()
     tokenizer = load_tokenizer(name_or_path)
     source = locate(name_or_path)
     with reading(name_or_path, source):
@@ -52,6 +53,15 @@ def load(name_or_path, dtype=torch.float32, padded=True):
             bos_token_id=tokenizer.bos_token_id, pad_token_id=tokenizer.pad_token_id,
             eos_token_id=sorted(stops) or None)
     return model, tokenizer
+
+
+def avoid_cudnn_attention():
+    """Switch off cuDNN's attention on GPUs.
+
+    On a Hopper GPU PyTorch 2.11 to 2.13 prefer it in bf16, and its backward pass gives NaN for
+    masked rows of some lengths (pytorch/pytorch#196678): a run that meets one diverges.
+    """
+    torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def load_tokenizer(name_or_path):

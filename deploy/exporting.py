@@ -205,7 +205,7 @@ def write_lora(folder, updates, rank, model):
 def card(args, config, settings, run, said):
     """Return the README.md of an export, with front matter for the hub.
 
-    `run` is that of `run_of`, `said` the lines on how the export was made and measured.
+    `run`: results.json of the adapter's run, or None. `said`: the lines about fit and measurement.
     """
     name = hub_name(args.model)
     front = [f"base_model: {name}"] if name else []

@@ -1,4 +1,4 @@
-"""Shared by generate.py and export.py: the newest adapter, its base model, how they end.
+"""Shared by generate.py and export.py: the newest adapter, its base model, exit status.
 
 Imports no torch, so that --help and wrong flags are answered at once.
 """

@@ -68,7 +68,7 @@ RUN = (
          not_identity=True, set_by_study=True),
     Flag("checkpoint_every", PositiveInt | None, None, "optimizer steps between checkpoints "
          "(default: only before and after every evaluation); the last two are kept until the run "
-         "is finished", metavar="STEPS", not_identity=True),
+         "is finished", metavar="STEPS", only_training=True, not_identity=True),
     Flag("allow_other", tuple[Literal[OVERRIDABLE], ...], (), "with --resume: what may have "
          f"changed since the stop; choices: {', '.join(OVERRIDABLE)}. paths: where models and data "
          "are, whose content is compared. All others may change the last digits of the result",
@@ -121,7 +121,8 @@ TRAINING = (
 EVALUATION = (
     Flag("eval_tasks", Literal["all", "seen", "new", "none"], "all", "tasks evaluated after "
          "each stage; seen: those trained so far; new: only the stage's own tasks, and all tasks "
-         "after the last stage, which gives every metric but the Forget Rate (default: all)",
+         "after the last stage, which gives every metric but the Forget Rate; --setting single "
+         "always evaluates a stage's own task, or none (default: all)",
          only_training=True, ignored_by_single=True),
     Flag("eval_before", bool, False, "also evaluate before training, as row 0", only_training=True,
          ignored_by_single=True),

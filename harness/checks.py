@@ -1,4 +1,4 @@
-"""Check a run against its model before the weights are loaded."""
+"""Check that flags, data and model fit together; all but the hashes before the weights load."""
 
 import math
 import re
@@ -94,9 +94,9 @@ def check_encoded(encoded, positions, vocabulary):
             for row in rows:
                 length, largest = len(row["input_ids"]), max(row["input_ids"], default=0)
                 if split == "test" and length > positions:
-                    raise InputError(f"task {task}, {row['id']}: the prompt of {length} tokens, "
-                                     f"without any input, exceeds the {positions} that the model "
-                                     "has room for beside --max_new_tokens")
+                    raise InputError(f"task {task}, {row['id']}: the prompt has {length} tokens "
+                                     f"even with an empty input; the model has room for "
+                                     f"{positions} beside --max_new_tokens")
                 if largest >= vocabulary:
                     raise InputError(f"task {task}, {row['id']}: the tokenizer gives the token "
                                      f"{largest}, the model's embedding has {vocabulary}")

@@ -16,7 +16,15 @@ from harness import checkpoint, output_folder, processes, sharding
 from harness.arguments import PAPER_BATCH, PATH_FLAGS, parse_flags, rank_prefix
 from harness.run import print_main
 from harness.signals import StopSignals
-from inputs.errors import InputError, Interrupted, error_lines, escape_output, one_line
+from inputs.errors import (
+    InputError,
+    Interrupted,
+    error_lines,
+    escape_output,
+    is_out_of_memory,
+    one_line,
+)
+from registry import METHODS
 
 # Errors of the disk, not of this program: one line, no traceback.
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
@@ -40,6 +48,7 @@ def carry_out(argv, execute):
             leave_now(status)
         return status
 
+    args = None
     with StopSignals() as stop:
         try:
             args, _ = parse_flags(argv)
@@ -50,10 +59,12 @@ def carry_out(argv, execute):
             return end(2, error_lines(error))
         except OSError as error:
             disk = (f"; what was saved before is intact. When the disk can be written again: "
-                    f"{command(args, argv, stop)}") if error.errno in DISK_ERRORS else ""
+                    f"{command(args, argv, stop)}") if args and error.errno in DISK_ERRORS else ""
             return end(2, one_line(f"error: {error}{disk}"))
         except (Interrupted, KeyboardInterrupt) as error:
             number = stop.received or signal.SIGINT
+            if args is None:
+                return end(128 + number, f"stopped by {number.name}")
             saved = isinstance(error, Interrupted) and checkpoint.checkpoints_in(
                 args.output_dir / checkpoint.FOLDER)
             return end(128 + number, one_line(
@@ -82,12 +93,6 @@ def leave_now(status):
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
-
-
-def is_out_of_memory(error):
-    """Return whether an exception means that a GPU or the machine is out of memory."""
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
-        isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate" in str(error))
 
 
 def out_of_memory(args, stop):
@@ -157,8 +162,8 @@ def make_accelerator(args):
     if args.shard_base and accelerator.num_processes == 1:
         print_main(accelerator, "--shard_base has no effect in one process")
         args.shard_base = False
-    args.batch_size = args.batch_size or share_of_batch(accelerator)
-    avoid_cudnn_attention()
+    trains = METHODS[args.method].trains and not args.eval_only
+    args.batch_size = args.batch_size or share_of_batch(accelerator, trains)
     if accelerator.device.type == "cpu":
         use_onednn()
     return accelerator
@@ -173,13 +178,16 @@ def refuse_sharding():
                              "with --use_fsdp --fsdp_version 2")
 
 
-def share_of_batch(accelerator):
-    """Return the rows of a micro-batch at the paper's global batch. Raises InputError."""
+def share_of_batch(accelerator, trains):
+    """Return the rows of a micro-batch at the paper's global batch, 1 where nothing is trained.
+
+    Raises InputError for a number of processes that does not divide it.
+    """
     micro_batches = accelerator.num_processes * accelerator.gradient_accumulation_steps
-    if PAPER_BATCH % micro_batches:
+    if PAPER_BATCH % micro_batches and trains:
         raise InputError(f"the global batch of {PAPER_BATCH} does not split over {micro_batches} "
                          "processes * accumulation steps: give --batch_size")
-    return PAPER_BATCH // micro_batches
+    return max(1, PAPER_BATCH // micro_batches)
 
 
 def greet(args, accelerator):
@@ -205,16 +213,7 @@ def more_threads():
 # PyTorch multiplies bf16 matrices with oneDNN and float32 ones with MKL, which takes about twice as
 # long on the AMD processor of docs/speed.md. With fp32_precision "bf16" oneDNN multiplies float32
 # ones as well. A processor with AMX then rounds them to bf16, others keep float32. So we measure
-# which one this is.
-
-
-def avoid_cudnn_attention():
-    """Switch off cuDNN's attention on GPUs.
-
-    On a Hopper GPU PyTorch 2.11 to 2.13 prefer it in bf16, and its backward pass gives NaN for
-    masked rows of some lengths (pytorch/pytorch#196678): a run that meets one diverges.
-    """
-    torch.backends.cuda.enable_cudnn_sdp(False)
+# whether this one rounds.
 
 
 def use_onednn():

@@ -14,8 +14,9 @@ LOCK = ".lock"
 NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}  # of file systems without locks
 LOGS = ("log.jsonl", "regroup.jsonl")
 SIGNS = ("results.json", "log.jsonl", "checkpoints")  # a folder with a run has one of these
-OUTPUTS = ("results.json", "regroup.jsonl", "figure.png", "report.html", "predictions", "adapter",
-           "tracking", "checkpoints", "log.jsonl")  # in the order in which they are deleted
+# In the order in which they are deleted; report.py --unpack writes items.json.
+OUTPUTS = ("results.json", "items.json", "regroup.jsonl", "figure.png", "report.html",
+           "predictions", "adapter", "tracking", "checkpoints", "log.jsonl")
 
 
 def check(args, path_flags):
@@ -24,20 +25,20 @@ def check(args, path_flags):
     standing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not standing.is_dir() or not os.access(standing, os.W_OK | os.X_OK):
         raise InputError(f"--output_dir {folder}: {standing} is not a writable folder")
-    if standing != folder or not any(folder.iterdir()) or args.resume:
+    if standing != folder or not any(folder.iterdir()):
         return
-    if not args.overwrite:
+    if not (args.overwrite or args.resume):
         raise InputError(f"--output_dir {folder} is not empty: name another folder, or give "
                          "--resume to continue the run in it, or --overwrite to delete that run")
-    if not (any((folder / name).exists() for name in SIGNS)
-            or any(folder.glob("predictions/*.partial"))):  # a stopped evaluation
+    if args.overwrite and not (any((folder / name).exists() for name in SIGNS)
+                               or any(folder.glob("predictions/*.partial"))):  # an evaluation
         raise InputError(f"--output_dir {folder} is not empty and holds no run that --overwrite "
                          f"could replace: it has none of {', '.join(SIGNS)}")
     for flag in sorted(path_flags):
-        needed = getattr(args, flag)
-        if needed and Path(needed).resolve().is_relative_to(folder.resolve()):
-            raise InputError(f"--{flag} {needed} is in --output_dir {folder}, where --overwrite "
-                             "would delete it: name another --output_dir")
+        path = getattr(args, flag)
+        if path and Path(path).exists() and Path(path).resolve().is_relative_to(folder.resolve()):
+            raise InputError(f"--{flag} {path} is in --output_dir {folder}, where the run could "
+                             "delete it: name another --output_dir")
 
 
 def clear(folder):

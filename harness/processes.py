@@ -42,10 +42,13 @@ def bit_sum(tensor):
 def launcher():
     """Return the words that started this process: python, or accelerate launch with its options.
 
-    Before them stand the variables that a resumed run needs as they are. With --cpu, which is for
-    one process, accelerate launch sets ACCELERATE_USE_CPU itself.
+    Environment variables that the resumed run needs come first. `accelerate launch --cpu`, which
+    allows one process, sets ACCELERATE_USE_CPU itself. Of several machines nothing is known but
+    that each has a command of its own.
     """
     processes = os.environ.get("WORLD_SIZE", "1")
+    if os.environ.get("LOCAL_WORLD_SIZE", processes) != processes:
+        return "(on each machine, its launcher as before)"
     precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     backend = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()
     on_cpu, threads = parse_flag_from_env("ACCELERATE_USE_CPU"), os.environ.get("OMP_NUM_THREADS")

@@ -12,8 +12,8 @@ ECHO = 3  # seconds in which a repeated signal is ignored
 class StopSignals:
     """A context in which SIGTERM and Ctrl-C stop the run: at once or, if `deferred`, later.
 
-    A deferred signal is kept in `received`. A second one stops at once by KeyboardInterrupt, unless
-    it comes within ECHO seconds: a launcher also passes on a Ctrl-C that its processes have got.
+    A deferred signal is kept in `received`. A second one stops at once by KeyboardInterrupt. One
+    within ECHO seconds is ignored: after a Ctrl-C the launcher sends the same signal again.
     """
 
     def __init__(self):

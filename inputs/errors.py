@@ -38,6 +38,14 @@ def error_lines(error):
     return "\n".join(map(one_line, (f"error: {error}", *getattr(error, "example", ()))))
 
 
+def is_out_of_memory(error):
+    """Return whether an exception means that a GPU or the machine is out of memory."""
+    import torch  # here, because it takes seconds
+
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
+        isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate" in str(error))
+
+
 def exit_status(function, *args):
     """Return what function(*args) returns (None: 0), 2 after one line on bad input, 130 on Ctrl-C.
     """
@@ -49,6 +57,11 @@ def exit_status(function, *args):
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        print(one_line(f"error: out of memory ({error})"), file=sys.stderr)
+        return 2
 
 
 @contextlib.contextmanager

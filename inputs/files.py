@@ -38,6 +38,7 @@ def atomic_folder(path):
 
     An error, a full disk or a kill leaves no folder `path`.
     """
+    path = Path(path).absolute()  # . has no name
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.",
                                      suffix=".tmp") as temporary:

@@ -24,8 +24,8 @@ def update(file, studies):
 def claims_table(studies):
     """Return the table as Markdown: one row per claim; columns: all comparisons, then each setting.
 
-    A comparison is a study with one model and setting; a claim is judged by the mean over those
-    with the most seeds, of equal weight. Holm's correction is over the claims.
+    A comparison is a study with one model and setting. A claim is judged by the unweighted mean
+    over the comparisons that have the most seeds. Holm's correction is over the claims.
     """
     places = [place for path, records in studies.items()
               for place in verdicts.places(records, study=path)]

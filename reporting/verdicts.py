@@ -239,8 +239,8 @@ def corrected(found):
 def against_best(claim, where):
     """Return (the best rival, {number in `where`: pairs of runs}, number of rivals), or None.
 
-    A pair is (our run, their run) of one seed. Only seeds that ran in all places count. Rivals with
-    fewer seeds or places are no rivals.
+    A pair is (our run, their run) of one seed. Only seeds that ran in all places count. A rival is
+    considered only if no other has more pairs.
     """
     pairs = {}  # {rival: {place: [(our run, their run), one a seed]}}
     for name in claim.theirs:

@@ -229,7 +229,7 @@ def benchmark(argv):
     options.device = torch.device("cuda" if cuda else "cpu")
     options.dtype = torch.bfloat16 if cuda or options.bf16 else torch.float32
     torch.set_num_threads(options.threads)
-    launch.avoid_cudnn_attention()  # as train.py
+    models.avoid_cudnn_attention()
     onednn = not cuda and launch.use_onednn()
     rows = [row for name in options.only for row in SECTIONS[name](options)]
     print(markdown(rows), machine(options, onednn), sep="\n\n")

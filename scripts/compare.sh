@@ -4,10 +4,11 @@
 #   sequence    the same tasks in sequence, at rates tuned in sequence, with the Forget Rate
 #   superni     the six SuperNI tasks with the shortest inputs, 64 rows of each, one epoch
 #   instrument  the same six tasks, 200 rows of each, two epochs: 36 to 50 steps a task, 10 to 17 minutes
-#               a run; in sequence, mixed, and on each task alone, for Forward; deciding methods first
+#               a run; in sequence, mixed, and on each task alone, for Forward; the methods that decide
+#               the claims run first
 # In each setting every method runs with seed 1, then every method with seed 2, and so on. Each has the
-# learning rate that was tuned for it (docs/results.md; untuned: that of badit), or RATE. After a stop the
-# same command continues.
+# learning rate that was tuned for it (docs/results.md); a method that was not tuned takes badit's.
+# RATE=2e-4 sets one rate for all. After a stop the same command continues.
 #   python report.py runs/compare-mini --out report
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -38,6 +39,10 @@ case $form in
   *) echo "error: form '$form' is unknown; allowed: mini, sequence, superni, instrument" >&2; exit 2 ;;
 esac
 shift
+for word in "$@"; do case $word in --settings*|--methods*)
+  echo "error: $word is set by $0 with the rates that belong to it; scripts/sweep.sh takes it" >&2
+  exit 2 ;;
+esac; done
 for group in "${groups[@]}"; do for setting in "${settings[@]}"; do for seed in 1 2 3 4 5; do
   methods=(zero_shot) more=()
   for method in $group; do

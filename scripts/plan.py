@@ -48,7 +48,7 @@ class Sizes(NamedTuple):
     blocks: int  # of the frozen base
     block: int  # the largest
     adapter: int  # trained or not
-    trained: int  # in the type of their gradients
+    trained: int  # their gradients have the same size
     sums: int  # of Eq. 8
     activations: dict
 

@@ -10,8 +10,9 @@
 #   bash scripts/sweep.sh --dry-run --seeds 1 2 | wc -l                # 1224 lines, so
 #   sbatch --array=0-1223 scripts/slurm_array.sh --seeds 1 2
 # A model that is too large for one node, sharded over several, one task a node:
-#   sbatch --nodes=2 --gpus-per-node=8 --ntasks-per-node=1 --array=0-9 scripts/slurm_array.sh \
-#     --models /models/Llama-3-70B --settings mixed sequential -- --gradient_checkpointing
+#   sbatch --nodes=2 --gpus-per-node=8 --ntasks-per-node=1 --array=0-N scripts/slurm_array.sh \
+#     --models /models/Llama-3-70B --settings mixed sequential -- --gradient_checkpointing \
+#     --batch_size 1
 # A run that reaches its time limit saves; the same sbatch command resumes it and skips finished ones.
 # Run scripts/setup.sh once before, on a node that sees the package index.
 set -euo pipefail

@@ -241,7 +241,7 @@ class Runner:
     def run(self, run):
         """Run a command to its end -> its exit status."""
         self.process = subprocess.Popen(run.command, process_group=0)
-        if self.asked:  # a moment ago
+        if self.asked:  # the signal came before the process existed
             self.stop(self.asked)
         status = self.process.wait()
         self.process = None

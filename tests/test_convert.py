@@ -83,7 +83,11 @@ LAYOUTS = {  # files, the only task: name, definition, category, metric
     "Dolly": ({"t.jsonl": lines([{"instruction": "I", "context": f"c{i}", "response": "r"}
                                  for i in range(2)])}, ("t", "I", "other", "rouge_l")),
     "files by split": ({"t_train.jsonl": lines(PAIR[:1]), "t_test.jsonl": lines(PAIR[1:]),
-                        "t_valid.jsonl": "?"}, ("t", "", "other", "rouge_l")),
+                        "t_valid.jsonl": "?", "t_val.jsonl": "?"}, ("t", "", "other", "rouge_l")),
+    "a clone of the hub": ({f"t/{split}-00000-of-00001.jsonl": lines(rows) for split, rows in (
+        ("train", PAIR[:1]), ("test", PAIR[1:]))}, ("t", "", "other", "rouge_l")),
+    "a name that ends as a split": ({"constrain.jsonl": lines(PAIR)},
+                                    ("constrain", "", "other", "rouge_l")),
     "FLAN": ({"t.jsonl": lines([{"inputs": f"a{i}", "targets": "b"} for i in range(2)])},
              ("t", "", "other", "rouge_l")),
     "TSV": ({"t.tsv": 'question\tanswer\na, "b"\t"c\td"\ne\tf\n'}, ("t", "", "other", "rouge_l")),
@@ -131,7 +135,7 @@ def test_numbers_references_and_ids(tmp_path, capsys):
     rows[1]["id"] = 0
     (task,) = converted(write(tmp_path, {"t.json": rows}) / "t.json", tmp_path / "b").values()
     assert {row["id"] for row in task.train + task.test} == {"t-0", "t-1"}
-    assert "rows numbered, because ids are missing or stand twice: t\n" in capsys.readouterr().out
+    assert "rows were numbered, because ids are missing or repeated: t\n" in capsys.readouterr().out
 
 
 def test_names_of_class_labels(tmp_path, capsys):
@@ -171,6 +175,8 @@ CHATS = {  # a row, the exchange that it becomes
     "TRL": ({"prompt": [ASK], "completion": [ANSWER]}, ("Hot?", "Cold.")),
     "Alpaca": ({"instruction": "I", "input": "x", "output": "y", "system": "Be.", "history": []},
                ("Be.\n\nI\n\nx", "y")),
+    "a text history": ({"instruction": "I", "input": "x", "output": "y", "history": "[]"},
+                       ("I\n\nx", "y")),
     "history": ({"instruction": "I", "input": "x", "output": "y", "history": [["a", "b"]]}, None),
     "answer first": ({"messages": [ANSWER, ASK, ANSWER]}, None),
     "tool": ({"messages": [ASK, {"role": "tool", "content": "1"}, ANSWER]}, None),

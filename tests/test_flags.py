@@ -31,7 +31,7 @@ TRAINED = [*EVALUATED, *"epochs learning_rate warmup_ratio max_grad_norm max_tra
 @pytest.mark.parametrize("column, flags", [
     ({"only_training": True}, "setting task_order epochs max_train_per_task batch_size "
      "gradient_accumulation_steps learning_rate warmup_ratio max_grad_norm gradient_checkpointing "
-     "eval_tasks eval_before"),
+     "eval_tasks eval_before checkpoint_every"),
     ({"not_identity": True}, "output_dir overwrite resume checkpoint_every allow_other report_to "
      "shard_base"),
     ({"is_path": True}, "model suite data_dir adapter"),

@@ -60,6 +60,7 @@ def test_two_processes_are_one(method, flags, two, tmp_path, monkeypatch):
      "--num_processes 1 --mixed_precision bf16 --dynamo_backend no"),
     ({"WORLD_SIZE": "2"}, "OMP_NUM_THREADS=1 ACCELERATE_USE_CPU=true accelerate launch --multi_gpu "
      "--num_processes 2 --mixed_precision no --dynamo_backend no"),
+    ({"WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4"}, "(on each machine, its launcher as before)"),
     ({"ACCELERATE_USE_CPU": "false"}, "OMP_NUM_THREADS=1 python")], ids=str)
 def test_the_words_that_start_a_run_again(variables, words, monkeypatch):
     """accelerate launch takes the device of one process from --cpu, of several from the variable.

@@ -1,10 +1,13 @@
 """Matmul backends: oneDNN multiplies float32 matrices only where it keeps their precision."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from conftest import complaint
 
+import models
 from harness import launch
-from harness.arguments import parse_flags
 
 
 @pytest.fixture
@@ -17,16 +20,24 @@ def matmul():
     matmul.fp32_precision = before
 
 
-def test_cudnn_has_no_part_in_a_run():
+def test_loading_a_model_switches_cudnn_attention_off(llama):
     """Its backward pass gives NaN on Hopper; the switch also exists without a GPU."""
     cudnn, before = torch.backends.cuda, torch.backends.cuda.cudnn_sdp_enabled()
     cudnn.enable_cudnn_sdp(True)
     try:
-        args, _ = parse_flags(["--method", "lora", "--output_dir", "unused"])
-        launch.make_accelerator(args)
+        models.load(str(llama))
         assert not cudnn.cudnn_sdp_enabled()
     finally:
         cudnn.enable_cudnn_sdp(before)
+
+
+def test_rows_of_a_micro_batch():
+    """Three processes do not split the paper's batch of 8, but can evaluate."""
+    three = SimpleNamespace(num_processes=3, gradient_accumulation_steps=1)
+    assert launch.share_of_batch(three, trains=False) == 2
+    assert "give --batch_size" in complaint(launch.share_of_batch, three, trains=True)
+    sixteen = SimpleNamespace(num_processes=16, gradient_accumulation_steps=1)
+    assert launch.share_of_batch(sixteen, trains=False) == 1
 
 
 def rounded(left, right):

@@ -500,6 +500,7 @@ def test_overwriting(argv, whole, tmp_path):
     """It deletes the results first, so that a kill leaves no folder that looks finished."""
     folder = shutil.copytree(whole(), argv[-1])
     (folder / "notes.txt").write_text("mine")
+    (folder / "items.json").write_text("{}")  # as report.py --unpack writes
     kill(*argv, "--overwrite", at=(output_folder.shutil, "rmtree", 1))
     assert not (folder / "results.json").exists()
     succeed(*argv, "--overwrite")
@@ -512,9 +513,10 @@ def test_what_a_run_reads_is_not_deleted(tiny, whole, tmp_path):
     """Neither the adapter to evaluate, nor a folder that holds no run."""
     folder = shutil.copytree(whole(), tmp_path / "out")
     before = snapshot(folder)
-    refused("would delete it", *tiny, "--eval_only", "--adapter", folder / "adapter",
-            "--output_dir", folder, "--overwrite")
-    assert snapshot(folder) == before
+    for how in ("--overwrite", "--resume"):
+        refused("could delete it", *tiny, "--eval_only", "--adapter", folder / "adapter",
+                "--output_dir", folder, how)
+        assert snapshot(folder) == before
     refused("holds no run", *tiny, "--output_dir", tiny[1], "--overwrite")
 
 

@@ -349,8 +349,9 @@ def test_slurm_runs_one_line_of_the_same_list(nodes, calls, capsys):
             ) == wanted
 
 
-@pytest.mark.parametrize("script, argv", [("compare.sh", ["tiny"]), ("compare.sh", []),
-                                          ("slurm_array.sh", [])])
+@pytest.mark.parametrize("script, argv", [
+    ("compare.sh", ["tiny"]), ("compare.sh", []), ("slurm_array.sh", []),
+    ("compare.sh", ["mini", "--settings", "mixed"]), ("tune.sh", ["--methods=badit"])])
 def test_scripts_refuse_in_one_line(script, argv):
     refused = subprocess.run(["bash", ROOT / "scripts" / script, *argv], capture_output=True,
                              text=True)

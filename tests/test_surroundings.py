@@ -5,19 +5,21 @@ import os
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import huggingface_hub
 import pytest
 import safetensors.torch
 import torch
-from conftest import SMALL, complaint, failing, refused, succeed, write_json
+from conftest import SMALL, complaint, failing, refused, run, succeed, write_json
 from transformers import AutoModelForCausalLM, GPT2Config, MixtralConfig
 
 import models
 from harness import arguments, checks, launch
 from harness.arguments import parse_flags
 from harness.run import Recorder
-from inputs.files import cache_dir
+from inputs import errors
+from inputs.files import atomic_folder, cache_dir
 from method import find_targets
 from registry import ALL_LINEAR
 
@@ -42,8 +44,30 @@ def test_errors_that_are_out_of_memory():
     with pytest.raises(RuntimeError) as caught:
         torch.empty(2**60, dtype=torch.uint8)
     for error in (caught.value, MemoryError(), torch.OutOfMemoryError("CUDA out of memory")):
-        assert launch.is_out_of_memory(error)
-    assert not launch.is_out_of_memory(RuntimeError("shapes do not fit"))
+        assert errors.is_out_of_memory(error)
+    assert not errors.is_out_of_memory(RuntimeError("shapes do not fit"))
+
+
+def test_other_programs_end_in_one_line_when_memory_runs_out(capsys):
+    def work(error):
+        raise error
+
+    assert errors.exit_status(work, torch.OutOfMemoryError("CUDA out of memory")) == 2
+    assert capsys.readouterr().err == "error: out of memory (CUDA out of memory)\n"
+    with pytest.raises(RuntimeError, match="shapes"):
+        errors.exit_status(work, RuntimeError("shapes do not fit"))
+
+
+def test_a_stop_while_flags_are_read(monkeypatch):
+    monkeypatch.setattr(launch, "parse_flags", mock.Mock(side_effect=KeyboardInterrupt))
+    assert run() == (130, [], ["stopped by SIGINT"])
+
+
+def test_a_new_folder_may_be_the_current_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with atomic_folder(Path(".")) as folder:
+        (folder / "a.txt").write_text("a")
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["a"]
 
 
 @pytest.mark.parametrize(("names", "advice"), [

@@ -217,6 +217,8 @@ def test_bad_conflict(tiny, trained, tmp_path):
             ("holds one adapter for each task", "--adapter", trained("single")),
             ("needs 18 rows", "--adapter", loramoe, "--folds", 8),
             ("'-1' is not a whole number from 0", "--adapter", loramoe, "--lookahead", "-1"),
+            ("no effect with --lookahead 0", "--adapter", loramoe, "--lookahead", 0,
+             "--learning_rate", "1e-4"),
             ("'1' is not a whole number from 2", "--adapter", loramoe, "--folds", 1),
             ("above 0", "--adapter", loramoe, "--learning_rate", 0)):
         refused(named, "conflict", *tiny, *CONFLICT, "--out", tmp_path / "x", *flags)
