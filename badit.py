@@ -37,8 +37,8 @@ class BaditLinear(InitialBank, BankLinear):
     sg stops the gradient. `router` (K, in) starts at zero, so alpha = 1 and the layer starts equal
     to `base`. In training, z gets Gaussian noise of std `router_noise` (default 1 / K) for the
     selection only. `inactive="drop"` removes the last sum; "initial" computes it from the initial
-    components, B0_k A0_k x, so that training an expert changes only the tokens that select it. With
-    `svd=None`, `restore` must follow. Raises InputError for values that do not fit the layer.
+    components, B0_k A0_k x, so that training an expert changes only the tokens that select it.
+    `svd=None` leaves the bank to `restore`. Raises InputError for values that do not fit the layer.
     """
 
     def __init__(self, base, num_experts=8, rank=4, alpha=32, dropout=0.05, top_k=4,
@@ -87,10 +87,9 @@ class StaticLinear(InitialBank, BankLinear):
 
     @torch.no_grad()
     def constant_update(self, mixing=None):
-        """As `InitialBank`, with this layer's own constant factors by default."""
-        if mixing is None:
-            mixing = torch.diag(self.scaling * self.alpha.double()[self.expert_of])  # (N, N)
-        return super().constant_update(mixing)
+        """As `InitialBank`, with this layer's own constant factors."""
+        return super().constant_update(
+            torch.diag(self.scaling * self.alpha.double()[self.expert_of]))  # (N, N)
 
     def _ratios(self, grouping):
         """Return rho (N,): alpha of each component's current expert over alpha of its next one."""
@@ -136,7 +135,8 @@ class Badit(ExpertMethod):
 
     def export_obstacle(self):
         read = self.settings
-        if not read.no_bad and (read.routing == "energy" or read.inactive == "initial"):
+        initial = read.routing == "energy" or read.inactive == "initial"
+        if initial and not read.no_bad and read.top_k < read.num_experts:
             return "experts that a token does not select act on it as pre-trained"
         return None
 

@@ -141,7 +141,7 @@ class Encoded(NamedTuple):
     """A tokenised suite: rows by task, and counts of instances that distort a score."""
 
     train: dict[str, list]  # rows of task, id, input_ids (prompt + target), num_targets
-    test: dict[str, list]  # rows of task, id, prompt, input_ids, references
+    test: dict[str, list]  # rows of task, id, prompt, input_ids, references, target_tokens
     left_out: list[tuple[str, str]]  # (task, id) of training instances
     # Numbers of instances, by split and task:
     shortened: dict[str, dict[str, int]]  # with a cut input field
@@ -185,16 +185,16 @@ class Framer:
             self.unknown_id = None  # as in GPT-2, whose bytes are never unknown
         longest_first = sorted(self.special, key=len, reverse=True)
         self.spelt = re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")
-        self.frames = {}  # of the template, by number of turns: what stands around them
+        self.frames = {}  # text of the template around the turns, by number of turns
 
     def text(self, text):
         """Return the ids of a text, such as an answer, without added tokens."""
         return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
 
     def written(self, text):
-        """Return the text of an answer's tokens, which is all that a model can write of it.
+        """Return what decoding an answer's tokens gives, without white space.
 
-        White space is left out.
+        A model cannot write more of the answer.
         """
         return "".join(self.tokenizer.decode(self.text(text), skip_special_tokens=True).split())
 
@@ -232,7 +232,7 @@ class Framer:
         else:
             raise InputError("--chat_template: the text spells a special token, and this "
                              f"tokenizer's template changes it: {turns[0]!r:.60}")
-        ids, between = [], ""  # tokens of the frame, and what stands between two of them
+        ids, between = [], ""  # ids so far, and the text since the last special token
         for part, turn in zip_longest(frame, texts, fillvalue=""):
             for piece in self.spelt.split(part):
                 if piece in self.special:
@@ -357,8 +357,9 @@ def _encode_split(task, split, framer, max_length, bar):
             answers = instance["outputs"]
             prompt, ids, shortened = _fit_prompt(framer, task.definition, instance["input"],
                                                  max_length)
+            lengths = [len(framer.text(answer)) for answer in answers]
             row |= {"prompt": prompt, "input_ids": ids, "references": answers,
-                    "answer_tokens": min(len(framer.text(answer)) for answer in answers)}
+                    "target_tokens": lengths[0] + 1, "answer_tokens": min(lengths)}  # 1: EOS
         written = {"".join(answer.split()): framer.written(answer) for answer in answers}
         rows.append(row | {
             "shortened": shortened, "unknown": framer.unknown_id in ids,
@@ -384,7 +385,7 @@ def _fit_prompt(framer, definition, text, budget):
             fits = middle
         else:
             exceeds = middle
-    return *framer.prompt(definition, text[:fits]), True
+    return *framer.prompt(definition, text[:fits]), fits < len(text)
 
 
 # --- batching -----------------------------------------------------------------------------------
@@ -457,13 +458,12 @@ def collate(rows, pad_token_id, num_target_tokens):
     """
     rows = [row or {"input_ids": [], "num_targets": 0} for row in rows]
     batch = pad_left([row["input_ids"] for row in rows], pad_token_id)
-    k = max(row["num_targets"] for row in rows) + 1
-    k = min(k, batch["input_ids"].shape[1])
+    width = batch["input_ids"].shape[1]
+    k = min(width, 1 + max(row["num_targets"] for row in rows))
     labels = batch["input_ids"][:, -k:].clone()  # (batch, k)
     for label, row in zip(labels, rows, strict=True):
         label[:k - row["num_targets"]] = -100
     # Indices, not a slice: a strided input makes the LM head several times slower.
-    width = batch["input_ids"].shape[1]
     return batch | {"labels": labels, "logits_to_keep": torch.arange(width - k, width),
                     "num_items_in_batch": num_target_tokens}
 
@@ -485,7 +485,7 @@ def model_inputs(batch):
 
 def pad_left(sequences, pad_token_id):
     """Return input_ids, attention_mask and position_ids, each (batch, seq), of lists of ids."""
-    longest = max(1, *map(len, sequences)) if sequences else 1
+    longest = max([1, *map(len, sequences)])
     ids = [[pad_token_id] * (longest - len(ids)) + ids for ids in sequences]
     mask = [[0] * (longest - len(ids)) + [1] * len(ids) for ids in sequences]
     input_ids, attention_mask = torch.tensor(ids), torch.tensor(mask)  # (batch, seq)

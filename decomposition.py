@@ -120,7 +120,7 @@ class InitialBank:
     """
 
     def add_initial_bank(self, base, svd):
-        """Start from the leading triplets of `base`; with `svd=None`, `restore` must follow."""
+        """Start from the leading triplets of `base`; `svd=None` leaves that to `restore`."""
         self.lora_A0 = frozen(torch.zeros_like(self.lora_A))
         self.lora_B0 = frozen(torch.zeros_like(self.lora_B))
         if svd is not None:

@@ -1,7 +1,7 @@
 """Select experts by the energy of their initial components, without a router (not in the paper).
 
-Axis names as in experts.py. The energy of a component for a token is the squared norm of what its
-initial, pre-trained form adds to the layer's output.
+Axis names as in experts.py. The energy of a component for a token is |b0 a0 x|^2: the squared norm
+of its initial output, without the scaling s.
 """
 
 import torch

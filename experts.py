@@ -28,9 +28,9 @@ def select_experts(logits, top_k):
 def add_components(y, u, A, B, w):
     """Add B (w * (A u)) to y in place and return A u.
 
-    y (tokens, out), u (tokens, in), A (N, in), B (out, N), w (tokens, N). The narrow products with
-    A and w use the bank's precision and only the wide one that of y: in bf16 the leading singular
-    values would double the rounding error.
+    y (tokens, out), u (tokens, in), A (N, in), B (out, N), w (tokens, N). A u and its weighting use
+    the bank's precision, the product with B that of y. In bf16 the former would double the rounding
+    error, since the bank holds the leading singular values.
     """
     with torch.autocast(u.device.type, enabled=False):
         h = u.to(A.dtype) @ A.T  # (tokens, N)

@@ -41,7 +41,7 @@ class Stage(NamedTuple):
 
 
 class Method:
-    """Base class of all methods, with hooks that do nothing. `train.py` calls only these.
+    """Base class of all methods, with hooks that do nothing. The training loop calls only these.
 
     `settings` is an instance of the class in the method's registry entry. A subclass defines
     `build_layer`, which makes the adapted version of one linear layer. An adapted layer lists its
@@ -203,7 +203,8 @@ def observe(model, layers, hook):
     """Call hook(name, x, y) on each input (batch, seq, in) and output of `layers` {name: module}.
 
     Inside this context the model is in evaluation mode and is called with attention_mask
-    (batch, seq). Raises InputError for an input of another shape.
+    (batch, seq). A model may flatten the tokens to (batch * seq, in), as OPT does. Raises
+    InputError for an input of another shape.
     """
     tokens = None  # shape of the current batch
 
@@ -212,11 +213,14 @@ def observe(model, layers, hook):
         tokens = batch["attention_mask"].shape
 
     def call(_, inputs, y, name):
-        if inputs[0].shape[:-1] != tokens:  # such as a pooler, which gets one token of a row
+        x = inputs[0]
+        if x.shape[:-1] == (tokens.numel(),):
+            x, y = x.view(*tokens, -1), y.view(*tokens, -1)
+        if x.shape[:-1] != tokens:  # such as a pooler's, which gets one token of a row
             raise InputError(f"--target_modules: {name} gets an input of shape "
-                             f"{list(inputs[0].shape)}, not {list(tokens)} tokens: it can be "
-                             "neither regrouped nor measured")
-        hook(name, inputs[0], y)
+                             f"{list(x.shape)}, not {list(tokens)} tokens: it can be neither "
+                             "regrouped nor measured")
+        hook(name, x, y)
 
     training = model.training
     handles = [model.register_forward_pre_hook(begin, with_kwargs=True)]

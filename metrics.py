@@ -99,9 +99,9 @@ _COUNTED = {"rouge_l": _words, "accuracy": _bare}
 
 
 def counts_anything(reference, metric):
-    """Return whether a reference holds what a metric counts: words for rouge_l, else anything.
+    """Return whether a reference has anything to score: a word for rouge_l, any text for accuracy.
 
-    If not, its score is 100 or 0 by equality.
+    If not, its score is 100 or 0, by equality.
     """
     return bool(_COUNTED[metric](reference))
 
@@ -258,5 +258,5 @@ def score_table(results):
     for name, value in results.get("loss_metrics", {}).items():
         if value is not None:
             yield f"{name if name == 'loss' else f'{name} of the loss'}: {value:.4f}"
-    if len(order) > 1 and args["setting"] == "sequential":
+    if results["metrics"]["backward"] is not None:
         yield BACKWARD

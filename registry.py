@@ -118,7 +118,8 @@ class LoraSettings(LowRank):
         if self.match_parameters is None:
             return {}
         causes = {"--match_parameters": {"rank"}}
-        if self.alpha == LoraSettings.alpha:
+        matched = self.rank != LoraSettings.rank and self.matched_scaling * self.rank
+        if self.alpha in (LoraSettings.alpha, matched):
             causes["--match_parameters and its default value"] = {"alpha"}
         return causes
 
@@ -196,7 +197,7 @@ class GainLoraSettings(BranchPenalty, LowRank):
         "inflora)")
     threshold: Fraction = setting(
         0.995, "share of variance kept in the input subspaces of layers and gates (GPM) after the "
-        "first task; rises with every task (default: 0.995)", metavar="EPS")
+        "first task; rises towards 1 until task 15 (default: 0.995)", metavar="EPS")
 
     def has_no_effect(self):
         return {"--branches inflora": {"orth_weight"}} if self.branches == "inflora" else {}
@@ -233,10 +234,10 @@ def method_class(name):
 # Short names of study variants: methods, matched baselines, ablations, controls, Fig. 12.
 VARIANTS = {
     **{name: name for name in METHODS},
-    # As many trainable parameters as BADIT, and its scaling, 272 / 34 = 8 (OLoRA: 1).
-    "lora-matched": "lora --alpha 272 --match_parameters badit",
-    "pissa-matched": "pissa --alpha 272 --match_parameters badit",
-    "olora_qr-matched": "olora_qr --alpha 34 --match_parameters badit",
+    # As many trainable parameters as BADIT, and its scaling 8 (OLoRA: 1).
+    "lora-matched": "lora --match_parameters badit",
+    "pissa-matched": "pissa --match_parameters badit",
+    "olora_qr-matched": "olora_qr --match_parameters badit",
     # Half of BADIT's components at its scaling, without routing.
     "half": "pissa --alpha 128 --rank 16",
     "badit-no_bad": "badit --no_bad", "badit-no_dog": "badit --no_dog",
@@ -255,6 +256,10 @@ VARIANTS = {
 }
 # Variants in committed records that can no longer be trained.
 FORMER = {"badit-energy-squared": "badit --grouping squared --routing energy"}
+# Variants in committed records that gave the --alpha which --match_parameters sets on SmolLM2.
+RENAMED = {"lora --alpha 272 --match_parameters badit": VARIANTS["lora-matched"],
+           "pissa --alpha 272 --match_parameters badit": VARIANTS["pissa-matched"],
+           "olora_qr --alpha 34 --match_parameters badit": VARIANTS["olora_qr-matched"]}
 SENSITIVITY = ("badit", "badit-K2", "badit-K4", "badit-K16", "badit-r1", "badit-r2", "badit-r8",
                "badit-r16")
 

@@ -41,9 +41,8 @@ class Regrouper:
         self.stage, self.step = stage, 0
         self.interval = self.regroup_every or stage.steps_per_epoch
         if self.grouping != "fixed" and self.interval >= stage.steps:
-            PartialState().print(f"stage {stage.name} never regroups: it has {stage.steps} steps, "
-                                 f"no more than one interval of {self.interval} "
-                                 "(--regroup_every)")
+            PartialState().print(f"stage {stage.name} never regroups: its {stage.steps} steps do "
+                                 f"not exceed the interval of {self.interval} (--regroup_every)")
         self._reset()
 
     def _reset(self):

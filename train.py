@@ -242,7 +242,7 @@ def evaluated_tasks(run, done):
 
 
 def evaluate_row(run, number, name, tasks):
-    """Add a row of the score matrix, by best and by first reference; None where not evaluated."""
+    """Evaluate `tasks` and append a row to the score matrices; None for tasks not evaluated."""
     args, setup, scores, losses = run.args, run.setup, {}, {}
     if tasks:
         rows = [row for task in tasks for row in setup.encoded.test[task]]
@@ -300,7 +300,8 @@ def load_model(run, resumed=None):
 
 
 def load_in_process(run, resumed, mesh):
-    """Do the part of `load_model` in which no process waits; `mesh` is that of a sharded base."""
+    """Load and wrap the model in this process alone; `mesh` shards the base, None leaves it whole.
+    """
     args, accelerator, seconds = run.args, run.accelerator, run.progress.seconds
     dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
     with seconds.timed("load"):
@@ -315,7 +316,7 @@ def load_in_process(run, resumed, mesh):
             adapter.load(model, args.adapter, None if args.eval_only else settings_of(args),
                          accelerator.device)
         else:
-            method = new_method(args)
+            method = method_class(args.method)(settings_of(args))
             method.chat_template, method.device = args.chat_template, accelerator.device
             method.wrap(model, fresh=resumed is None)
         model.adapted_by.base_name = args.model
@@ -335,11 +336,7 @@ def load_in_process(run, resumed, mesh):
         else:
             sharding.shard(model, mesh, accelerator.device)
     if args.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-
-
-def new_method(args):
-    return method_class(args.method)(settings_of(args))
+        model.activation_checkpointing_enable({"use_reentrant": False})
 
 
 def execute(args, argv, stop):
@@ -349,7 +346,8 @@ def execute(args, argv, stop):
     launch.greet(args, accelerator)
     progress, resumed = Progress(), None
     setup = prepare(args, accelerator, stop, progress.seconds)
-    checks.check_model(setup, None if args.eval_only else new_method(args))
+    checks.check_model(setup, None if args.eval_only else
+                       method_class(args.method)(settings_of(args)))
     if args.resume:
         done = checkpoint.finished(setup)
         if done is not None:

@@ -142,8 +142,8 @@ def new_directions(C, space, eps):
 
     The new basis must hold the share `eps` of the energy, the trace of the second moments C (d, d).
     Deviation: the code squares C's singular values; GPM and the paper, whose energy is ||H||_F^2,
-    do not. As in the code, the first task keeps the directions before the one that reaches the
-    share, at least one.
+    do not. As in the code, the first task keeps one direction fewer than reach the share, at least
+    one; later tasks keep all that reach it.
     """
     C = C.double()
     values, U = directions_outside(C, space)
@@ -190,7 +190,7 @@ def key_outside(k, space):
 
 
 class Subspace(nn.Module):
-    """Store a subspace of d dimensions as a frozen parameter: `0`, its basis, or `outside_0`.
+    """Store a subspace of R^d as a frozen parameter: its basis `0`, or `outside_0`, its Complement.
 
     It starts empty, with dtype and device of `like`.
     """

@@ -37,7 +37,7 @@ def check_rank(rank, shape):
 def match_badit(settings, model):
     """Return `settings` with the rank whose number of trainable parameters is nearest to BADIT's.
 
-    A LoRA layer trains r (in + out) weights, BADIT's K r (in + out) in the bank and K in in the
+    A LoRA layer trains r (in + out) weights, BADIT's K r (in + out) in the bank and K * in in the
     router. A default alpha is set for the settings' `matched_scaling`. Settings that have this rank
     were matched before and are returned unchanged.
     """
@@ -65,7 +65,7 @@ class LowRankLinear(nn.Module):
         super().__init__()
         self.rank, self.scaling = rank, alpha / rank
         self.dropout = nn.Dropout(dropout)
-        self.residual = frozen(base.weight)  # (out, in), all of W0; the name is that of experts.py
+        self.residual = frozen(base.weight)  # (out, in), all of W0; named as in experts.py
         self.bias = None if base.bias is None else frozen(base.bias)
 
     def forward(self, x):

@@ -53,8 +53,8 @@ class LoraMoeLinear(BankLinear):
 def expert_importance(g, mask):
     """Return Q (rows, K), each expert's mean weight over the tokens of a row; g (rows, seq, K).
 
-    Deviation: padding, False in mask (rows, seq), is left out, and Q is a mean over tokens instead
-    of a sum, with which rows of different lengths keep the loss above zero for every router.
+    Deviation: padding, False in mask (rows, seq), is left out, and Q is a mean over tokens. The
+    paper's sum would keep the loss above zero for every router when rows differ in length.
     """
     inside = torch.where(mask[..., None], g, 0)  # (rows, seq, K)
     return inside.sum(1) / mask.sum(1, keepdim=True)  # (rows, K)
@@ -133,7 +133,8 @@ class LoraMoe(ExpertMethod):
                              device=mask.device)  # (rows,)
         coefficients = importance_coefficients(types, read.num_experts, read.balance_delta)
         return read.balance_weight * sum(
-            balancing_loss(expert_importance(g[real], mask[real]), coefficients)
+            balancing_loss(expert_importance(g.view(*mask.shape, -1)[real], mask[real]),
+                           coefficients)
             for g in self.gates)
 
     def _collect_gates_in(self, gates):

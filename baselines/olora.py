@@ -66,15 +66,12 @@ class BranchMethod(Method):
     """Base of methods with a branch per task: adds branches, also when an adapter is loaded.
 
     The first branch exists from the start, so that one task draws the same random numbers as LoRA.
-    `started` says whether a task has trained the last branch.
     """
+
+    started = False  # whether a task has trained the last branch
 
     def check_layer(self, linear):
         check_rank(self.settings.rank, linear.weight.shape)
-
-    def wrap(self, model, fresh=True):
-        self.started = False
-        super().wrap(model, fresh)
 
     def add_branch(self):
         """Freeze all branches and append one per layer.
@@ -93,7 +90,7 @@ class BranchMethod(Method):
     def start_stage(self, stage, loader):
         if self.started:
             self.add_branch()
-        elif stage.name == "mixed":
+        elif len(stage.tasks) > 1:
             PartialState().print(f"{self.name}: mixed training is one task: one branch, and no "
                                  "past branch to protect")
         self.started = True

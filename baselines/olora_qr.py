@@ -10,12 +10,6 @@ from baselines.lora import Lora, LoraLinear
 from decomposition import InitialBank, residual_weight
 
 
-def leading_qr(W, r):
-    """Return Q[:, :r] (out, r) and R[:r] (r, in) of the reduced QR of W (out, in)."""
-    Q, R = torch.linalg.qr(W)  # (out, min), (min, in)
-    return Q[:, :r], R[:r]
-
-
 class OloraQrLinear(InitialBank, LoraLinear):
     """Compute y = residual x + s B A dropout(x), from B0 = Q_r and A0 = R_r of W0 = Q R.
 
@@ -28,7 +22,8 @@ class OloraQrLinear(InitialBank, LoraLinear):
         self.add_initial_bank(base, svd=None)
         if fresh:
             W0 = base.weight.detach()
-            B0, A0 = leading_qr(W0.to(self.lora_A.dtype), rank)
+            Q, R = torch.linalg.qr(W0.to(self.lora_A.dtype))  # (out, min), (min, in)
+            A0, B0 = R[:rank], Q[:, :rank]
             # As in PEFT, B0 A0 is not divided by s: at s = 8 the update starts at 8 Q_r R_r.
             self.start_from(A0, B0, residual_weight(W0, A0, B0, self.scaling))
 

@@ -11,7 +11,7 @@ class PissaLinear(InitialBank, LoraLinear):
     """Compute y = residual x + s B A dropout(x), from s B0 A0 = the r leading triplets of W0.
 
     PiSSA's Eq. (2) to (4), with s: A0 = sqrt(S / s) V', B0 = U sqrt(S / s), residual =
-    W0 - s B0 A0, so the layer starts equal to `base`. With `svd=None`, `restore` must follow.
+    W0 - s B0 A0, so the layer starts equal to `base`. `svd=None` leaves that to `restore`.
     Raises InputError for a rank outside 1 .. min(in, out).
     """
 

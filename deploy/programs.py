@@ -10,7 +10,7 @@ from harness import adapter_config
 from harness.adapter_config import ADAPTER_CONFIG, read_adapter_config
 from harness.arguments import refuse_odd_words
 from harness.signals import StopSignals
-from inputs.errors import InputError, escape_output, exit_status
+from inputs.errors import InputError, exit_status
 from inputs.settings import Flag
 from registry import MODELS
 
@@ -43,6 +43,5 @@ def carry_out(argv, execute):
     SIGTERM ends it as Ctrl-C does, so that temporary files are removed.
     """
     argv = sys.argv[1:] if argv is None else argv
-    escape_output()
     with StopSignals():
         return exit_status(refuse_odd_words, argv) or exit_status(execute, argv)

@@ -31,7 +31,9 @@ def check_model(setup, method):
     if setup.tokenizer.pad_token_id >= rows:  # it is in no row that check_encoded reads
         raise InputError(f"model {args.model}: its tokenizer pads with the token "
                          f"{setup.tokenizer.pad_token_id}, its embedding has only {rows} rows")
-    check_encoded(setup.encoded, limit - args.max_new_tokens, rows)
+    if args.gradient_checkpointing and not skeleton.supports_gradient_checkpointing:
+        raise InputError(f"--gradient_checkpointing: {type(skeleton).__name__} does not support it")
+    check_encoded(setup.encoded, limit, args.max_new_tokens, args.eval_loss, rows)
     check_experts(skeleton, args.base)
     if models.is_multimodal(args.model):
         print_main(setup.accelerator, f"model {args.model} is multimodal: only its text model, "
@@ -83,20 +85,25 @@ def check_hashes(run, hashes):
                              f"{hashes[name]!r:.20}")
 
 
-def check_encoded(encoded, positions, vocabulary):
-    """Raise InputError for a test prompt of more than `positions` tokens, or an unknown token.
+def check_encoded(encoded, positions, max_new_tokens, losses, vocabulary):
+    """Raise InputError for a test item that needs more than `positions`, or an unknown token.
 
-    Evaluation keeps a Definition whole even if it alone exceeds max_length. A tokenizer may have
-    ids from `vocabulary` on, for which the model has no embedding.
+    Evaluation keeps a Definition whole even if it alone exceeds max_length, and with `losses` reads
+    the whole reference. A tokenizer may have ids from `vocabulary` on, for which the model has no
+    embedding.
     """
     for split in SPLITS:
         for task, rows in getattr(encoded, split).items():
             for row in rows:
                 length, largest = len(row["input_ids"]), max(row["input_ids"], default=0)
-                if split == "test" and length > positions:
+                if split == "test" and length + max_new_tokens > positions:
                     raise InputError(f"task {task}, {row['id']}: the prompt has {length} tokens "
-                                     f"even with an empty input; the model has room for "
-                                     f"{positions} beside --max_new_tokens")
+                                     "even with an empty input; the model has room for "
+                                     f"{positions - max_new_tokens} beside --max_new_tokens")
+                if split == "test" and losses and length + row["target_tokens"] > positions:
+                    raise InputError(f"task {task}, {row['id']}: --eval_loss reads a prompt of "
+                                     f"{length} tokens and a reference of {row['target_tokens']}; "
+                                     f"the model has {positions} positions: lower --max_length")
                 if largest >= vocabulary:
                     raise InputError(f"task {task}, {row['id']}: the tokenizer gives the token "
                                      f"{largest}, the model's embedding has {vocabulary}")

@@ -49,6 +49,7 @@ def is_out_of_memory(error):
 def exit_status(function, *args):
     """Return what function(*args) returns (None: 0), 2 after one line on bad input, 130 on Ctrl-C.
     """
+    escape_output()
     try:
         return function(*args) or 0
     except (InputError, OSError) as error:

@@ -20,7 +20,7 @@ from inputs import formats
 from inputs.errors import InputError
 from inputs.files import atomic_path, write_json, write_text
 from inputs.suites import SUPERNI
-from registry import FORMER, METHODS, VARIANTS
+from registry import FORMER, METHODS, RENAMED, VARIANTS
 
 ITEMS_FILE = "items.json"  # scores per item of an unpacked record
 RUN_SIGNS = ("results.json", "log.jsonl", "checkpoints")  # a folder with one of them holds a run
@@ -66,7 +66,8 @@ class Record(NamedTuple):
     @property
     def variant(self):
         """The method and those of its settings that are not at their default."""
-        return self.results["variant"]
+        variant = self.results["variant"]
+        return RENAMED.get(variant, variant)
 
     @property
     def seed(self):

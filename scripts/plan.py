@@ -151,7 +151,7 @@ def measure(args, base, dtype, rows):
         small, peaks = [fake_model(args, base, dtype, layers) for layers in (2, 3)], {}
         for checkpointing in (False, True):
             for each in small if checkpointing else ():
-                each.gradient_checkpointing_enable({"use_reentrant": False})
+                each.activation_checkpointing_enable({"use_reentrant": False})
             for count in rows:
                 two, three = (peak_of_step(args, each, count) for each in small)
                 peaks[count, checkpointing] = two + (len(blocks) - 2) * (three - two)

@@ -277,7 +277,8 @@ def test_rows(tmp_path, bos, merges):
                                        strict=True):
         prompt = data.build_prompt(DEFINITION, source["input"])
         assert row == {"task": "alpha", "id": source["id"], "prompt": prompt,
-                       "input_ids": tokenizer(prompt).input_ids, "references": references}
+                       "input_ids": tokenizer(prompt).input_ids, "references": references,
+                       "target_tokens": len(target_of(tokenizer, references[0]))}
     assert encoded.left_out == [] and totals(encoded) == {"train": 0, "test": 0}
 
 
@@ -359,16 +360,29 @@ def test_evaluation_instances_are_never_left_out(tmp_path):
     assert totals(encoded) == {"train": 1, "test": 1}
 
 
+def test_an_empty_input_is_not_shortened(tmp_path):
+    """Though its prompt is too long."""
+    root = write_task(tmp_path / "s", "alpha", [item("a", "")], [item("", id="t")])
+    encoded = encode(root, byte_tokenizer(), FRAME - 3, splits=("test",))
+    assert len(encoded.test["alpha"][0]["input_ids"]) > FRAME - 3
+    assert encoded.shortened["test"] == {"alpha": 0}
+
+
 def test_what_the_model_has_no_room_for_is_refused(tmp_path):
     """A prompt beyond the positions, and a token beyond the embedding; named with the limit."""
     root = write_task(tmp_path / "s", "alpha", [item("a", "")], [item("b" * 9, id="long")])
     encoded = encode(root, byte_tokenizer(), FRAME + 1)
     length = len(encoded.test["alpha"][0]["input_ids"])
     largest = max(encoded.train["alpha"][0]["input_ids"] + encoded.test["alpha"][0]["input_ids"])
-    check_encoded(encoded, length, largest + 1)
-    message = complaint(check_encoded, encoded, length - 1, largest + 1)
+    check_encoded(encoded, length + 5, 5, False, largest + 1)
+    message = complaint(check_encoded, encoded, length + 4, 5, False, largest + 1)
     assert all(word in message for word in ("alpha", "long", str(length), str(length - 1)))
-    message = complaint(check_encoded, encoded, length, largest)
+    needed = encoded.test["alpha"][0]["target_tokens"]
+    assert needed == len("blue") + 1  # EOS
+    check_encoded(encoded, length + needed, 1, True, largest + 1)
+    message = complaint(check_encoded, encoded, length + needed - 1, 1, True, largest + 1)
+    assert "alpha, long: --eval_loss reads" in message and f"of {length} tokens" in message
+    message = complaint(check_encoded, encoded, length + 5, 5, False, largest)
     assert "alpha" in message and str(largest) in message
 
 

@@ -3,6 +3,7 @@
 import copy
 import math
 import statistics
+from dataclasses import replace
 
 import peft
 import pytest
@@ -25,7 +26,7 @@ from baselines.loramoe import (
 from harness.arguments import parse_flags, settings_of
 from inputs.errors import InputError
 from method import INPUTS, Stage, method_of, observe
-from registry import LoraSettings, method_class
+from registry import VARIANTS, LoraSettings, method_class, variant_of
 
 R, S = 3, 2.0  # alpha = S * R
 ROWS = [{"input_ids": list(range(3 + i, 12 + 4 * i)), "num_targets": 1 + i % 3, "task": task}
@@ -112,6 +113,22 @@ def test_match_parameters_gives_badit_s_count_and_scaling(name, default, alpha):
     for _ in range(2):  # before weights are loaded, and when the model is wrapped
         method.check_model(model)
         assert (method.settings.rank, method.settings.alpha) == (34, alpha or default)
+
+
+@pytest.mark.parametrize("name", ["lora", "pissa", "olora_qr"])
+def test_a_matched_variant_has_one_name_for_every_model(name):
+    """Here 33 (896 + 4864) is nearest to 32 (896 + 4864) + 8 * 896; scaling and name stay."""
+    config = LlamaConfig(hidden_size=896, intermediate_size=4864, num_hidden_layers=1, vocab_size=9)
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    args, _ = parse_flags(["--method", name, "--match_parameters", "badit"])
+    method = method_class(name)(settings_of(args))
+    method.check_model(model)
+    assert method.settings.rank == 33
+    assert method.settings.alpha == 33 * (1 if name == "olora_qr" else 8)
+    assert variant_of(name, method.settings) == VARIANTS[f"{name}-matched"]
+    other = replace(method.settings, alpha=16.0)
+    assert variant_of(name, other) == f"{name} --alpha 16 --match_parameters badit"
 
 
 def test_match_parameters_reads_no_rank_and_no_default_alpha():
@@ -213,7 +230,7 @@ def gates_of(method, batch):
 def test_the_penalty_is_beta_times_the_sum_over_layers(architecture, top_k):
     """Padding and fillers do not count, and recomputation adds nothing."""
     method, batch = balanced(architecture, top_k=top_k), batch_of(ROWS)
-    method.model.gradient_checkpointing_enable({"use_reentrant": False})
+    method.model.activation_checkpointing_enable({"use_reentrant": False})
     expected = 0.7 * sum(naive_balancing(g, batch["attention_mask"], [0, 1, 1, 0, 1], 0.3)
                          for g in gates_of(method, batch))
     assert penalty_of(method) == pytest.approx(expected, rel=1e-5)

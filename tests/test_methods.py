@@ -314,7 +314,7 @@ def test_gradient_checkpointing_changes_nothing(case):
         next(iter(method.layers.values())).register_forward_pre_hook(
             lambda *_, on=checkpointing: calls.__setitem__(on, calls[on] + 1))
         if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.activation_checkpointing_enable({"use_reentrant": False})
         seen.append(([learn(method, task, steps=3) for task in range(2)], method.state_dict()))
     assert calls[1] == calls[0] + 6  # each training step runs the layer a second time
     assert seen[0][0] == seen[1][0]

@@ -224,3 +224,13 @@ def test_losses_have_the_same_metrics_with_better_above_zero():
         "backward": ((1.0 - 1.5) + (2.0 - 2.5)) / 2})
     assert metrics.loss_metrics([[1.0, None, 3.0]], ORDER, None) == {
         "loss": None, "forward": None, "forget_rate": None, "backward": None}
+
+
+def test_what_backward_means_is_said_beside_one():
+    """Not after a sequential run that evaluated nothing."""
+    results = {"args": {"eval_before": False, "setting": "sequential"}, "task_order": ORDER,
+               "tasks": dict.fromkeys(ORDER, {"metric": "accuracy"})}
+    for rows in (FULL, [[None] * 3] * 3):
+        lines = list(metrics.score_table(results | {
+            "scores": {"best": rows}, "metrics": metrics.continual_metrics(rows, ORDER, None)}))
+        assert (metrics.BACKWARD in lines) == (rows is FULL)

@@ -96,18 +96,32 @@ def test_a_layer_that_cannot_be_regrouped_is_skipped(architecture, routing, spoi
     assert all((layer.expert_of != torch.arange(16) // 2).any() for layer in others)
 
 
-def test_a_layer_whose_input_is_flattened():
-    """Its tokens cannot be told from padding: refused, with its name and the shape needed."""
-    method, shapes = badit(), []
-    mlp = method.model.model.layers[1].mlp
+def flattened(method, tokens=slice(None)):
+    """`method`, whose last MLP gets inputs (batch * seq, hidden), or only some `tokens` of them."""
+    mlp, given = method.model.model.layers[1].mlp, []
 
     def flatten(module, inputs):
-        shapes.append(inputs[0].shape)
-        return inputs[0].flatten(0, 1)
+        given.append(inputs[0].clone())
+        return inputs[0].flatten(0, 1)[tokens]
+
+    def unflatten(module, inputs, output):
+        given[-1].flatten(0, 1)[tokens] = output
+        return given[-1]
 
     mlp.register_forward_pre_hook(flatten)
-    mlp.register_forward_hook(lambda module, inputs, output: output.view(shapes[-1]))
-    message = complaint(regroup, method, rows_of(0))
+    mlp.register_forward_hook(unflatten)
+    return method
+
+
+def test_a_layer_whose_input_is_flattened():
+    """As in OPT: it regroups and trains as with (batch, seq, hidden)."""
+    lines, others = (regroup(each, rows_of(0)) for each in (badit(), flattened(badit())))
+    assert lines == others and any(line["moved"] for line in lines)
+
+
+def test_a_layer_that_gets_some_tokens_only():
+    """They cannot be told from padding: refused, with its name and the shape needed."""
+    message = complaint(regroup, flattened(badit(), slice(1, None)), rows_of(0))
     assert "model.layers.1.mlp.gate_proj" in message and ", 32]" in message
 
 

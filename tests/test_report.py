@@ -388,7 +388,7 @@ def test_verdicts_take_the_best_baseline_on_the_same_seeds(study):
         give_losses(study / f"{method}-sequential-{seed}", matrix)
     for seed, lower in ((1, 0.5), (2, 0.75)):
         shutil.copytree(study / f"lora-sequential-{seed}", study / f"matched-{seed}")
-        set_flags(study / f"matched-{seed}", match_parameters="badit", alpha=272)
+        set_flags(study / f"matched-{seed}", match_parameters="badit", rank=33, alpha=264)
         give_losses(study / f"matched-{seed}", [[lower] * 3] * 3)
     records = runs.collect([study])[0]
     assert [verdict.against for verdict in verdicts.verdicts(records)] == ["lora-matched"] * 2

@@ -1,5 +1,6 @@
 """Little memory, no home, unusual models, and what an adapter says of its training."""
 
+import io
 import json
 import os
 import shutil
@@ -12,7 +13,7 @@ import pytest
 import safetensors.torch
 import torch
 from conftest import SMALL, complaint, failing, refused, run, succeed, write_json
-from transformers import AutoModelForCausalLM, GPT2Config, MixtralConfig
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaForCausalLM, MixtralConfig
 
 import models
 from harness import arguments, checks, launch
@@ -56,6 +57,20 @@ def test_other_programs_end_in_one_line_when_memory_runs_out(capsys):
     assert capsys.readouterr().err == "error: out of memory (CUDA out of memory)\n"
     with pytest.raises(RuntimeError, match="shapes"):
         errors.exit_status(work, RuntimeError("shapes do not fit"))
+
+
+def test_a_terminal_that_lacks_a_letter(monkeypatch):
+    """Every program that ends by exit_status escapes it."""
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii", write_through=True)
+    monkeypatch.setattr("sys.stdout", stream)
+    assert errors.exit_status(print, "suit\u00e9") == 0
+    assert stream.buffer.getvalue() == b"suit\\xe9\n"
+
+
+def test_a_model_without_gradient_checkpointing(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(LlamaForCausalLM, "supports_gradient_checkpointing", False)
+    refused("LlamaForCausalLM does not support it", *tiny, *SMALL, "--gradient_checkpointing",
+            "--output_dir", tmp_path / "out")
 
 
 def test_a_stop_while_flags_are_read(monkeypatch):

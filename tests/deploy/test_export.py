@@ -40,6 +40,7 @@ EXACT = {"lora": ("lora", {}, 2), "pissa": ("pissa", {}, 4), "olora_qr": ("olora
          "two targets": ("badit", dict(routing="static", num_experts=2,
                                        target_modules=("gate_proj", "k_proj")), 8)}
 ROUTED = {"badit": ("badit", {}, 32), "top_8": ("badit", dict(top_k=8), 32),
+          "energy_8": ("badit", dict(routing="energy", top_k=8), 32),
           "drop": ("badit", dict(inactive="drop"), 32), "no_bad": ("badit", dict(no_bad=True), 16),
           "loramoe": ("loramoe", {}, 16)}
 REFUSED = {"gainlora": ("gainlora", {}, "gainlora cannot be exported as a LoRA adapter: its gates"),
