@@ -2,6 +2,7 @@
 
 import atexit
 import contextlib
+import functools
 import gc
 import hashlib
 import io
@@ -180,6 +181,21 @@ def suite(tmp_path_factory):
 def tiny(llama, suite):
     """The flags that name the tiny model and suite."""
     return ("--model", llama, "--suite", suite)
+
+
+@pytest.fixture(scope="session")
+def trained_run(tiny, tmp_path_factory):
+    """Call train.main with `tiny`, SMALL and more, once for equal flags -> the output folder.
+
+    What it printed is in the file `printed` beside the folder.
+    """
+    @functools.cache
+    def call(*flags, again=False):
+        folder = tmp_path_factory.mktemp("trained") / "out"
+        outcome = succeed(*tiny, *SMALL, *flags, "--output_dir", folder)
+        folder.with_name("printed").write_text("\n".join(outcome.out))
+        return folder
+    return call
 
 
 @pytest.fixture(scope="session")

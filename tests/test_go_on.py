@@ -34,17 +34,9 @@ def sequential(*tasks):
 
 
 @pytest.fixture(scope="module")
-def first(tiny, tmp_path_factory):
+def first(trained_run):
     """Return the folder of a variant's run on the first task, made once."""
-    root, made = tmp_path_factory.mktemp("first"), {}
-
-    def make(variant):
-        if variant not in made:
-            made[variant] = root / variant
-            succeed(*tiny, *SMALL, *VARIANTS[variant], *sequential(ORDER[0]), *NO_EVAL,
-                    "--output_dir", made[variant])
-        return made[variant]
-    return make
+    return lambda variant: trained_run(*VARIANTS[variant], *sequential(ORDER[0]), *NO_EVAL)
 
 
 def log_of(folder, *stages):

@@ -6,7 +6,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import IN, OUT, linear, randn
+from tiny import IN, OUT, linear, randn, weights_of
 from torch import nn
 from torch.testing import assert_close
 
@@ -163,10 +163,6 @@ def regroup(layer, gradients):
     return line
 
 
-def snapshot(layer):
-    return {name: tensor.clone() for name, tensor in layer.state_dict().items()}
-
-
 def changed(layer, before):
     """Return the names of parameters and buffers that are no longer bit-identical."""
     return {name for name, t in layer.state_dict().items() if not torch.equal(t, before[name])}
@@ -225,15 +221,6 @@ def test_a_layer_is_its_formula(options, bias):
     assert touched_experts(layer) == set(chosen)
     layer.router_noise = 5.0
     assert_close(layer.eval()(x), naive(layer, x)[0])
-
-
-def test_energies_follow_a_regrouping():
-    """Mean energies are kept by component, so they do not depend on its owner."""
-    layer = trained(linear(33), 34, routing="energy", regrouped=False)
-    x, grouping = randn(35, 9, IN), layer.expert_of[torch.randperm(K * R)]
-    then = layer.route(x, grouping).active
-    layer.take_grouping(grouping)
-    assert torch.equal(layer.route(x).active, then)
 
 
 @pytest.mark.parametrize("options", [{}, dict(inactive="initial"), dict(routing="static"),
@@ -339,14 +326,14 @@ def test_regrouping_under_token_routing_moves_only_the_index():
     """Parameters keep their bits; only expert_of changes."""
     layer = trained(linear(67, bias=False), rank=4, alpha=8)
     g, truth = crossing_gradients(layer)
-    before, objects = snapshot(layer), trained_weights(layer)
+    before, objects = weights_of(layer), trained_weights(layer)
     new = group_components(g, K, current=layer.expert_of)
     assert_regrouped(layer, before, regroup(layer, g), truth, ())
     assert all(a is b for a, b in zip(objects, trained_weights(layer), strict=True))
     assert torch.equal(layer.expert_of, new)
 
 
-@pytest.mark.parametrize("routing", ["token", "static"])
+@pytest.mark.parametrize("routing", ["token", "static", "energy"])
 def test_a_regrouping_logs_what_it_did(routing):
     """The line holds angles, Eq. 10, moves, the output's change and the router's health.
 
@@ -361,7 +348,7 @@ def test_a_regrouping_logs_what_it_did(routing):
     unmeasured.take_grouping(group_components(g, K, current=old))
     line = regroup(layer.train(), g)
     assert torch.equal(torch.get_rng_state(), state)
-    assert changed(layer, snapshot(unmeasured)) == set()
+    assert changed(layer, weights_of(unmeasured)) == set()
     assert all(weight.grad is None for weight in layer.parameters())
     assert layer.training and line["skipped"] is None and 0 <= line["rounds"] <= 10
     drift = float(((layer.eval()(x) - y).norm() / y.norm()).detach())
@@ -404,7 +391,7 @@ def test_static_regrouping_keeps_the_output(dtype):
         layer.alpha.copy_(torch.tensor([0.5, -2.0, 1.3, -0.8]))
     g, truth = crossing_gradients(layer)
     x = randn(75, 40, IN).to(dtype)
-    before, objects, y = snapshot(layer), trained_weights(layer), layer(x)
+    before, objects, y = weights_of(layer), trained_weights(layer), layer(x)
     assert_regrouped(layer, before, regroup(layer, g), truth, ("lora_A", "lora_B"))
     assert all(a is b for a, b in zip(objects, trained_weights(layer), strict=True))
     assert (layer(x) - y).abs().max() <= 1e-5 * y.abs().max()
@@ -424,7 +411,7 @@ def test_static_regrouping_is_skipped_at_extreme_ratios(alpha, skipped):
     layer, x = trained(linear(76), 77, rank=4, routing="static"), randn(80, 20, IN)
     with torch.no_grad():
         layer.alpha.copy_(torch.tensor(alpha))
-    before, y = snapshot(layer), layer(x)
+    before, y = weights_of(layer), layer(x)
     line = regroup(layer, crossing_gradients(layer)[0])
     assert (changed(layer, before) == set()) == skipped == bool(line["skipped"])
     assert line["moved"] == (0 if skipped else 12)

@@ -2,7 +2,6 @@
 
 import errno
 import fcntl
-import functools
 import json
 import os
 import random
@@ -63,15 +62,10 @@ def argv(flags, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def whole(flags, tmp_path_factory):
+def whole(trained_run):
     """Return the folder of an undisturbed run of a method, made once."""
-    @functools.cache
-    def call(method="badit"):
-        folder = tmp_path_factory.mktemp("whole") / "out"
-        succeed(*flags, "--method", method, *MORE.get(method, ()), "--output_dir", folder)
-        return folder
-
-    return call
+    return lambda method="badit": trained_run(
+        *FLAGS, "--checkpoint_every", 1, "--method", method, *MORE.get(method, ()))
 
 
 def kill(*argv, at=(Recorder, "add_step", 9)):
@@ -95,10 +89,10 @@ def stopped(argv, killed):
     return argv, shutil.copytree(killed, argv[-1])
 
 
-def assert_resumes(argv, folder):
-    """Assert that a run killed in its eighth step and resumed equals the undisturbed one."""
+def assert_resumes(argv, folder, step=8):
+    """Assert that a run killed in this step and resumed equals the undisturbed one."""
     succeed(*argv, "--output_dir", folder / "whole")
-    kill(*argv, "--output_dir", folder / "out", at=(Recorder, "add_step", 8))
+    kill(*argv, "--output_dir", folder / "out", at=(Recorder, "add_step", step))
     succeed(*argv, "--output_dir", folder / "out", "--resume")
     assert_equal_runs(folder / "out", folder / "whole")
 
@@ -142,24 +136,16 @@ def test_a_resumed_run_is_the_undisturbed_one(method, flags, whole, tmp_path):
     assert_equal_runs(tmp_path / "out", whole(method))
 
 
-@pytest.mark.parametrize("more", [
-    "--setting single --eval_loss --routing energy",
-    "--setting mixed --eval_before --regroup_every 1 --grouping random --no_bad",
-    "--routing static --gradient_checkpointing --eval_tasks none",
-    "--method gainlora --branches olora"])
-def test_variants_resume(more, flags, tmp_path):
+@pytest.mark.parametrize("more, step", [
+    ("--setting single --eval_loss --routing energy", 8),
+    ("--setting mixed --eval_before --regroup_every 1 --grouping random --no_bad", 8),
+    ("--routing static --gradient_checkpointing --eval_tasks none", 8),
+    ("--method gainlora --branches olora", 8),
+    ("--method gainlora --eval_before", 1)])  # its first task then trains the first branch
+def test_variants_resume(more, step, flags, tmp_path):
     """The settings, BADIT's ablations, and a method with other parts."""
     dog = () if "gainlora" in more else DOG
-    assert_resumes((*flags, *dog, *more.split()), tmp_path)
-
-
-def test_a_kill_before_the_first_step_resumes(flags, tmp_path):
-    """The first task then trains the first branch, as it would have done."""
-    argv = (*flags, "--method", "gainlora", "--eval_before", "--output_dir")
-    succeed(*argv, tmp_path / "whole")
-    kill(*argv, tmp_path / "out", at=(Recorder, "add_step", 1))
-    succeed(*argv, tmp_path / "out", "--resume")
-    assert_equal_runs(tmp_path / "out", tmp_path / "whole")
+    assert_resumes((*flags, *dog, *more.split()), tmp_path, step)
 
 
 def test_bf16_resumes(flags, tmp_path, monkeypatch):

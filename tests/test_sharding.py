@@ -4,7 +4,7 @@ import signal
 
 import pytest
 import torch
-from conftest import SMALL, assert_equal_runs, lines_of, refused, results_of, succeed
+from conftest import SMALL, assert_equal_runs, lines_of, results_of, succeed
 from test_processes import FLAGS
 
 
@@ -93,20 +93,6 @@ def test_one_process_has_nothing_to_share(tiny, tmp_path):
                       "--output_dir", tmp_path / "out")
     assert any("--shard_base has no effect in one process" in line for line in outcome.out)
     assert results_of(tmp_path / "out")["run"]["shard_base"] is False
-
-
-@pytest.mark.parametrize(("variables", "named"), [
-    ({"FSDP_VERSION": "1"}, "give --fsdp_version 2"),
-    ({"FSDP_OFFLOAD_PARAMS": "true"}, "--base nf4 or int8"),
-    ({"FSDP_ACTIVATION_CHECKPOINTING": "true"}, "give --gradient_checkpointing"),
-    ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, "--dynamo_backend inductor"),
-], ids=str)
-def test_what_is_refused_of_the_launcher(variables, named, tiny, tmp_path, monkeypatch):
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    monkeypatch.setenv("FSDP_VERSION", "2")
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    refused(named, *tiny, *SMALL, "--output_dir", tmp_path / "out")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there Accelerate sees both")

@@ -113,12 +113,10 @@ def test_a_user_without_a_home(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def everywhere(tiny, tmp_path_factory):
-    """A short run on one task that adapts all linear layers: its folder, and what it printed."""
-    folder = tmp_path_factory.mktemp("everywhere") / "run"
-    outcome = succeed(*tiny, *SMALL, "--tasks", "say_both", "--epochs", 1, "--target_modules",
-                      ALL_LINEAR, "--output_dir", folder)
-    return folder, outcome.out
+def everywhere(trained_run):
+    """A run on one task that adapts all linear layers: its folder, and what it printed."""
+    folder = trained_run("--tasks", "say_both", "--epochs", 1, "--target_modules", ALL_LINEAR)
+    return folder, folder.with_name("printed").read_text().splitlines()
 
 
 def test_adapted_layers_are_named_by_pattern(everywhere):
@@ -210,16 +208,6 @@ def test_moved_data_of_an_adapter_is_named(name, tiny, tmp_path, monkeypatch):
     message = complaint(arguments.take_prompts, args, set(), config)
     assert f"--{name} {tmp_path / 'gone'}, which is not there: give --{name}" in message
     arguments.take_prompts(args, {name}, config)
-
-
-def test_an_adapter_of_one_task_alone_names_that_task(tiny, tmp_path):
-    """Evaluated by itself it is scored on what it was trained on."""
-    run = tmp_path / "run"
-    succeed(*tiny, *SMALL, "--setting", "single", "--epochs", 1, "--max_train_per_task", 2,
-            "--eval_tasks", "none", "--output_dir", run)
-    for task in ("say_both", "which_is"):
-        args, _ = parse_flags(["--eval_only", "--adapter", str(run / "adapter" / task)])
-        assert args.tasks == [task]
 
 
 def changed(folder):

@@ -1,5 +1,6 @@
 """Whole runs of train.py on a tiny model: what they compute, and what they leave on disk."""
 
+import functools
 import json
 import math
 import os
@@ -75,21 +76,9 @@ def flags(tiny):
 
 
 @pytest.fixture(scope="module")
-def trained(flags, tmp_path_factory):
-    """Call train.main with `flags` and more, once for equal ones -> the output folder.
-
-    What it printed is in the file `printed` beside the folder.
-    """
-    folders = {}
-
-    def call(*more, again=False):
-        if (more, again) not in folders:
-            folder = folders[more, again] = tmp_path_factory.mktemp("run") / "out"
-            outcome = succeed(*flags, *more, "--output_dir", folder)
-            folder.with_name("printed").write_text("\n".join(outcome.out))
-        return folders[more, again]
-
-    return call
+def trained(trained_run):
+    """Call trained_run with the flags of every run here and more."""
+    return functools.partial(trained_run, "--epochs", EPOCHS, "--learning_rate", "1e-2")
 
 
 def printed(folder):
@@ -294,6 +283,8 @@ def test_single_run(trained):
     # The second task too starts from the base model, whatever ran before it.
     alone = trained("--setting", "single", "--tasks", order[1], *NO_EVAL)
     assert lines_of(alone / "log.jsonl") == log[4:8]
+    assert [parse_flags(["--eval_only", "--adapter", str(folder / "adapter" / task)])[0].tasks
+            for task in order] == [[task] for task in order]
 
 
 def test_zero_shot(trained, tiny, tmp_path):

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
-from conftest import SMALL, run, snapshot, succeed
+from conftest import run, snapshot
 
 import models
 from inputs.task_files import LAYOUT
@@ -27,12 +27,9 @@ def no_weights(monkeypatch):
 
 
 @pytest.fixture(scope="session")
-def finished(llama, suite, tmp_path_factory):
+def finished(trained_run):
     """The folder of a finished run."""
-    folder = tmp_path_factory.mktemp("finished") / "out"
-    succeed("--model", llama, "--suite", suite, *SMALL, "--epochs", 1, "--max_train_per_task", 2,
-            "--eval_tasks", "none", "--output_dir", folder)
-    return folder
+    return trained_run("--epochs", 1, "--max_train_per_task", 2, "--eval_tasks", "none")
 
 
 def the_line(err):

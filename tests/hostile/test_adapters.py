@@ -13,12 +13,16 @@ from harness.arguments import parse_flags
     ("{", "adapter_config.json"), ("{}", "adapter_config.json"),
     ({"method": "lara"}, "lara"), ({"method": ["badit"]}, "method"), ({"format": 4}, "format 4"),
     ({"base": "int2"}, "base"), ({"base": None}, "base"),
-    ({"settings": {}}, "settings"), ({"settings": None}, "settings"), ({"extra": 1}, "extra"),
+    ({"settings": {}}, "'rank'"), ({"settings": {"colour": 1}}, "'colour'"),
+    ({"settings": {"rank": "two"}}, "--rank"),
+    ({"settings": None}, "settings"), ({"extra": 1}, "extra"),
     ({"base_sha256": None}, "base_sha256"), ({"chat_template": "yes"}, "chat_template"),
 ], ids=str)
 def test_a_broken_adapter(finished, tmp_path, change, named):
     """A damaged configuration is refused in one line."""
     content = json.loads((finished / "adapter" / "adapter_config.json").read_text())
+    if isinstance(change, dict) and change.get("settings"):
+        change = {"settings": content["settings"] | change["settings"]}
     text = change if isinstance(change, str) else json.dumps(content | change)
     (tmp_path / "adapter_config.json").write_text(text)
     message = complaint(read_adapter_config, tmp_path)

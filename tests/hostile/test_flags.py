@@ -152,6 +152,12 @@ def test_a_tracker_that_is_not_installed(start, monkeypatch):
     ({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}, "--gradient_accumulation_steps"),
     *(({variable: "true"}, f"{name}|--use_fsdp|Eq. 8")
       for variable, name in launch.SHARDED.items()),
+    *(({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"} | more, f"{named}|")
+      for more, named in (
+          ({"FSDP_VERSION": "1"}, "give --fsdp_version 2"),
+          ({"FSDP_OFFLOAD_PARAMS": "true"}, "--base nf4 or int8"),
+          ({"FSDP_ACTIVATION_CHECKPOINTING": "true"}, "give --gradient_checkpointing"),
+          ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, "--dynamo_backend inductor"))),
     *((variables, "Accelerate does not start|") for variables in (
         {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "abc"}, {"ACCELERATE_USE_CPU": "maybe"},
         {"ACCELERATE_DYNAMO_BACKEND": "abacus"}, {"WORLD_SIZE": "2"},

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from conftest import SMALL, TASKS, instances, run, snapshot, succeed, write_json, write_suite
+from conftest import SMALL, TASKS, instances, run, snapshot, write_json, write_suite
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
@@ -259,14 +259,12 @@ def test_any_text_in_a_task(llama, texts):
 
 
 @pytest.fixture(scope="module")
-def adapters(llama, suite, tmp_path_factory):
+def adapters(trained_run):
     """Adapter folders by method; GainLoRA's has two branches."""
-    root = tmp_path_factory.mktemp("adapters")
-    for method in ("badit", "gainlora"):
-        succeed("--model", llama, "--suite", suite, "--method", method, *SMALL, "--epochs", 1,
-                "--setting", "sequential", "--tasks", "colour_name", "say_both",
-                "--max_train_per_task", 4, "--eval_tasks", "none", "--output_dir", root / method)
-    return {method: root / method / "adapter" for method in ("badit", "gainlora")}
+    return {method: trained_run("--method", method, "--epochs", 1, "--setting", "sequential",
+                                "--tasks", "colour_name", "say_both", "--max_train_per_task", 4,
+                                "--eval_tasks", "none") / "adapter"
+            for method in ("badit", "gainlora")}
 
 
 @pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
