@@ -11,14 +11,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from baselines.loramoe import LoraMoeLinear
-from decomposition import InitialBank, decompose
+from decomposition import InitialBank
 from energy import EnergyLinear, measure_energies
 from experts import Bank, BankLinear, Routing, select_experts
-from grouping import group_components
 from inputs.errors import InputError
 from regrouping import ExpertMethod
 
-__all__ = ["Badit", "BaditLinear", "decompose", "group_components", "routing_weights"]
 ALPHA_RATIO = (0.1, 10.0)  # static routing: layers with |alpha_p / alpha_q| outside do not regroup
 
 

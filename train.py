@@ -35,15 +35,13 @@ from harness import (
     sharding,
 )
 from harness.adapter_config import ADAPTER_CONFIG, WEIGHTS_FILE
-from harness.arguments import parse_flags, recorded_args, settings_of, trained_on
+from harness.arguments import recorded_args, settings_of, trained_on
 from harness.run import Position, Progress, Recorder, Run, Setup, print_main
 from inputs.errors import InputError
 from inputs.numbers import stable_seed
 from method import Stage
 from quantized import BLOCK, quantise
 from registry import METHODS, method_class
-
-__all__ = ["main", "parse_flags", "train_stage"]
 
 # --- Algorithm 1 --------------------------------------------------------------------------------
 

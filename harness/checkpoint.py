@@ -25,6 +25,7 @@ from inputs.tensors import check_tensors, read_tensors, write_tensors
 
 FOLDER, KEPT = "checkpoints", 2
 TENSORS_FILE, STATE_FILE = "tensors.safetensors", "state.json"
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # of Adam
 STATE = ("position", "rows", "files", "log_bytes", "identity", "hashes", "seconds", "rng",
          "allowed_differences")
 RESULTS = (*identity.RECORDED, "rows", "task_order", "scores", "metrics")  # that --resume reads
@@ -118,16 +119,14 @@ def optimizer_state(model, optimizer):
 
 def expected_moments(model):
     """Return tensors of the shapes and types that `optimizer_state` gives."""
-    like = {"step": lambda _: torch.tensor(0.0), "exp_avg": lambda weight: weight,
-            "exp_avg_sq": lambda weight: weight}
-    return {f"{name}/{key}": make(weight) for name, weight in trained(model)
-            for key, make in like.items()}
+    return {f"{name}/{key}": torch.tensor(0.0) if key == "step" else weight
+            for name, weight in trained(model) for key in MOMENTS}
 
 
 def restore_optimizer(resumed, model, optimizer):
     """Restore the optimizer's state in the resumed stage."""
     tensors, names = part(resumed, "optimizer"), [name for name, _ in trained(model)]
-    state = {index: {key: tensors[f"{name}/{key}"] for key in ("step", "exp_avg", "exp_avg_sq")}
+    state = {index: {key: tensors[f"{name}/{key}"] for key in MOMENTS}
              for index, name in enumerate(names)}
     optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
 

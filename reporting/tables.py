@@ -113,14 +113,14 @@ def paper_figure(paper, table, model, variant, column, runs):
     return entry.get("mean", entry.get("value"))
 
 
-def beside_paper(records, paper, table, model, variant, columns):
-    """Return a Score for each column, such as "mixed/rouge"."""
+def beside_paper(records, paper, table, model, variant, runs, columns):
+    """Return a Score for each column, such as "mixed/rouge", of `runs` by setting."""
     scores = []
     for column in columns:
         setting, metric = column.split("/")
-        runs = group_runs(records).get((model, variant, setting), ())
-        scores.append(Score(values_of(runs, metric, records),
-                            paper_figure(paper, table, model, variant, column, runs)))
+        mine = runs.get(setting, ())
+        scores.append(Score(values_of(mine, metric, records),
+                            paper_figure(paper, table, model, variant, column, mine)))
     return scores
 
 
@@ -142,7 +142,7 @@ def table1(records, paper):
     columns = ["mixed/rouge", "mixed/forward", *(f"sequential/{name}" for name in METRICS)]
     rows = []
     for (model, variant), runs in variants(records).items():
-        numbers = beside_paper(records, paper, "table1", model, variant, columns)
+        numbers = beside_paper(records, paper, "table1", model, variant, runs, columns)
         if variant == "zero_shot":
             numbers[0] = Score(values_of(runs["eval"], "rouge", records))
             n, counts = len(runs["eval"]), "-"
@@ -167,7 +167,8 @@ def table2(records, paper):
     columns = {"sequential/rouge": 1, "sequential/forget_rate": -1, "mixed/rouge": 1}
     found, rows = variants(records), []
     for model in dict.fromkeys(model for model, _ in found):
-        present = {variant: beside_paper(records, paper, "table2", model, variant, columns)
+        present = {variant: beside_paper(records, paper, "table2", model, variant,
+                                         found[model, variant], columns)
                    for variant in ABLATIONS if (model, variant) in found}
         for variant, scores in present.items() if len(present) > 1 else ():
             lost = [sign * (whole.mean - score.mean) for sign, whole, score in

@@ -10,7 +10,7 @@ import study
 from conftest import succeed
 
 import data
-import train
+from harness.arguments import parse_flags
 from registry import METHODS, Entry, Targets
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -90,7 +90,7 @@ def test_study_commands_parse():
                                    and "--adapter" not in c], ids=" ".join)
 def test_commands_parse(flags):
     """The README's training commands are accepted."""
-    args, typed = train.parse_flags(flags)
+    args, typed = parse_flags(flags)
     assert args.method in METHODS and typed
 
 
