@@ -16,6 +16,7 @@ from msgspec import Meta
 
 from analysis.mmlu import FAMILY
 from inputs.errors import InputError, exit_status, one_line
+from inputs.files import check_free
 from inputs.numbers import Positive, PositiveInt, Seed
 from inputs.settings import REQUIRED, Flag, add_flags, program_parser
 from inputs.suites import NAMED
@@ -97,8 +98,8 @@ def analyse(argv):
     """Carry out the command in `argv`, and write its result. Raises InputError."""
     args = parse_flags(argv)
     # Imported late: torch takes seconds, which --help and wrong flags should not wait for.
-    from analysis import gradients, routing, session, units
-    session.check_folder(args.out)
+    from analysis import gradients, routing, units
+    check_free(args.out, "out")
     {"sharing": units.run, "experts": routing.run_experts, "mmlu": routing.run_mmlu,
      "conflict": gradients.run}[args.command](args)
     from analysis import report  # imported late: matplotlib takes a second

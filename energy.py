@@ -37,6 +37,7 @@ class EnergyLinear(InitialBank, BankLinear):
 
     def __init__(self, base, num_experts=8, rank=4, alpha=32, dropout=0.05, top_k=4, svd="exact"):
         super().__init__(base, num_experts, rank, alpha, dropout, top_k)
+        self.depends_on_token = top_k < num_experts
         self.register_buffer("mean_energy", self.lora_A.new_ones(len(self.lora_A)))
         self.add_initial_bank(base, svd)
 
@@ -52,6 +53,13 @@ class EnergyLinear(InitialBank, BankLinear):
             return Routing(alpha, alpha, None, scores)
         active = select_experts(scores, self.top_k)
         return Routing(alpha, active.to(alpha.dtype), active, scores)
+
+
+    @torch.no_grad()
+    def constant_update(self, mixing=None):
+        """As `InitialBank`, for experts that are all active."""
+        return super().constant_update(self.scaling * torch.eye(
+            len(self.lora_A), dtype=torch.float64, device=self.lora_A.device))
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ from pathlib import Path
 from deploy.programs import MODEL, base_name, carry_out
 from harness.adapter_config import read_adapter_config
 from inputs.errors import InputError
+from inputs.files import check_free
 from inputs.numbers import NonNegative, PositiveInt
 from inputs.settings import REQUIRED, Flag, program_parser
 from inputs.suites import NAMED
@@ -44,8 +45,7 @@ def read_flags(argv):
     config, _ = read_adapter_config(args.adapter)
     if args.data_dir is not None and args.suite is None:
         raise InputError("--data_dir has no effect without --suite")
-    if args.out.exists() and not (args.out.is_dir() and not any(args.out.iterdir())):
-        raise InputError(f"--out {args.out} is in use: name a new folder")
+    check_free(args.out, "out")
     if args.merged and config.base != "dense":
         raise InputError(f"--merged: this adapter was trained on a base stored as {config.base}, "
                          "but a merged checkpoint is dense; without --merged the update is "

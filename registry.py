@@ -118,10 +118,13 @@ class LoraSettings(LowRank):
         if self.match_parameters is None:
             return {}
         causes = {"--match_parameters": {"rank"}}
-        matched = self.rank != LoraSettings.rank and self.matched_scaling * self.rank
-        if self.alpha in (LoraSettings.alpha, matched):
+        if self.alpha == LoraSettings.alpha:
             causes["--match_parameters and its default value"] = {"alpha"}
         return causes
+
+    def derived(self):
+        matched = self.match_parameters and self.alpha == self.matched_scaling * self.rank
+        return {"alpha"} if matched else set()
 
 
 @dataclass(frozen=True)
@@ -275,13 +278,19 @@ MODELS = {
 }
 
 
+def present_variant(results):
+    """Return the variant in a results.json by its present name."""
+    variant = results["variant"]
+    return RENAMED.get(variant, variant) if results["settings"].get("rank") == 34 else variant
+
+
 def variant_of(method, settings):
     """Return the method name plus non-default settings, as command-line text: "badit --no_dog".
 
     Settings that do not name a variant are left out.
     """
     words, fields = [method], settings.__dataclass_fields__
-    ignored = set().union(*settings.has_no_effect().values())
+    ignored = settings.derived().union(*settings.has_no_effect().values())
     for name, field in sorted(fields.items()):
         value = getattr(settings, name)
         if field.metadata["names_variant"] and name not in ignored and value != field.default:

@@ -64,8 +64,8 @@ def row_gradients(model, names):
         y.register_hook(lambda gradient: delta.__setitem__(name, gradient[0]))
 
     def gradient(name):
-        if name not in delta:  # such as after a view of a flattened output
-            raise InputError(f"--target_modules: no gradient reaches the output of {name}")
+        if name not in delta:
+            raise InputError(f"{name}: its inputs are flattened, so its gradient is not measured")
         kind = torch.promote_types(delta[name].dtype, torch.float32)  # half squares underflow
         return delta[name].to(kind).T @ h[name].to(kind)
 

@@ -130,12 +130,6 @@ def load_model(args, path=None):
 # --- the folder ---------------------------------------------------------------------------------
 
 
-def check_folder(folder):
-    """Raise InputError for an --out that is a file or not empty."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(f"--out {folder} is not an empty folder: name another, or delete it")
-
-
 def made_with(args, suite, base_sha256, adapters=()):
     """Return what decides the result: flags, versions, code, device, model, data, adapters."""
     code = "".join(sha256_file(file) for file in sorted(Path(__file__).parent.glob("*.py")))

@@ -103,7 +103,8 @@ def check_encoded(encoded, positions, max_new_tokens, losses, vocabulary):
                 if split == "test" and losses and length + row["target_tokens"] > positions:
                     raise InputError(f"task {task}, {row['id']}: --eval_loss reads a prompt of "
                                      f"{length} tokens and a reference of {row['target_tokens']}; "
-                                     f"the model has {positions} positions: lower --max_length")
+                                     f"the model has {positions} positions: lower --max_length, or "
+                                     "shorten the definition")
                 if largest >= vocabulary:
                     raise InputError(f"task {task}, {row['id']}: the tokenizer gives the token "
                                      f"{largest}, the model's embedding has {vocabulary}")

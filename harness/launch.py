@@ -71,7 +71,7 @@ def carry_out(argv, execute):
                 f"stopped by {number.name}, {'saved' if saved else 'nothing more was saved'}; "
                 f"continue with: {command(args, argv, stop)}"))
         except Exception as error:
-            if not is_out_of_memory(error):
+            if args is None or not is_out_of_memory(error):
                 if several_processes():
                     traceback.print_exc()
                     leave_now(1)

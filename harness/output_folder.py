@@ -36,7 +36,8 @@ def check(args, path_flags):
                          f"could replace: it has none of {', '.join(SIGNS)}")
     for flag in sorted(path_flags):
         path = getattr(args, flag)
-        if path and Path(path).exists() and Path(path).resolve().is_relative_to(folder.resolve()):
+        if path and Path(path).exists() and any(
+                Path(path).resolve().is_relative_to((folder / name).resolve()) for name in OUTPUTS):
             raise InputError(f"--{flag} {path} is in --output_dir {folder}, where the run could "
                              "delete it: name another --output_dir")
 

@@ -15,7 +15,7 @@ from msgspec import Struct
 
 from inputs import formats
 from inputs.errors import InputError, library_errors
-from inputs.files import atomic_folder, write_json
+from inputs.files import atomic_folder, check_free, write_json
 from inputs.numbers import PositiveInt, stable_seed
 from inputs.settings import REQUIRED, Flag
 from inputs.task_files import METRICS, SPLITS, listed, read_task, resolve_names
@@ -31,8 +31,8 @@ ROLES = {"system": "system", "developer": "system", "user": "user", "human": "us
          "assistant": "assistant", "gpt": "assistant"}
 TEST_ITEMS = 100
 # A task's name and split: reviews_train, test, train-00000-of-00001.
-FILE_NAME = re.compile(r"(.*?)(?:(?:^|[._-])(train|test|dev|eval|val|valid|validation)"
-                       r"(?:-\d+-of-\d+)?)?")
+FILE_NAME = re.compile(r"(.*?)(?:(?:^|[\s._-])(train|test|dev|eval|val|valid|validation)"
+                       r"(?:-\d+-of-\d+(?:-[0-9a-f]{16})?)?)?")
 LEFT_OUT = "left out"  # keys, columns and files
 FLAGS = (
     Flag("source", str, REQUIRED, "a file, a folder, or the name of a dataset on the Hugging Face "
@@ -83,8 +83,7 @@ def convert(args):
 
     Raises InputError naming what cannot be read, before anything is written to --to.
     """
-    if args.to.exists() and (not args.to.is_dir() or any(args.to.iterdir())):
-        raise InputError(f"--to {args.to} is in use: name a new folder, or an empty one")
+    check_free(args.to, "to")
     notes, lines = Notes(), []
     files = _find_tasks(args.source, notes)
     with atomic_folder(args.to) as suite:
@@ -233,7 +232,8 @@ def _first_exchange(row):
     The row is None, so left out, where the chat does not begin with an exchange of user and
     assistant, or continues an earlier conversation.
     """
-    if isinstance(row.get("history"), list) and row["history"]:
+    history = row.get("history")
+    if history and (isinstance(history, list) or str(history).startswith("[[")):  # text in a CSV
         return None, "left out: they continue an earlier conversation (column history)"
     parts = [row.get(name) for name in ("prompt", "completion")]
     key = "messages" if "messages" in row else "conversations"

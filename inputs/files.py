@@ -32,13 +32,18 @@ def atomic_path(path):
         raise
 
 
+def check_free(path, flag):
+    """Raise InputError unless `path` is a new or an empty folder, other than the current one."""
+    if path.exists() and (not path.is_dir() or any(path.iterdir()) or path.samefile(".")):
+        raise InputError(f"--{flag} {path} is in use: name a new folder, or an empty one")
+
+
 @contextlib.contextmanager
 def atomic_folder(path):
     """Yield a new folder beside `path`; on success, fsync it and rename it to `path`.
 
     An error, a full disk or a kill leaves no folder `path`.
     """
-    path = Path(path).absolute()  # . has no name
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.",
                                      suffix=".tmp") as temporary:

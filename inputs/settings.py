@@ -45,6 +45,11 @@ class Settings:
     def check(self):
         """Raise InputError for values that contradict each other; called on construction."""
 
+    def derived(self):
+        """Return the names of settings whose values follow from others, so that no name holds them.
+        """
+        return set()
+
     def has_no_effect(self):
         """Return {cause: names of the settings that have no effect because of it}."""
         return {}

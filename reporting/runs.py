@@ -20,7 +20,7 @@ from inputs import formats
 from inputs.errors import InputError
 from inputs.files import atomic_path, write_json, write_text
 from inputs.suites import SUPERNI
-from registry import FORMER, METHODS, RENAMED, VARIANTS
+from registry import FORMER, METHODS, VARIANTS, present_variant
 
 ITEMS_FILE = "items.json"  # scores per item of an unpacked record
 RUN_SIGNS = ("results.json", "log.jsonl", "checkpoints")  # a folder with one of them holds a run
@@ -66,8 +66,7 @@ class Record(NamedTuple):
     @property
     def variant(self):
         """The method and those of its settings that are not at their default."""
-        variant = self.results["variant"]
-        return RENAMED.get(variant, variant)
+        return present_variant(self.results)
 
     @property
     def seed(self):

@@ -152,25 +152,23 @@ class Verdict(NamedTuple):
     places: int = 1  # studies, models and settings that it is a mean of
 
     def word(self):
-        """Return shown, the reverse, no gain, open, or not judged.
+        """Return shown, the reverse, no gain of TARGET, open, or not judged.
 
-        Shown and the reverse hold after Holm's correction. No gain says that the uncorrected
-        interval excludes a gain of TARGET.
+        Shown and the reverse hold after Holm's correction. No gain of TARGET: the uncorrected
+        interval excludes it.
         """
         _, low, high, _ = self.interval
         if self.seeds < FEWEST:
             return "not judged"
         if self.corrected < ALPHA and not low <= 0 <= high:
             return "shown" if high < 0 else "the reverse"
-        return "no gain" if low > -TARGET else "open"
+        return f"no gain of {TARGET}" if low > -TARGET else "open"
 
     def reason(self):
         """Return why a claim is neither shown nor the reverse, with a colon before it."""
         _, low, high, _ = self.interval
         if self.seeds < FEWEST:
             return ": one seed"
-        if self.word() == "no gain":
-            return f": the uncorrected interval excludes a gain of {TARGET}"
         if self.word() != "open":
             return ""
         if high < 0:

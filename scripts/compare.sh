@@ -40,7 +40,7 @@ case $form in
 esac
 shift
 for word in "$@"; do case $word in --settings*|--methods*)
-  echo "error: $word is set by $0 with the rates that belong to it; scripts/sweep.sh takes it" >&2
+  echo "error: $0 sets $word itself; to choose it, call scripts/sweep.sh" >&2
   exit 2 ;;
 esac; done
 for group in "${groups[@]}"; do for setting in "${settings[@]}"; do for seed in 1 2 3 4 5; do

@@ -10,9 +10,9 @@
 #   bash scripts/sweep.sh --dry-run --seeds 1 2 | wc -l                # 1224 lines, so
 #   sbatch --array=0-1223 scripts/slurm_array.sh --seeds 1 2
 # A model that is too large for one node, sharded over several, one task a node:
-#   sbatch --nodes=2 --gpus-per-node=8 --ntasks-per-node=1 --array=0-N scripts/slurm_array.sh \
+#   sbatch --nodes=2 --gpus-per-node=8 --ntasks-per-node=1 --array=0-59 scripts/slurm_array.sh \
 #     --models /models/Llama-3-70B --settings mixed sequential -- --gradient_checkpointing \
-#     --batch_size 1
+#     --batch_size 1                                  # on 16 GPUs 16 rows a step, not the paper's 8
 # A run that reaches its time limit saves; the same sbatch command resumes it and skips finished ones.
 # Run scripts/setup.sh once before, on a node that sees the package index.
 set -euo pipefail

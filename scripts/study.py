@@ -38,7 +38,7 @@ from inputs.numbers import Seed  # noqa: E402
 from inputs.settings import Flag, did_you_mean, program_parser  # noqa: E402
 from inputs.suites import NAMED, suite_folder  # noqa: E402
 from inputs.task_files import resolve_names, task_folders  # noqa: E402
-from registry import EMBEDDED, METHODS, MODELS, RENAMED, VARIANTS, LoraSettings  # noqa: E402
+from registry import EMBEDDED, METHODS, MODELS, VARIANTS, LoraSettings, present_variant  # noqa: E402
 
 PAPER_METHODS = ("lora", "pissa", "olora_qr", "loramoe", "gainlora", "badit")
 PAPER_MODELS = tuple(name for name in MODELS if name != EMBEDDED)
@@ -256,10 +256,10 @@ def finished(run):
     path = run.folder / "results.json"
     if not path.exists():
         return False
-    results = formats.load_keys(path, ("args", "variant"))
+    results = formats.load_keys(path, ("args", "settings", "variant"))
     saved, wanted = formats.convert(results["args"], dict, path), vars(run.flags())
-    if results["variant"] in RENAMED:
-        saved["alpha"] = LoraSettings.alpha
+    if present_variant(results) != results["variant"] and wanted["alpha"] == LoraSettings.alpha:
+        saved["alpha"] = wanted["alpha"]
     # The batch size is that of one process. A record may have flags that no longer exist.
     different = sorted(name for name in (saved.keys() & wanted.keys()) - {"batch_size"}
                        if wanted[name] != saved[name])

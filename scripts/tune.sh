@@ -29,7 +29,7 @@ else
   flags=(--validation 40 --max_train_per_task "$rows" --epochs 2 --max_length 256 --eval_tasks new)
 fi
 for word in "$@"; do case $word in --settings*|--methods*)
-  echo "error: $word is set by $0 with the rates that belong to it; scripts/sweep.sh takes it" >&2
+  echo "error: $0 sets $word itself; to choose it, call scripts/sweep.sh" >&2
   exit 2 ;;
 esac; done
 for rate in ${RATES:-$rates}; do

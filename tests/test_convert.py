@@ -86,6 +86,11 @@ LAYOUTS = {  # files, the only task: name, definition, category, metric
                         "t_valid.jsonl": "?", "t_val.jsonl": "?"}, ("t", "", "other", "rouge_l")),
     "a clone of the hub": ({f"t/{split}-00000-of-00001.jsonl": lines(rows) for split, rows in (
         ("train", PAIR[:1]), ("test", PAIR[1:]))}, ("t", "", "other", "rouge_l")),
+    "an older clone": ({f"t/{split}-00000-of-00001-a09b74b3ef9c3b56.jsonl": lines(rows)
+                        for split, rows in (("train", PAIR[:1]), ("test", PAIR[1:]))},
+                       ("t", "", "other", "rouge_l")),
+    "a space": ({"t train.jsonl": lines(PAIR[:1]), "t test.jsonl": lines(PAIR[1:])},
+                ("t", "", "other", "rouge_l")),
     "a name that ends as a split": ({"constrain.jsonl": lines(PAIR)},
                                     ("constrain", "", "other", "rouge_l")),
     "FLAN": ({"t.jsonl": lines([{"inputs": f"a{i}", "targets": "b"} for i in range(2)])},
@@ -177,6 +182,8 @@ CHATS = {  # a row, the exchange that it becomes
                ("Be.\n\nI\n\nx", "y")),
     "a text history": ({"instruction": "I", "input": "x", "output": "y", "history": "[]"},
                        ("I\n\nx", "y")),
+    "a history as text": ({"instruction": "I", "input": "x", "output": "y",
+                           "history": '[["a", "b"]]'}, None),
     "history": ({"instruction": "I", "input": "x", "output": "y", "history": [["a", "b"]]}, None),
     "answer first": ({"messages": [ANSWER, ASK, ANSWER]}, None),
     "tool": ({"messages": [ASK, {"role": "tool", "content": "1"}, ANSWER]}, None),
@@ -192,7 +199,7 @@ CHATS = {  # a row, the exchange that it becomes
 def test_chats(tmp_path, capsys, chat):
     """The first exchange of a chat becomes a row; what is cut or left out is counted."""
     row, expected = CHATS[chat]
-    usual = CHATS[chat if expected else {"history": "Alpaca"}.get(chat, "messages")][0]
+    usual = CHATS[chat if expected else "Alpaca" if "history" in chat else "messages"][0]
     source = write(tmp_path, {"t.jsonl": lines([row, usual, usual])}) / "t.jsonl"
     (task,) = converted(source, tmp_path).values()
     out = capsys.readouterr().out

@@ -362,10 +362,12 @@ def test_verdicts(study):
      "0.05 takes about 34 seeds", "+0.10 (-0.31 to +0.20) against lora"),
     ((-0.1, -0.2, -0.05, 0.03), 0.09, 7, "**open**: the interval excludes 0, but not after "
      "correction for 3", "-0.10 (-0.20 to -0.05) against lora"),
-    ((0.1, 0.05, 0.2, 0.03), 0.09, 7, "**no gain**: the uncorrected interval excludes a gain of "
-     "0.05", "+0.10 (+0.05 to +0.20) against lora"),
+    ((0.1, 0.05, 0.2, 0.03), 0.09, 7, "**no gain of 0.05** (against lora",
+     "+0.10 (+0.05 to +0.20) against lora"),
     ((0.0, -0.05, 0.05, 1), 1, 7, "**open**", "+0.00 (-0.05 to +0.05) against lora"),
-    ((0.0, -0.04, 0.05, 1), 1, 7, "**no gain**", "+0.00 (-0.04 to +0.05) against lora"),
+    ((0.0, -0.04, 0.05, 1), 1, 7, "**no gain of 0.05**", "+0.00 (-0.04 to +0.05) against lora"),
+    ((-0.02, -0.04, -0.01, 0.02), 0.06, 7, "**no gain of 0.05**",
+     "-0.02 (-0.04 to -0.01) against lora"),
     ((0.1, -math.inf, math.inf, 1), 1, 1, "**not judged**: one seed (against lora +0.100, no "
      "interval;", "+0.10 against lora")])
 def test_what_a_verdict_says(interval, corrected, seeds, said, cell):

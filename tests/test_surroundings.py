@@ -20,7 +20,7 @@ from harness import arguments, checks, launch
 from harness.arguments import parse_flags
 from harness.run import Recorder
 from inputs import errors
-from inputs.files import atomic_folder, cache_dir
+from inputs.files import cache_dir, check_free
 from method import find_targets
 from registry import ALL_LINEAR
 
@@ -78,11 +78,12 @@ def test_a_stop_while_flags_are_read(monkeypatch):
     assert run() == (130, [], ["stopped by SIGINT"])
 
 
-def test_a_new_folder_may_be_the_current_one(tmp_path, monkeypatch):
+def test_the_current_folder_is_not_replaced(tmp_path, monkeypatch):
+    """A program that writes a whole folder would leave the shell in one that is gone."""
     monkeypatch.chdir(tmp_path)
-    with atomic_folder(Path(".")) as folder:
-        (folder / "a.txt").write_text("a")
-    assert [path.read_text() for path in tmp_path.iterdir()] == ["a"]
+    assert "--to . is in use" in complaint(check_free, Path("."), "to")
+    (tmp_path / "empty").mkdir()
+    check_free(Path("empty"), "to")
 
 
 @pytest.mark.parametrize(("names", "advice"), [

@@ -99,7 +99,7 @@ def test_stopped_and_repeated(tiny, sharing, tmp_path):
     assert outcome.status == 130 and "stopped" in outcome.err[-1] and not files_of(tmp_path)
     succeed(*flags)
     for out in (tmp_path, tmp_path / "analysis.md"):
-        refused("is not an empty folder: name another, or delete it", *flags[:-1], out)
+        refused("is in use: name a new folder, or an empty one", *flags[:-1], out)
     assert files_of(tmp_path) == files_of(sharing)
 
 

@@ -35,12 +35,13 @@ from inputs.errors import InputError
 ROOT = Path(__file__).resolve().parents[2]
 # Method, settings, and rank of the update.
 EXACT = {"lora": ("lora", {}, 2), "pissa": ("pissa", {}, 4), "olora_qr": ("olora_qr", {}, 4),
-         "olora": ("olora", {}, 4), "static": ("badit", dict(routing="static"), 32),
+         "olora": ("olora", {}, 4),
+         "energy_8": ("badit", dict(routing="energy", top_k=8), 32),
+         "static": ("badit", dict(routing="static"), 32),
          "all linear": ("lora", dict(target_modules=("all-linear",)), 2),
          "two targets": ("badit", dict(routing="static", num_experts=2,
                                        target_modules=("gate_proj", "k_proj")), 8)}
 ROUTED = {"badit": ("badit", {}, 32), "top_8": ("badit", dict(top_k=8), 32),
-          "energy_8": ("badit", dict(routing="energy", top_k=8), 32),
           "drop": ("badit", dict(inactive="drop"), 32), "no_bad": ("badit", dict(no_bad=True), 16),
           "loramoe": ("loramoe", {}, 16)}
 REFUSED = {"gainlora": ("gainlora", {}, "gainlora cannot be exported as a LoRA adapter: its gates"),
