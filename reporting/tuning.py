@@ -22,6 +22,9 @@ def make(records, left_out, out):
     write_text(out / "tuning.csv", table.csv())
     figures.save(rate_figure(found), out / "tuning", ("png", "pdf"))
     pictures = ["![loss against learning rate](tuning.png)"]
+    if figure := steps_figure(found):
+        figures.save(figure, out / "steps", ("png", "pdf"))
+        pictures.append("![loss against steps](steps.png)")
     if paths := learning_and_forgetting(records):
         figures.save(forgetting_figure(paths), out / "forgetting", ("png", "pdf"))
         pictures.append("![forgetting against what was learnt](forgetting.png)")
@@ -32,12 +35,12 @@ def make(records, left_out, out):
 
 
 def losses_by_rate(records):
-    """Return {(model, setting, steps a task, variant): {rate: losses, one a seed}}, sorted.
+    """Return {(model, setting, steps a task, variant): {rate: {seed: loss}}}, sorted.
 
     A loss is the geometric mean over tasks, which verdicts compare too. Raises InputError for a run
     without --eval_loss or --validation.
     """
-    found = defaultdict(lambda: defaultdict(list))
+    found = defaultdict(lambda: defaultdict(dict))
     for record in sorted(records, key=lambda record: (
             record.model, record.setting, record.steps, record.variant, record.seed)):
         if record.setting not in ("mixed", "sequential") or record.losses() is None or not (
@@ -45,13 +48,24 @@ def losses_by_rate(records):
             raise InputError(f"{record.folder}: rates are chosen by mixed or sequential training "
                              "with --validation N and --eval_loss")
         key = record.model, record.setting, record.steps, record.variant
-        found[key][record.rate].append(math.exp(verdicts.log_loss(record)))
+        found[key][record.rate][record.seed] = math.exp(verdicts.log_loss(record))
     return {key: dict(sorted(rates.items())) for key, rates in found.items()}
 
 
+def on_common_seeds(rates):
+    """Return {rate: values} of {rate: {seed: value}} for the seeds that ran with all rates, if any.
+
+    Other seeds would compare rates on different orders of the tasks.
+    """
+    seeds = set.intersection(*map(set, rates.values()))
+    return {rate: [value for seed, value in values.items() if seed in seeds or not seeds]
+            for rate, values in rates.items()}
+
+
 def best(rates):
-    """Return the rate with the lowest mean loss."""
-    return min(rates, key=lambda rate: metrics.mean(rates[rate]))
+    """Return the rate with the lowest mean loss on the seeds that ran with all rates."""
+    losses = on_common_seeds(rates)
+    return min(losses, key=lambda rate: metrics.mean(losses[rate]))
 
 
 def rate_table(found):
@@ -62,11 +76,12 @@ def rate_table(found):
         chosen = best(rates)
         edge = len(rates) > 1 and chosen in (min(rates), max(rates))
         rows.append([model, label(variant), setting, str(steps),
-                     *(Score(tuple(rates.get(rate, ())), digits=3) for rate in columns),
+                     *(Score(tuple(rates.get(rate, {}).values()), digits=3) for rate in columns),
                      f"{chosen:g}" + " (at the edge of those tried)" * edge])
     return Table("tuning", "Loss by learning rate", "Geometric mean over tasks of the loss of "
-                 "the held-out training rows' answers, nats per token, after all training; empty: "
-                 "not run.",
+                 "the held-out training rows' answers, nats per token, after all training, mean ± "
+                 "standard deviation over seeds; empty: not run. Only seeds that ran with all "
+                 "rates of a row choose the best.",
                  ["model", "method", "setting", "steps a task",
                   *(f"{rate:g}" for rate in columns), "best"], rows)
 
@@ -74,9 +89,11 @@ def rate_table(found):
 def rate_figure(found):
     """Draw loss against learning rate, a panel a model, setting and number of steps.
 
-    A ring marks the best rate. A bar is the 95 % interval of the mean over seeds (Student's t).
+    Points are means over the seeds that ran with all rates of a method. A ring marks the best rate,
+    a bar is the 95 % interval of the mean (Student's t).
     """
-    panels = list(dict.fromkeys(key[:3] for key in found))
+    panels = (list(dict.fromkeys(key[:3] for key, rates in found.items() if len(rates) > 1))
+              or list(dict.fromkeys(key[:3] for key in found)))
     variants = sorted({key[3] for key in found})
     figure, axes = figures.grid(len(panels), width=7 if len(panels) == 1 else 5.5, height=4.6)
     for place, panel in zip(axes, panels, strict=True):
@@ -84,10 +101,11 @@ def rate_figure(found):
                 if tuple(where) == panel}
         for variant, rates in mine.items():
             colour = figures.COLOURS[variants.index(variant) % len(figures.COLOURS)]
-            means = {rate: metrics.mean(losses) for rate, losses in rates.items()}
-            place.errorbar(list(means), list(means.values()),
-                           yerr=[half_width(losses) for losses in rates.values()], fmt="o-",
-                           color=colour, markersize=4, capsize=3, label=label(variant))
+            losses = on_common_seeds(rates)
+            means = {rate: metrics.mean(each) for rate, each in losses.items()}
+            place.errorbar(list(means), list(means.values()), yerr=list(map(
+                half_width, losses.values())), fmt="o-", color=colour, markersize=4, capsize=3,
+                label=label(variant))
             place.plot(best(rates), means[best(rates)], "o", color=colour, markersize=11,
                        markerfacecolor="none")
         model, setting, steps = panel
@@ -98,26 +116,63 @@ def rate_figure(found):
         place.yaxis.set_major_formatter("{x:g}")
         place.yaxis.set_minor_formatter("{x:g}")
         place.legend(fontsize=8)
-    means = [metrics.mean(losses) for rates in found.values() for losses in rates.values()]
+    means = [metrics.mean(losses.values()) for rates in found.values() for losses in rates.values()]
     for place in axes:  # one scale, so that numbers of steps can be compared; long bars are cut
         place.set_ylim(0.8 * min(means), 1.25 * max(means))
+    return figure
+
+
+def steps_figure(found):
+    """Draw loss against steps a task, a panel a model and setting, for rates with several of them.
+
+    A bar is the 95 % interval of the mean over all seeds. Lines are moved apart a little. Returns
+    None if no method ran with different numbers of steps at one rate.
+    """
+    panels = defaultdict(lambda: defaultdict(dict))
+    for (model, setting, steps, variant), rates in found.items():
+        for rate, losses in rates.items():
+            panels[model, setting][variant, rate][steps] = list(losses.values())
+    panels = {panel: {key: line for key, line in lines.items() if len(line) > 1}
+              for panel, lines in panels.items()}
+    panels = {panel: lines for panel, lines in panels.items() if lines}
+    if not panels:
+        return None
+    variants = sorted({variant for lines in panels.values() for variant, _ in lines})
+    rates = sorted({rate for lines in panels.values() for _, rate in lines})
+    figure, axes = figures.grid(len(panels), width=7, height=4.6)
+    for place, ((model, setting), lines) in zip(axes, panels.items(), strict=True):
+        for number, ((variant, rate), line) in enumerate(sorted(lines.items())):
+            place.errorbar([steps * 1.03**number for steps in line],
+                           [metrics.mean(losses) for losses in line.values()],
+                           yerr=list(map(half_width, line.values())), fmt="o", capsize=3,
+                           linestyle=("-", "--", ":", "-.")[rates.index(rate) % 4],
+                           color=figures.COLOURS[variants.index(variant) % len(figures.COLOURS)],
+                           label=f"{label(variant)}, {rate:g}")
+        place.set(title=f"{model}, {setting}", xscale="log", yscale="log",
+                  xlabel="optimizer steps a task",
+                  ylabel="loss of held-out rows, nats per token\n(geometric mean over tasks)")
+        figures.label_values(place.xaxis, set().union(*lines.values()))
+        place.yaxis.set_major_formatter("{x:g}")
+        place.yaxis.set_minor_formatter("{x:g}")
+        place.legend(fontsize=8)
     return figure
 
 
 def learning_and_forgetting(records):
     """Return {(model, steps a task): {variant: {rate: (learnt, forgotten)}}} of sequential runs.
 
-    Means over tasks and seeds in nats per token: the loss right after a task's own training, and
-    its rise by later tasks, which is minus the Backward of the loss.
+    Means in nats per token, over tasks and the seeds that ran with all rates of a method: the loss
+    right after a task's own training, and its rise by later tasks, which is minus the Backward of
+    the loss.
     """
-    found = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
+    found = defaultdict(lambda: defaultdict(lambda: defaultdict(dict)))
     for run in filter(forgets, records):
         losses = run.losses()
         learnt = metrics.mean(losses[i][i] for i in map(run.order.index, run.tasks))
-        found[run.model, run.steps][run.variant][run.rate].append(
-            (learnt, metrics.mean(verdicts.rises(run))))
+        found[run.model, run.steps][run.variant][run.rate][run.seed] = (
+            learnt, metrics.mean(verdicts.rises(run)))
     return {panel: {variant: {rate: tuple(map(metrics.mean, zip(*pairs, strict=True)))
-                              for rate, pairs in sorted(rates.items())}
+                              for rate, pairs in sorted(on_common_seeds(rates).items())}
                     for variant, rates in sorted(variants.items())}
             for panel, variants in sorted(found.items())}
 

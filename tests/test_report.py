@@ -434,14 +434,24 @@ def test_learning_rates(folder, tmp_path, capsys):
             "those tried)" in said)
     assert f"mixed, {steps} steps a task:\n\n`--methods 'badit --learning_rate 0.001' 'lora" in said
     assert matplotlib.image.imread(tmp_path / "out" / "tuning.png").shape[0] > 300
+    assert "steps.png" not in said
     fewer = shutil.copytree(tmp_path / "lora-0.001-1", tmp_path / "fewer")
     set_flags(fewer, max_train_per_task=1)
     lines = (fewer / "log.jsonl").read_text().splitlines(keepends=True)
     (fewer / "log.jsonl").write_text("".join(lines[:3]))
     (tmp_path / "out" / "tuning.md").unlink()  # as a report that was stopped leaves the folder
     assert report.main(argv) == 0
-    assert "| lora | mixed | 1 |  | 1.000 |  | 0.001 |" in (
-        tmp_path / "out" / "tuning.md").read_text()
+    said = (tmp_path / "out" / "tuning.md").read_text()
+    assert "| lora | mixed | 1 |  | 1.000 |  | 0.001 |" in said and "(steps.png)" in said
+    assert matplotlib.image.imread(tmp_path / "out" / "steps.png").shape[0] > 300
+
+
+def test_the_best_rate_is_that_of_common_seeds():
+    """Seed 1 ran with both rates; that seed 2 is worse at one of them says nothing of the rate."""
+    rates = {1e-4: {1: 3.0}, 2e-4: {1: 2.0, 2: 9.0}}
+    assert tuning.on_common_seeds(rates) == {1e-4: [3.0], 2e-4: [2.0]}
+    assert tuning.best(rates) == 2e-4
+    assert tuning.best({1e-4: {1: 3.0}, 2e-4: {2: 2.0}}) == 2e-4  # none: all seeds
 
 
 def test_what_is_learnt_and_forgotten(study, tmp_path):
