@@ -5,6 +5,7 @@ import math
 import statistics
 from collections import defaultdict
 
+import numpy as np
 from scipy import stats
 
 import metrics
@@ -52,20 +53,34 @@ def losses_by_rate(records):
     return {key: dict(sorted(rates.items())) for key, rates in found.items()}
 
 
-def on_common_seeds(rates):
-    """Return {rate: values} of {rate: {seed: value}} for the seeds that ran with all rates, if any.
+def adjusted(values):
+    """Return {rate: mean of its values, adjusted for seeds} of {rate: {seed: value}}.
 
-    Other seeds would compare rates on different orders of the tasks.
+    Least squares for value = rate + seed, as the seed draws the order of the tasks: a seed counts
+    only between rates that it ran with. If all rates have the same seeds, these are plain means.
     """
-    seeds = set.intersection(*map(set, rates.values()))
-    return {rate: [value for seed, value in values.items() if seed in seeds or not seeds]
-            for rate, values in rates.items()}
+    rates = list(values)
+    seeds = sorted({seed for each in values.values() for seed in each})
+    cells = [(rate, seed) for rate in rates for seed in values[rate]]
+    design = [[*(rate == each for each in rates), *(seed == each for each in seeds)]
+              for rate, seed in cells]
+    effects = np.linalg.lstsq(np.array(design, dtype=float),
+                              [values[rate][seed] for rate, seed in cells])[0]
+    means = effects[:len(rates)] + effects[len(rates):].mean()
+    return dict(zip(rates, means.tolist(), strict=True))
+
+
+def adjusted_losses(rates):
+    """Return {rate: loss} of {rate: {seed: loss}}: geometric means, adjusted for seeds."""
+    logs = {rate: {seed: math.log(loss) for seed, loss in losses.items()}
+            for rate, losses in rates.items()}
+    return {rate: math.exp(value) for rate, value in adjusted(logs).items()}
 
 
 def best(rates):
-    """Return the rate with the lowest mean loss on the seeds that ran with all rates."""
-    losses = on_common_seeds(rates)
-    return min(losses, key=lambda rate: metrics.mean(losses[rate]))
+    """Return the rate with the lowest loss, adjusted for seeds."""
+    losses = adjusted_losses(rates)
+    return min(losses, key=losses.get)
 
 
 def rate_table(found):
@@ -80,8 +95,8 @@ def rate_table(found):
                      f"{chosen:g}" + " (at the edge of those tried)" * edge])
     return Table("tuning", "Loss by learning rate", "Geometric mean over tasks of the loss of "
                  "the held-out training rows' answers, nats per token, after all training, mean ± "
-                 "standard deviation over seeds; empty: not run. Only seeds that ran with all "
-                 "rates of a row choose the best.",
+                 "standard deviation over seeds; empty: not run. The best rate is adjusted for "
+                 "seeds: each counts only between the rates that it ran with.",
                  ["model", "method", "setting", "steps a task",
                   *(f"{rate:g}" for rate in columns), "best"], rows)
 
@@ -89,8 +104,8 @@ def rate_table(found):
 def rate_figure(found):
     """Draw loss against learning rate, a panel a model, setting and number of steps.
 
-    Points are means over the seeds that ran with all rates of a method. A ring marks the best rate,
-    a bar is the 95 % interval of the mean (Student's t).
+    Points are adjusted for seeds. A ring marks the best rate, a bar is the 95 % interval of the
+    mean over seeds (Student's t).
     """
     panels = (list(dict.fromkeys(key[:3] for key, rates in found.items() if len(rates) > 1))
               or list(dict.fromkeys(key[:3] for key in found)))
@@ -101,11 +116,10 @@ def rate_figure(found):
                 if tuple(where) == panel}
         for variant, rates in mine.items():
             colour = figures.COLOURS[variants.index(variant) % len(figures.COLOURS)]
-            losses = on_common_seeds(rates)
-            means = {rate: metrics.mean(each) for rate, each in losses.items()}
-            place.errorbar(list(means), list(means.values()), yerr=list(map(
-                half_width, losses.values())), fmt="o-", color=colour, markersize=4, capsize=3,
-                label=label(variant))
+            means = adjusted_losses(rates)
+            place.errorbar(list(means), list(means.values()),
+                           yerr=[half_width(list(losses.values())) for losses in rates.values()],
+                           fmt="o-", color=colour, markersize=4, capsize=3, label=label(variant))
             place.plot(best(rates), means[best(rates)], "o", color=colour, markersize=11,
                        markerfacecolor="none")
         model, setting, steps = panel
@@ -161,19 +175,19 @@ def steps_figure(found):
 def learning_and_forgetting(records):
     """Return {(model, steps a task): {variant: {rate: (learnt, forgotten)}}} of sequential runs.
 
-    Means in nats per token, over tasks and the seeds that ran with all rates of a method: the loss
-    right after a task's own training, and its rise by later tasks, which is minus the Backward of
-    the loss.
+    Means over tasks in nats per token, adjusted for seeds: the loss right after a task's own
+    training, and its rise by later tasks, which is minus the Backward of the loss.
     """
-    found = defaultdict(lambda: defaultdict(lambda: defaultdict(dict)))
+    found = defaultdict(lambda: defaultdict(lambda: (defaultdict(dict), defaultdict(dict))))
     for run in filter(forgets, records):
         losses = run.losses()
-        learnt = metrics.mean(losses[i][i] for i in map(run.order.index, run.tasks))
-        found[run.model, run.steps][run.variant][run.rate][run.seed] = (
-            learnt, metrics.mean(verdicts.rises(run)))
-    return {panel: {variant: {rate: tuple(map(metrics.mean, zip(*pairs, strict=True)))
-                              for rate, pairs in sorted(on_common_seeds(rates).items())}
-                    for variant, rates in sorted(variants.items())}
+        learnt, forgotten = found[run.model, run.steps][run.variant]
+        learnt[run.rate][run.seed] = metrics.mean(
+            losses[i][i] for i in map(run.order.index, run.tasks))
+        forgotten[run.rate][run.seed] = metrics.mean(verdicts.rises(run))
+    return {panel: {variant: {rate: (adjusted(learnt)[rate], adjusted(forgotten)[rate])
+                              for rate in sorted(learnt)}
+                    for variant, (learnt, forgotten) in sorted(variants.items())}
             for panel, variants in sorted(found.items())}
 
 

@@ -446,12 +446,18 @@ def test_learning_rates(folder, tmp_path, capsys):
     assert matplotlib.image.imread(tmp_path / "out" / "steps.png").shape[0] > 300
 
 
-def test_the_best_rate_is_that_of_common_seeds():
-    """Seed 1 ran with both rates; that seed 2 is worse at one of them says nothing of the rate."""
-    rates = {1e-4: {1: 3.0}, 2e-4: {1: 2.0, 2: 9.0}}
-    assert tuning.on_common_seeds(rates) == {1e-4: [3.0], 2e-4: [2.0]}
-    assert tuning.best(rates) == 2e-4
-    assert tuning.best({1e-4: {1: 3.0}, 2e-4: {2: 2.0}}) == 2e-4  # none: all seeds
+def test_rates_are_adjusted_for_seeds():
+    """Seed 2, which ran with one rate, says nothing of the rates; equal seeds give plain means."""
+    values = {1e-4: {1: 3.0}, 2e-4: {1: 2.0, 2: 9.0}}
+    assert tuning.adjusted(values) == pytest.approx({1e-4: 6.5, 2e-4: 5.5})
+    assert tuning.best(values) == 2e-4
+    assert tuning.adjusted({1e-4: {1: 3.0, 2: 4.0}, 2e-4: {1: 2.0, 2: 9.0}}) == pytest.approx(
+        {1e-4: 3.5, 2e-4: 5.5})
+    # A third rate is compared with the first through the second.
+    values = {1e-4: {1: 1.0, 2: 3.0}, 2e-4: {2: 4.0, 3: 6.0}, 5e-4: {3: 5.0}}
+    low, middle, high = tuning.adjusted(values).values()
+    assert (middle - low, high - middle) == pytest.approx((1.0, -1.0))
+    assert tuning.adjusted_losses({1e-4: {1: 2.0, 2: 8.0}}) == pytest.approx({1e-4: 4.0})
 
 
 def test_what_is_learnt_and_forgotten(study, tmp_path):
@@ -462,7 +468,8 @@ def test_what_is_learnt_and_forgotten(study, tmp_path):
     measured = [run for run in runs.collect([study])[0] if run.losses()]
     ((_, mine),) = tuning.learning_and_forgetting(measured).items()
     assert {variant: list(points.values()) for variant, points in mine.items()} == {
-        "badit": [(1.0, (0.375 + 0.25) / 2)], "lora": [((2.5 / 3 + 3.5 / 3) / 2, 1.875 / 2)]}
+        "badit": [pytest.approx((1.0, (0.375 + 0.25) / 2))],
+        "lora": [pytest.approx(((2.5 / 3 + 3.5 / 3) / 2, 1.875 / 2))]}
     figures.save(tuning.forgetting_figure(tuning.learning_and_forgetting(measured)),
                  tmp_path / "forgetting", ["png"])
     mixed = [run for run in measured if run.setting == "mixed"]
