@@ -54,7 +54,6 @@ class EnergyLinear(InitialBank, BankLinear):
         active = select_experts(scores, self.top_k)
         return Routing(alpha, active.to(alpha.dtype), active, scores)
 
-
     @torch.no_grad()
     def constant_update(self, mixing=None):
         """As `InitialBank`, for experts that are all active."""

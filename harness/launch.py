@@ -179,9 +179,9 @@ def refuse_sharding():
 
 
 def share_of_batch(accelerator, trains):
-    """Return the rows of a micro-batch at the paper's global batch, 1 where nothing is trained.
+    """Return the rows of a micro-batch at the paper's global batch.
 
-    Raises InputError for a number of processes that does not divide it.
+    Raises InputError if something is trained and the processes do not divide that batch.
     """
     micro_batches = accelerator.num_processes * accelerator.gradient_accumulation_steps
     if PAPER_BATCH % micro_batches and trains:

@@ -233,7 +233,7 @@ def _first_exchange(row):
     assistant, or continues an earlier conversation.
     """
     history = row.get("history")
-    if history and (isinstance(history, list) or str(history).startswith("[[")):  # text in a CSV
+    if history and (isinstance(history, list) or str(history).startswith(("[[", "[{"))):  # in a CSV
         return None, "left out: they continue an earlier conversation (column history)"
     parts = [row.get(name) for name in ("prompt", "completion")]
     key = "messages" if "messages" in row else "conversations"

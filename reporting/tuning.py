@@ -28,7 +28,8 @@ def make(records, left_out, out):
         pictures.append("![loss against steps](steps.png)")
     if paths := learning_and_forgetting(records):
         figures.save(forgetting_figure(paths), out / "forgetting", ("png", "pdf"))
-        pictures.append("![forgetting against what was learnt](forgetting.png)")
+        pictures += ["![forgetting against what was learnt](forgetting.png)",
+                     forgetting_table(paths).markdown()]
     lines = [f"- left out: `{folder}`: {reason}" for folder, reason in left_out]
     write_text(out / "tuning.md", "\n\n".join([
         "# Learning rates", table.markdown(), *pictures, *words(found), *lines]) + "\n")
@@ -123,13 +124,8 @@ def rate_figure(found):
             place.plot(best(rates), means[best(rates)], "o", color=colour, markersize=11,
                        markerfacecolor="none")
         model, setting, steps = panel
-        place.set(title=f"{model}, {setting}, {steps} steps a task", xscale="log", yscale="log",
-                  xlabel="peak learning rate",
-                  ylabel="loss of held-out rows, nats per token\n(geometric mean over tasks)")
-        figures.label_values(place.xaxis, set().union(*mine.values()))
-        place.yaxis.set_major_formatter("{x:g}")
-        place.yaxis.set_minor_formatter("{x:g}")
-        place.legend(fontsize=8)
+        label_axes(place, f"{model}, {setting}, {steps} steps a task", "peak learning rate",
+                   set().union(*mine.values()))
     means = [metrics.mean(losses.values()) for rates in found.values() for losses in rates.values()]
     for place in axes:  # one scale, so that numbers of steps can be compared; long bars are cut
         place.set_ylim(0.8 * min(means), 1.25 * max(means))
@@ -162,14 +158,19 @@ def steps_figure(found):
                            linestyle=("-", "--", ":", "-.")[rates.index(rate) % 4],
                            color=figures.COLOURS[variants.index(variant) % len(figures.COLOURS)],
                            label=f"{label(variant)}, {rate:g}")
-        place.set(title=f"{model}, {setting}", xscale="log", yscale="log",
-                  xlabel="optimizer steps a task",
-                  ylabel="loss of held-out rows, nats per token\n(geometric mean over tasks)")
-        figures.label_values(place.xaxis, set().union(*lines.values()))
-        place.yaxis.set_major_formatter("{x:g}")
-        place.yaxis.set_minor_formatter("{x:g}")
-        place.legend(fontsize=8)
+        label_axes(place, f"{model}, {setting}", "optimizer steps a task",
+                   set().union(*lines.values()))
     return figure
+
+
+def label_axes(place, title, xlabel, values):
+    """Make both axes of a figure of losses logarithmic, with ticks at the x `values`."""
+    place.set(title=title, xscale="log", yscale="log", xlabel=xlabel,
+              ylabel="loss of held-out rows, nats per token\n(geometric mean over tasks)")
+    figures.label_values(place.xaxis, values)
+    place.yaxis.set_major_formatter("{x:g}")
+    place.yaxis.set_minor_formatter("{x:g}")
+    place.legend(fontsize=8)
 
 
 def learning_and_forgetting(records):
@@ -185,10 +186,20 @@ def learning_and_forgetting(records):
         learnt[run.rate][run.seed] = metrics.mean(
             losses[i][i] for i in map(run.order.index, run.tasks))
         forgotten[run.rate][run.seed] = metrics.mean(verdicts.rises(run))
-    return {panel: {variant: {rate: (adjusted(learnt)[rate], adjusted(forgotten)[rate])
-                              for rate in sorted(learnt)}
-                    for variant, (learnt, forgotten) in sorted(variants.items())}
+    return {panel: {variant: {rate: tuple(each[rate] for each in pair) for rate in sorted(pair[0])}
+                    for variant, both in sorted(variants.items())
+                    for pair in [tuple(map(adjusted, both))]}
             for panel, variants in sorted(found.items())}
+
+
+def forgetting_table(paths):
+    """Make a table with a row for each method, number of steps and rate."""
+    rows = [[model, label(variant), str(steps), f"{rate:g}", *(f"{value:.3f}" for value in point)]
+            for (model, steps), mine in paths.items() for variant, points in mine.items()
+            for rate, point in points.items()]
+    return Table("forgetting", "Learnt and forgotten", "Nats per token, means over tasks, adjusted "
+                 "for seeds: the loss right after a task's own training, and its rise by later "
+                 "tasks.", ["model", "method", "steps a task", "rate", "learnt", "forgotten"], rows)
 
 
 def forgetting_figure(paths):

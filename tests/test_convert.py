@@ -184,6 +184,8 @@ CHATS = {  # a row, the exchange that it becomes
                        ("I\n\nx", "y")),
     "a history as text": ({"instruction": "I", "input": "x", "output": "y",
                            "history": '[["a", "b"]]'}, None),
+    "a history of dicts as text": ({"instruction": "I", "input": "x", "output": "y",
+                                    "history": '[{"from": "human"}]'}, None),
     "history": ({"instruction": "I", "input": "x", "output": "y", "history": [["a", "b"]]}, None),
     "answer first": ({"messages": [ANSWER, ASK, ANSWER]}, None),
     "tool": ({"messages": [ASK, {"role": "tool", "content": "1"}, ANSWER]}, None),

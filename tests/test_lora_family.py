@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import SMALL, lines_of, refused, succeed, wrapped
-from tiny import IN, OUT, backward, base_model, batch_of, linear, randn, trainable
+from tiny import IN, OUT, backward, base_model, batch_of, flattened, linear, randn, trainable
 from torch.testing import assert_close
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -26,7 +26,7 @@ from baselines.loramoe import (
 from harness.arguments import parse_flags, settings_of
 from inputs.errors import InputError
 from method import INPUTS, Stage, method_of, observe
-from registry import VARIANTS, LoraSettings, method_class, variant_of
+from registry import VARIANTS, LoraSettings, method_class, present_variant, variant_of
 
 R, S = 3, 2.0  # alpha = S * R
 ROWS = [{"input_ids": list(range(3 + i, 12 + 4 * i)), "num_targets": 1 + i % 3, "task": task}
@@ -113,6 +113,14 @@ def test_a_matched_variant_has_one_name_for_every_model(name):
     assert variant_of(name, method.settings) == VARIANTS[f"{name}-matched"]
     other = replace(method.settings, alpha=16.0)
     assert variant_of(name, other) == f"{name} --alpha 16 --match_parameters badit"
+
+
+def test_records_of_a_matched_variant_keep_their_meaning():
+    """The alpha that they gave is the matched one at rank 34 alone."""
+    old = "lora --alpha 272 --match_parameters badit"
+    assert present_variant({"variant": old, "settings": {"rank": 34}}) == VARIANTS["lora-matched"]
+    assert present_variant({"variant": old, "settings": {"rank": 33}}) == old
+    assert present_variant({"variant": "zero_shot", "settings": {}}) == "zero_shot"
 
 
 def test_match_parameters_reads_no_rank_and_no_default_alpha():
@@ -208,6 +216,13 @@ def gates_of(method, batch):
             {name: method.layers[name].route(x).weight})):
         method.model(**{key: batch[key] for key in INPUTS}, use_cache=False)
     return seen.values()
+
+
+def test_the_penalty_of_flattened_inputs():
+    """As in OPT: that of inputs (batch, seq, hidden)."""
+    methods = balanced(), balanced()
+    flattened(methods[1].model)
+    assert penalty_of(methods[0]) == pytest.approx(penalty_of(methods[1]), rel=1e-6)
 
 
 @pytest.mark.parametrize("top_k", [4, 8])

@@ -12,6 +12,7 @@ from tiny import (
     backward,
     base_model,
     batch_of,
+    flattened,
     learn,
     logits_of,
     rows_of,
@@ -96,32 +97,17 @@ def test_a_layer_that_cannot_be_regrouped_is_skipped(architecture, routing, spoi
     assert all((layer.expert_of != torch.arange(16) // 2).any() for layer in others)
 
 
-def flattened(method, tokens=slice(None)):
-    """`method`, whose last MLP gets inputs (batch * seq, hidden), or only some `tokens` of them."""
-    mlp, given = method.model.model.layers[1].mlp, []
-
-    def flatten(module, inputs):
-        given.append(inputs[0].clone())
-        return inputs[0].flatten(0, 1)[tokens]
-
-    def unflatten(module, inputs, output):
-        given[-1].flatten(0, 1)[tokens] = output
-        return given[-1]
-
-    mlp.register_forward_pre_hook(flatten)
-    mlp.register_forward_hook(unflatten)
-    return method
-
-
 def test_a_layer_whose_input_is_flattened():
     """As in OPT: it regroups and trains as with (batch, seq, hidden)."""
-    lines, others = (regroup(each, rows_of(0)) for each in (badit(), flattened(badit())))
+    lines, others = (regroup(method_of(model), rows_of(0)) for model in (
+        badit().model, flattened(badit().model)))
     assert lines == others and any(line["moved"] for line in lines)
 
 
 def test_a_layer_that_gets_some_tokens_only():
     """They cannot be told from padding: refused, with its name and the shape needed."""
-    message = complaint(regroup, flattened(badit(), slice(1, None)), rows_of(0))
+    model = flattened(badit().model, slice(1, None))
+    message = complaint(regroup, method_of(model), rows_of(0))
     assert "model.layers.1.mlp.gate_proj" in message and ", 32]" in message
 
 

@@ -38,7 +38,7 @@ import evaluation
 import models
 import train
 from harness import checkpoint, identity, output_folder, results_file, signals
-from harness.arguments import OVERRIDABLE
+from harness.arguments import OVERRIDABLE, PATH_FLAGS, parse_flags
 from harness.run import Recorder
 
 # Two tasks; three micro-batches of two rows in a step, regrouping in the middle of an epoch.
@@ -503,6 +503,9 @@ def test_what_a_run_reads_is_not_deleted(tiny, whole, tmp_path):
         refused("could delete it", *tiny, "--eval_only", "--adapter", folder / "adapter",
                 "--output_dir", folder, how)
         assert snapshot(folder) == before
+    args, _ = parse_flags([*map(str, tiny), "--output_dir", str(folder), "--resume"])
+    args.suite = shutil.copytree(tiny[3], folder / "data")  # a run deletes no such folder
+    output_folder.check(args, PATH_FLAGS)
     refused("holds no run", *tiny, "--output_dir", tiny[1], "--overwrite")
 
 

@@ -8,6 +8,7 @@ import random
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -58,6 +59,7 @@ from metrics import (
     score,
 )
 from registry import method_class
+from regrouping import Regrouper
 
 ROOT = Path(train.__file__).resolve().parent
 EPOCHS, K, N = 2, 8, 16
@@ -184,6 +186,25 @@ def test_results_json(trained, flags, llama):
         layers = events_of(folder)[event["step"]]
         for key in ("inter_before", "intra_before", "inter_after", "intra_after"):
             assert event[key] == pytest.approx(sum(layer[key] for layer in layers) / 2)
+
+
+def test_regrouping_is_not_counted_as_training(flags, tmp_path, monkeypatch):
+    """By a clock that hardly moves but in the two regroupings."""
+    now, real = [0.0], Regrouper.regroup
+
+    def advance(seconds):
+        now[0] += seconds
+        return now[0]
+
+    def regroup(*args):
+        advance(100)
+        return real(*args)
+
+    monkeypatch.setattr(time, "perf_counter", lambda: advance(1e-6))
+    monkeypatch.setattr(Regrouper, "regroup", regroup)
+    succeed(*flags, *NO_EVAL, "--output_dir", tmp_path / "out")
+    seconds = results_of(tmp_path / "out")["run"]["seconds"]
+    assert seconds["regroup"] == pytest.approx(200, abs=1) and seconds["train"] < 1
 
 
 @pytest.mark.parametrize("more", [MIXED, SEQUENTIAL], ids=["mixed", "sequential"])

@@ -30,6 +30,23 @@ def base_model(architecture="llama", dtype=torch.float32):
     return AutoModelForCausalLM.from_config(CONFIGS[architecture](), dtype=dtype).eval()
 
 
+def flattened(model, tokens=slice(None)):
+    """`model`, whose last MLP gets inputs (batch * seq, hidden), or only some `tokens` of them."""
+    mlp, given = model.model.layers[1].mlp, []
+
+    def flatten(module, inputs):
+        given.append(inputs[0].clone())
+        return inputs[0].flatten(0, 1)[tokens]
+
+    def unflatten(module, inputs, output):
+        given[-1].flatten(0, 1)[tokens] = output
+        return given[-1]
+
+    mlp.register_forward_pre_hook(flatten)
+    mlp.register_forward_hook(unflatten)
+    return model
+
+
 @torch.no_grad()
 def logits_of(model, prompts=PROMPTS):
     """Return float32 logits of a left-padded batch, without padding."""

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from conftest import complaint, wrapped
-from tiny import base_model, rows_of
+from tiny import base_model, flattened, rows_of
 
 from analysis import session, sharing, units
 from analysis.probes import loss_of, means_at_places, row_gradients
@@ -132,3 +132,11 @@ def test_non_finite(what):
     model.get_submodule(what).weight[0, 0] = torch.nan
     message = complaint(measured, model)
     assert "NaN or infinite" in message and "task0, row r0" in message
+
+
+def test_flattened_inputs():
+    """The gradient of such a layer is refused, not left out."""
+    model, name = flattened(model_of("llama")), "model.layers.1.mlp.gate_proj"
+    with row_gradients(model, [name]) as gradient:
+        loss_of(model, ROWS[0])[0].backward()
+    assert complaint(gradient, name).startswith(f"{name}: its inputs are flattened")
