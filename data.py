@@ -27,7 +27,7 @@ from inputs.task_files import (
     task_folders,
     unread_files,
 )
-from metrics import counts_anything, exact_match
+from metrics import bare, counts_anything, exact_match
 
 FRAME = "Now complete the following example -\nInput: {input}\nOutput: "
 PROMPT = "{definition}\n\n" + FRAME
@@ -315,6 +315,10 @@ def _describe_task(task, encoded, unread, max_length, max_new_tokens):
     if any(shortened):
         yield (f"{task.name}: input shortened to fit {max_length} tokens in {shortened[0]} of "
                f"{len(train)} training and {shortened[1]} of {len(test)} test items")
+    new = _unseen_labels(task) if train else 0
+    if new:
+        yield (f"{task.name}: {new} of {len(test)} test items have a label that no training item "
+               "has")
     if f"{task.name}/labels.json" in unread and task.metric == "rouge_l":
         yield (f"{task.name}: it has a labels.json, and is scored by rouge_l: a key Metric, or "
                "`python data.py convert`, makes that accuracy")
@@ -340,6 +344,18 @@ def _describe_task(task, encoded, unread, max_length, max_new_tokens):
     if empty:
         yield (f"{task.name}: {empty} of {len(test)} test items have no reference with anything "
                f"that {task.metric} counts")
+
+
+def _unseen_labels(task):
+    """Count the test rows of an accuracy task whose labels are in no training row.
+
+    Answers are labels if they repeat: at most half as many as rows.
+    """
+    if task.metric != "accuracy":
+        return 0
+    labels = {bare(text) for row in task.train for text in row["outputs"]}
+    return 2 * len(labels) <= len(task.train) and sum(
+        not labels & {bare(text) for text in row["outputs"]} for row in task.test)
 
 
 def _encode_split(task, split, framer, max_length, bar):

@@ -86,16 +86,17 @@ def exact_match(prediction, reference):
     Punctuation that is all of a text, and any within it, counts; so do symbols everywhere: "-1" is
     not "1", "1.5" not "15", "C#" not "C++", "." not "".
     """
-    return 100.0 if _bare(prediction) == _bare(reference) else 0.0
+    return 100.0 if bare(prediction) == bare(reference) else 0.0
 
 
-def _bare(text):
+def bare(text):
+    """Return a text without what accuracy does not count."""
     text = _in_one_form(text)
     return _RIGHT_EDGE.sub("", _LEFT_EDGE.sub("", text)) or text
 
 
 SCORERS = {"rouge_l": rouge_l, "accuracy": exact_match}
-_COUNTED = {"rouge_l": _words, "accuracy": _bare}
+_COUNTED = {"rouge_l": _words, "accuracy": bare}
 
 
 def counts_anything(reference, metric):

@@ -95,8 +95,8 @@ def write_study(args):
     """Write the report, the file or the folders of a study."""
     names = {path.name for path in args.out.iterdir()} if args.out and args.out.is_dir() else set()
     # A report that was stopped left only these; they may be overwritten.
-    begun = {"tables", "figures", "tuning.csv", "tuning.png", "tuning.pdf", "forgetting.png",
-             "forgetting.pdf"}
+    begun = {"tables", "figures", "tuning.csv"} | {
+        f"{name}.{kind}" for name in ("tuning", "forgetting", "steps") for kind in ("png", "pdf")}
     if names - begun and not names & {"report.md", "tuning.md"}:
         raise InputError(f"--out {args.out} holds other files and no report: name a new folder")
     records, left_out = collect(args, args.runs)

@@ -276,7 +276,8 @@ def prepare(args, accelerator, stop, seconds):
         tokenizer = models.load_tokenizer(args.model)
         encoded = data.encode_suite(suite, tokenizer, args.max_length, args.chat_template,
                                     data.SPLITS if trains else ("test",))
-    for line in data.describe(suite, encoded, args.max_length, args.max_new_tokens):
+    for line in (*data.describe(suite, encoded, args.max_length, args.max_new_tokens),
+                 *checks.rows_of_the_adapter(args)):
         print_main(accelerator, line)
     stages = make_stages(args, accelerator, order, encoded)
     mine = identity.identity(args, accelerator, suite.tasks, made)

@@ -70,6 +70,7 @@ def read(path):
                              "cannot be compared")
     results = path.parent / "results.json"
     content = formats.load(results) if results.exists() else {}
+    path = path.resolve()
     name = path.parent.name if path.name == "adapter" else path.name
     return Adapter(name, folders, *first[1], content)
 

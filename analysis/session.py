@@ -89,8 +89,9 @@ def by_task(lengths, compute, title):
 
 
 def layer_number(name):
-    """Return the index of the decoder layer that the module `name` belongs to."""
-    return int(re.search(r"\.(\d+)\.", name)[1])
+    """Return the index of the decoder layer that the module `name` belongs to, or None."""
+    found = re.search(r"\.(\d+)\.", name)
+    return int(found[1]) if found else None
 
 
 def check_layers(args, model):
@@ -106,11 +107,13 @@ def check_layers(args, model):
 def linear_layers(model, layers, modules):
     """Return the names of the linear layers `modules` of some decoder layers, in this order.
 
-    Raises InputError for a module that the bare `model` does not have.
+    Raises InputError for a module that the bare `model` or these layers do not have.
     """
     if ALL_LINEAR in modules:
         raise InputError(f"--target_modules {ALL_LINEAR}: name the linear layers to analyse")
     names = [name for name in find_targets(model, modules) if layer_number(name) in layers]
+    for module in {*modules} - {name.rpartition(".")[2] for name in names}:
+        raise InputError(f"--layers {' '.join(map(str, layers))}: none of these has a {module}")
     return sorted(names, key=lambda name: (modules.index(name.rpartition(".")[2]),
                                            layers.index(layer_number(name))))
 

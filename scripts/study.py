@@ -168,17 +168,17 @@ def plan(args, passed_on):
     for model, method in itertools.product(args.models, args.methods):
         trains = METHODS[words_of(method)[0]].trains
         slug = "-".join(word.lstrip("-") for word in method.split())
-        stem = f"{slug}-{{}}-{Path(model).name}-seed{{}}"
+        end = f"{Path(model).name}-seed"
         # An untrained model scores the same for every seed and setting.
         for seed, setting in itertools.product(args.seeds, args.settings) if trains else [(1, "")]:
             if setting != "single":
                 words = flags_of(args, passed_on, method, model, seed, setting, args.tasks)
-                runs.append((stem.format(setting or "eval", seed), words))
+                runs.append((f"{slug}-{setting or 'eval'}-{end}{seed}", words))
                 continue
             for task in task_names(args):
                 words = flags_of(args, passed_on, method, model, seed, setting, [task])
                 digest = hashlib.sha256(shlex.join(words).encode()).hexdigest()[:8]
-                name = f"single/{stem.format(task.split('_')[0], seed)}-{digest}"
+                name = f"single/{slug}-{task.split('_')[0]}-{end}{seed}-{digest}"
                 single.append((name, words))
     planned = {}
     for name, words in runs + single:

@@ -67,8 +67,9 @@ LAYOUTS = {  # files, the only task: name, definition, category, metric
     "natural-instructions": (
         {"tasks/task7_x.json": HEAD | {"Categories": ["Toys", "Games"], "Instances": INSTANCES},
          "README.md": "?"}, ("task7_x", "Do it.", "Toys, Games", "rouge_l")),
-    "its tasks": ({"task7_x.json": HEAD | {"Instances": INSTANCES}},
-                  ("task7_x", "Do it.", "other", "rouge_l")),
+    "its tasks": ({"task7_x.json": HEAD | {"Categories": "Toys", "Instances": INSTANCES}},
+                  ("task7_x", "Do it.", "Toys", "rouge_l")),
+    "a line break in a name": ({"a\nb.jsonl": lines(PAIR)}, ("a_b", "", "other", "rouge_l")),
     "labels": ({"CB/train.json": HEAD | {"Instances": PAIR}, "CB/labels.json": ["b"],
                 "CB/dev.json": "?", "CB/test.json": HEAD | {"Instances": PAIR}},
                ("CB", "Do it.", "other", "accuracy")),
@@ -89,6 +90,8 @@ LAYOUTS = {  # files, the only task: name, definition, category, metric
     "an older clone": ({f"t/{split}-00000-of-00001-a09b74b3ef9c3b56.jsonl": lines(rows)
                         for split, rows in (("train", PAIR[:1]), ("test", PAIR[1:]))},
                        ("t", "", "other", "rouge_l")),
+    "capitals": ({"t_Train.JSONL": lines(PAIR[:1]), "t_TEST.jsonl": lines(PAIR[1:])},
+                 ("t", "", "other", "rouge_l")),
     "a space": ({"t train.jsonl": lines(PAIR[:1]), "t test.jsonl": lines(PAIR[1:])},
                 ("t", "", "other", "rouge_l")),
     "a name that ends as a split": ({"constrain.jsonl": lines(PAIR)},
@@ -236,6 +239,12 @@ def test_a_dataset_of_the_hub(tmp_path, capsys, monkeypatch):
     datasets.disable_progress_bars()
     made.save_to_disk(tmp_path / "saved")
     assert exchanges(converted(tmp_path / "saved", tmp_path / "b")["saved"]) == exchanges(task)
+    made["train"].save_to_disk(tmp_path / "one")
+    assert len(exchanges(converted(tmp_path / "one", tmp_path / "c")["one"])) == 2
+    del made["train"]
+    made.save_to_disk(tmp_path / "two")
+    assert "has the splits validation, test, but no train" in refused(tmp_path / "two", tmp_path,
+                                                                      capsys)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     assert "nobody/glue does not exist" in refused("nobody/glue", tmp_path, capsys)
 
@@ -307,6 +316,11 @@ def test_tasks_and_metric(tmp_path):
 
 
 BAD = {  # files, what stands in the line
+    "two halves": ({"reviewsTrain.jsonl": lines(PAIR), "reviewsTest.jsonl": lines(PAIR)},
+                   ("reviewsTest", "reviewsTrain", "NAME_train")),
+    "a packed file": ({"test.jsonl.gz": "?"}, ("left out: test.jsonl.gz",)),
+    "a quotation over two rows": ({"t.tsv": 'input\toutput\n"A.\tb\nC."\td\n'},
+                                  ("t.tsv", "line 3", "whole row")),
     "nothing": ({"x.md": "?"}, ("source",)),
     "test file alone": ({"test.json": PAIR}, ("source",)),
     "test file of one task": ({"a.json": PAIR, "b_test.json": PAIR}, ("source", "train")),
@@ -355,6 +369,7 @@ def test_bad_files_are_refused(tmp_path, capsys, case):
 
 @pytest.mark.parametrize("flags, named", [
     (["--tasks", "u"], "'u'"), (["--input_column", "text"], "'text'"),
+    (["--output_column", "input"], "--input_column and --output_column"),
     (["--test_items", "0"], "'0'"),
     (["--metric", "f1"], "rouge_l"), (["--test", "5"], "--test"),
 ])

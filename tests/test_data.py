@@ -1,6 +1,7 @@
 """Suites, task orders, prompts, encoding and batches."""
 
 import collections
+import json
 import random
 import re
 from pathlib import Path
@@ -93,6 +94,14 @@ def test_metric_and_category(tmp_path, name, keys, category, metric):
     """What the file says wins; then SuperNI's table, by exact folder name; then the defaults."""
     task = load(write_task(tmp_path / "s", name, **keys)).tasks[name]
     assert (task.category, task.metric) == (category, metric)
+
+
+def test_a_definition_as_text_equals_its_lines(tmp_path):
+    folder = write_task(tmp_path / "s", "mine", Definition=["Say", "it."])
+    file = folder / "mine" / "test.json"
+    content = json.loads(file.read_text()) | {"Definition": "Say\nit."}
+    file.write_text(json.dumps(content))
+    assert load(folder).tasks["mine"].definition == "Say\nit."
 
 
 def test_superni_names_carry_metric_and_category():

@@ -45,6 +45,12 @@ def log_of(folder, *stages):
             for line in lines_of(folder / name) if line["stage"] in stages]
 
 
+def test_validation_warns_of_rows_that_the_adapter_knows(first, tiny, tmp_path):
+    said = succeed(*tiny, *SMALL[-4:], "--eval_only", "--adapter", first("lora") / "adapter",
+                   "--validation", 2, "--tasks", *ORDER, "--output_dir", tmp_path / "one")
+    assert any("its run held out 0 of each task" in line for line in said.out)
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_going_on_is_not_stopping(variant, tiny, first, tmp_path):
     """A task, then two more, to the bit: steps, regroupings, weights and predictions."""

@@ -186,6 +186,16 @@ def test_references_that_no_answer_can_reach_are_counted(tmp_path):
     assert described(root, max_new_tokens=99)[1:] == []
 
 
+def test_labels_that_training_lacks_are_counted(tmp_path):
+    train, test = [item(f"a{i}", "0" if i % 2 else "One.") for i in range(4)], [
+        item("b", "-1"), item("c", "one"), item("d", ["?", "0"])]
+    line = "alpha: 1 of 3 test items have a label that no training item has"
+    root = write_task(tmp_path / "s", "alpha", train, test, Metric="accuracy")
+    assert line in described(root)
+    root = write_task(tmp_path / "t", "alpha", train[:3], test, Metric="accuracy")
+    assert line not in described(root)  # answers that do not repeat
+
+
 def test_empty_answers_are_counted(tmp_path):
     root = write_task(tmp_path / "s", "alpha", [item("a", ""), item("b")],
                       [item("c"), item("d", "")])

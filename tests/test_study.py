@@ -80,6 +80,13 @@ def test_single_task_runs_are_known_by_their_settings(capsys):
     assert folders[0].startswith("runs/study/single/lora-task363-smollm2-135m-seed1-")
 
 
+def test_a_model_folder_may_have_any_name(llama, tmp_path, capsys):
+    model = tmp_path / "{0} a{b}"
+    model.symlink_to(llama)
+    ((words,), _) = dry(capsys, "--models", model, "--methods", "lora", "--seeds", 3, *TINY)
+    assert "runs/study/lora-mixed-{0} a{b}-seed3" in words
+
+
 def test_an_untrained_model_runs_once(capsys):
     """It has one run for all seeds and settings, without the flags of training."""
     commands, _ = dry(capsys, "--methods", "zero_shot", "--models", "smollm2-135m", "--",

@@ -96,6 +96,14 @@ def test_the_newest_run_is_found_and_named(runs, capsys, monkeypatch):
     assert status == 0 and "adapter: runs/badit/adapter, of the newest finished run" in err
 
 
+def test_the_newest_run_may_have_an_adapter_for_each_task(runs, tmp_path, capsys, monkeypatch):
+    for task in ("a", "b"):
+        shutil.copytree(runs / "badit" / "adapter", tmp_path / "runs" / "x" / "adapter" / task)
+    (tmp_path / "runs" / "x" / "results.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    rejected(capsys, "name one with --adapter: runs/x/adapter/a, runs/x/adapter/b", "red cat")
+
+
 @pytest.mark.parametrize("name, named", [
     (None, "give --model"),
     ("moved", "names its base model 'moved', a folder that is missing: give --model")])

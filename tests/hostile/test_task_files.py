@@ -60,6 +60,19 @@ def test_no_list_of_instances(file, content):
     assert "Definition" in message and "Instances" in message
 
 
+@pytest.mark.parametrize("key", ["metric", "category"])
+def test_a_key_in_small_letters(file, key):
+    write_json(file, GOOD | {key: "accuracy"})
+    assert f"the key '{key}' must be '{key.capitalize()}'" in complaint_about(file)
+
+
+def test_keys_of_a_task_in_a_line(file):
+    lines = file.with_suffix(".jsonl")
+    lines.write_text('{"Definition": "D", "Metric": "accuracy", "input": "a", "output": "b"}\n')
+    file.unlink()
+    assert "but no Definition or Metric" in complaint_about(lines)
+
+
 @pytest.mark.parametrize("value", [MISSING, 5, None, [5], ["a \ud800"]], ids=ascii)
 def test_a_malformed_definition(file, value):
     """Missing, or not text."""
