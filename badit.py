@@ -6,15 +6,13 @@ weights (Eq. 7) and the method; grouping.py groups components by gradient direct
 regrouping.py applies that on a schedule. Axis names as in those files.
 """
 
-import os
-
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from baselines.loramoe import LoraMoeLinear
 from decomposition import InitialBank
-from energy import EnergyLinear, measure_energies, profiles
+from energy import EnergyLinear, measure_energies
 from experts import Bank, BankLinear, Routing, select_experts
 from inputs.errors import InputError
 from regrouping import ExpertMethod
@@ -148,50 +146,3 @@ class Badit(ExpertMethod):
         if self.settings.routing == "energy" and not self.settings.no_bad:
             measure_energies(self.model, self.layers, loader)
         super().start_stage(stage, loader)
-        if os.environ.get("IDEA_COACTIVE"):
-            for name, e in profiles(self.model, self.layers, loader).items():
-                self.regrouper.profiles.setdefault(name, []).append(e)
-        self.before = {name: (layer.lora_A.detach().clone(), layer.lora_B.detach().clone())
-                       for name, layer in self.layers.items()}
-
-    spaces = {}
-
-    @torch.no_grad()
-    def after_step(self, batch):
-        if os.environ.get("IDEA_PROJECT"):
-            from baselines.gainlora import constrain_update
-            for name, (P, Q) in self.spaces.items():
-                layer, (A, B) = self.layers[name], self.before[name]
-                layer.lora_A.copy_(constrain_update(layer.lora_A, A, P))
-                layer.lora_B.copy_(constrain_update(layer.lora_B, B, Q))
-        return super().after_step(batch)
-
-    @torch.no_grad()
-    def end_stage(self, stage, loader):
-        super().end_stage(stage, loader)
-        if not os.environ.get("IDEA_PROJECT"):
-            return
-        from baselines.gainlora import extend, free_directions, second_moment
-        from method import INPUTS, first_rows, observe
-        share = float(os.environ["IDEA_PROJECT"])
-        moments, tokens = {}, None
-
-        def add(name, x, _):
-            layer = self.layers[name]
-            x = x[tokens]  # (tokens, in)
-            h, c = layer.components(x)  # (tokens, N)
-            for key, v in (("x", x), ("h", h * c)):
-                sums = moments.setdefault((name, key), 0)
-                moments[name, key] = sums + second_moment(v)
-
-        with observe(self.model, self.layers, add):
-            for batch in first_rows(loader, 200):
-                tokens = batch["attention_mask"].bool()
-                self.model(**{key: batch[key] for key in INPUTS}, logits_to_keep=1,
-                           use_cache=False)
-        for name in self.layers:
-            old = self.spaces.get(name) or (moments[name, "x"][:, :0], moments[name, "h"][:, :0])
-            self.spaces = self.spaces | {name: tuple(
-                extend(moments[name, key], space, share) for key, space in zip("xh", old))}
-        free = [[free_directions(space) for space in pair] for pair in self.spaces.values()]
-        print("free directions, mean over layers:", torch.tensor(free).float().mean(0).tolist())

@@ -4,8 +4,6 @@ Axis names as in experts.py. The energy of a component for a token is |b0 a0 x|^
 of its initial output, without the scaling s.
 """
 
-import os
-
 import torch
 import torch.nn.functional as F
 from accelerate.utils import reduce
@@ -53,10 +51,7 @@ class EnergyLinear(InitialBank, BankLinear):
         alpha = torch.ones_like(scores)  # (..., K)
         if self.top_k == self.num_experts:
             return Routing(alpha, alpha, None, scores)
-        ranked = scores
-        if os.environ.get("IDEA_ALWAYS"):
-            ranked = scores.index_fill(-1, torch.zeros(1, dtype=torch.int64), torch.inf)
-        active = select_experts(ranked, self.top_k)
+        active = select_experts(scores, self.top_k)
         return Routing(alpha, active.to(alpha.dtype), active, scores)
 
     @torch.no_grad()
@@ -91,24 +86,3 @@ def measure_energies(model, layers, loader):
     count = reduce(count, "sum")
     for name, layer in layers.items():
         layer.mean_energy.copy_(reduce(sums[name], "sum") / count)
-
-
-@torch.no_grad()
-def profiles(model, layers, loader):
-    """Return {layer: e (rows, N)}: each component's mean energy over a row's prompt, / its mean."""
-    from baselines.gainlora import prompt_mask
-    found, mask = {name: [] for name in layers}, None
-
-    def add(name, x, _):
-        layer = layers[name]
-        with torch.autocast(x.device.type, enabled=False):
-            e = activation_energy(x.to(layer.lora_A0.dtype), layer.lora_A0, layer.lora_B0)
-        m = mask[..., None].to(e.dtype)  # (batch, seq, 1)
-        e = (e * m).sum(1) / m.sum(1).clamp_min(1)  # (batch, N)
-        found[name].append(e[mask.any(1)] / layer.mean_energy)
-
-    with observe(model, layers, add):
-        for batch in first_rows(loader, ROWS):
-            mask = prompt_mask(batch)
-            model(**{key: batch[key] for key in INPUTS}, logits_to_keep=1, use_cache=False)
-    return {name: torch.cat(rows) for name, rows in found.items()}

@@ -35,7 +35,6 @@ class Regrouper:
     def __init__(self, layers, regroup_every, grouping, seed):
         self.layers, self.regroup_every = layers, regroup_every
         self.grouping, self.seed = grouping, seed
-        self.profiles = {}
 
     def start(self, stage):
         """Begin a stage: reset the step counter and the gradient sums."""
@@ -115,9 +114,6 @@ class Regrouper:
 
     def propose(self, grouping, gram, old, K):
         """Return new groupings (L, N) and the rounds (L,) of their solver."""
-        if grouping == "dog" and self.profiles:
-            rows = [torch.cat(self.profiles[name]) for name in self.layers]  # (rows, N)
-            gram = torch.stack([component_gram((e - e.mean(0)).T) for e in rows])
         if grouping == "dog":
             return grouping_from_gram(gram, K, old)
         no_rounds = torch.zeros(len(old), dtype=torch.int64)
