@@ -341,6 +341,14 @@ def test_the_short_tasks_in_sequence(calls, capsys):
                        (("lora", 1e-3), ("badit", 2e-4), ("pissa", 2e-4)) for seed in range(1, 6)}
 
 
+def test_new_seeds(calls, capsys):
+    given = [train_flags(words) for argv in calls("compare.sh", "new-seeds", "--dry-run")
+             for words in dry(capsys, *argv)[0]]
+    trained = Counter(args.seed for args in given if args.method != "zero_shot")
+    assert trained == dict.fromkeys(range(6, 16), 7)
+    assert {args.learning_rate for args in given if args.routing == "energy"} == {5e-4}
+
+
 @pytest.mark.parametrize("nodes", ["1", "2"])
 def test_slurm_runs_one_line_of_the_same_list(nodes, calls, capsys):
     """Job I of the array runs line I; several nodes shard the base over all their GPUs."""
