@@ -13,6 +13,7 @@ import numpy as np
 import metrics
 from inputs.files import atomic_path
 from registry import SENSITIVITY, VARIANTS
+from reporting import verdicts
 from reporting.runs import group_runs, label, short, values_of
 
 matplotlib.rcParams["text.parse_math"] = False  # a $ in a name is a $
@@ -173,7 +174,29 @@ def sensitivity(records):
     return figure
 
 
-def of_study(records):
-    """Return {name: figure} of every figure for which there is a run."""
-    drawn = {"angles": angles(records), "sensitivity": sensitivity(records)}
+def claims(found):
+    """Draw the Verdicts on losses: each seed's difference, and their mean with its interval."""
+    found = [verdict for verdict in found
+             if verdict.seeds >= verdicts.FEWEST and not verdict.claim.forgets]
+    if not found:
+        return None
+    figure, (axes,) = grid(1, width=10, height=1 + 0.5 * len(found))
+    for row, verdict in enumerate(found):
+        mean, low, high, _ = verdict.interval
+        axes.plot(verdict.by_seed, [row] * verdict.seeds, "o", color="tab:blue", alpha=0.4)
+        axes.errorbar(mean, row, xerr=[[mean - low], [high - mean]], fmt="D", color="black",
+                      capsize=4)
+    axes.axvline(0, color="gray", linewidth=0.8)
+    axes.set_yticks(range(len(found)), [
+        f"{verdict.claim.text}\n{verdict.model}, {verdict.setting}, against {verdict.against}"
+        for verdict in found], fontsize=8)
+    axes.set(xlabel="ln(loss), ours minus theirs: each seed, and the mean with its uncorrected "
+             "95 % interval\nleft of 0 is better for ours", ylim=(len(found) - 0.5, -0.5))
+    return figure
+
+
+def of_study(records, found):
+    """Return {name: figure} of every figure for which there is a run; `found` are Verdicts."""
+    drawn = {"angles": angles(records), "sensitivity": sensitivity(records),
+             "claims": claims(found)}
     return {name: figure for name, figure in drawn.items() if figure}

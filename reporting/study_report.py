@@ -28,7 +28,8 @@ def make(records, left_out, out):
     for table in made:
         write_text(out / "tables" / f"{table.name}.tex", table.latex())
         write_text(out / "tables" / f"{table.name}.csv", table.csv())
-    for name, figure in figures.of_study(records).items():
+    found = verdicts.verdicts(records)
+    for name, figure in figures.of_study(records, found).items():
         figures.save(figure, out / "figures" / name, ("png", "pdf"))
     single = sum(record.setting == "single" for record in records)
     parts = ["# Report", f"{len(records) - single} runs, {single} single-task runs, "
@@ -40,7 +41,6 @@ def make(records, left_out, out):
     parts += ["## Settings that all runs share", bullets(shared_settings(records)),
               "## What made them", bullets(made_by(records)),
               *(table.markdown() for table in made)]
-    found = verdicts.verdicts(records)
     if found:
         parts += ["## Claims", VERDICTS]
     for title, claims in (("The paper's claims", verdicts.PAPER),

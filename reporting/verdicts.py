@@ -142,14 +142,16 @@ class Verdict(NamedTuple):
     setting: str
     against: str  # the best of `theirs`
     interval: Interval
-    seeds: int
-    lower: int  # number of seeds on which ours is lower
+    by_seed: list  # the difference of each seed
     median: float  # over tasks, of the differences
     nats: float  # difference of the plain mean over tasks, nats per token
-    spread: float  # standard deviation over seeds of the difference, 0 for one seed
     corrected: float = 1.0  # p after Holm's correction over `claims`
     claims: int = 1
     places: int = 1  # studies, models and settings that it is a mean of
+
+    @property
+    def seeds(self):
+        return len(self.by_seed)
 
     def word(self):
         """Return shown, the reverse, no gain of TARGET, open, or not judged.
@@ -184,11 +186,12 @@ class Verdict(NamedTuple):
             f"; median task {self.median:+.3f}; plain mean {self.nats:+.3f} nats")
         return (f"{self.model}, {self.setting}: {self.claim.text}: **{self.word()}**"
                 f"{self.reason()} (against {self.against} {mean:+.3f}, {judged}{others}; lower on "
-                f"{self.lower} of {seeds(self.seeds)}).")
+                f"{sum(value < 0 for value in self.by_seed)} of {seeds(self.seeds)}).")
 
     def needed(self):
         """Return the seeds that show a difference of TARGET in 80 % of studies, uncorrected."""
-        return math.ceil((POWER * self.spread / TARGET) ** 2) + 2  # 2: Student's t is wider
+        spread = statistics.stdev(self.by_seed)
+        return math.ceil((POWER * spread / TARGET) ** 2) + 2  # 2: Student's t is wider
 
     def difference(self):
         """Return the difference as a table shows it: mean, interval, and the rival if chosen."""
@@ -280,9 +283,8 @@ def judge(claim, where):
     if interval.mean > 0:  # the rival was chosen on these runs, which favours it
         interval = interval._replace(p=min(1.0, rivals * interval.p))
     first = where[next(iter(pairs))]
-    return Verdict(claim, first.model, first.setting, best, interval, len(by_seed),
-                   sum(value < 0 for value in by_seed), median, nats,
-                   statistics.stdev(by_seed) if len(by_seed) > 1 else 0.0, places=len(pairs))
+    return Verdict(claim, first.model, first.setting, best, interval, by_seed, median, nats,
+                   places=len(pairs))
 
 
 def compare_losses(studies):

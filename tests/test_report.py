@@ -302,7 +302,7 @@ def test_a_task_of_unlearnable_rows_is_not_counted(study, tmp_path, monkeypatch)
     assert made["rouge"] == pytest.approx(statistics.fmean(scores[-1][i] for i in counted))
     assert made["backward"] == pytest.approx(statistics.fmean(
         scores[-1][i] - scores[i][i] for i in counted if i < 2))
-    monkeypatch.setattr(figures, "of_study", lambda records: {})
+    monkeypatch.setattr(figures, "of_study", lambda *_: {})
     assert report.main([str(study), "--out", str(tmp_path / "out")]) == 0
     text = (tmp_path / "out" / "report.md").read_text()
     assert "No number counts say_both" in text and "| say_both |" not in text
@@ -347,10 +347,15 @@ def test_verdicts(study):
         for seed in (1, 2)))
     assert less.interval.mean == pytest.approx(((0.375 - 1.125) + (0.25 - 0.75)) / 2)
     for verdict in (better, less):
-        assert (verdict.against, verdict.seeds, verdict.lower, verdict.claims) == ("lora", 2, 2, 2)
+        assert (verdict.against, verdict.seeds, verdict.claims) == ("lora", 2, 2)
+        assert "lower on 2 of 2 seeds" in verdict.sentence()
         assert verdict.interval.low <= verdict.interval.mean <= verdict.interval.high
     assert better.interval.high > 0 and better.word() == "open"  # two seeds: t is 12.7
-    assert less.spread == pytest.approx(statistics.stdev([0.375 - 1.125, 0.25 - 0.75]))
+    assert less.by_seed == pytest.approx([0.375 - 1.125, 0.25 - 0.75])
+    (axes,) = figures.claims([better, less]).axes  # the one of losses
+    assert axes.lines[0].get_xdata() == pytest.approx(better.by_seed)
+    assert ["against lora" in text.get_text() for text in axes.get_yticklabels()] == [True]
+    figures.plt.close("all")
 
 
 @pytest.mark.parametrize("interval, corrected, seeds, said, cell", [
@@ -359,7 +364,7 @@ def test_verdicts(study):
     ((0.1, 0.05, 0.2, 0.01), 0.02, 7, "**the reverse** (against lora +0.100",
      "+0.10 (+0.05 to +0.20) against lora"),
     ((0.1, -0.31, 0.2, 0.5), 1, 7, "**open**: the interval allows a gain of up to 0.310; to show "
-     "0.05 takes about 34 seeds", "+0.10 (-0.31 to +0.20) against lora"),
+     "0.05 takes about 38 seeds", "+0.10 (-0.31 to +0.20) against lora"),
     ((-0.1, -0.2, -0.05, 0.03), 0.09, 7, "**open**: the interval excludes 0, but not after "
      "correction for 3", "-0.10 (-0.20 to -0.05) against lora"),
     ((0.1, 0.05, 0.2, 0.03), 0.09, 7, "**no gain of 0.05** (against lora",
@@ -372,8 +377,9 @@ def test_verdicts(study):
      "interval;", "+0.10 against lora")])
 def test_what_a_verdict_says(interval, corrected, seeds, said, cell):
     """Nothing is shown without Holm's correction; no gain means that 0.05 is excluded."""
+    by_seed = [0.1 * (-1) ** seed for seed in range(seeds)]
     verdict = verdicts.Verdict(verdicts.BEST, "m", "mixed", "lora", verdicts.Interval(*interval),
-                               seeds, 1, 0.0, 0.0, 0.1, corrected, 3)
+                               by_seed, 0.0, 0.0, corrected, 3)
     assert said in verdict.sentence() and verdict.difference() == cell
     assert ("**" in readme.overall(verdict, [None])) == (corrected == 0.02)
 
@@ -927,7 +933,7 @@ REPORTS = {"compare-mini": ("--allow_other", "code"), "compare-superni": (),
 @pytest.mark.parametrize("name", REPORTS)
 def test_the_committed_report_is_made_from_its_records(name, tmp_path, monkeypatch):
     """No number in it is typed by hand."""
-    monkeypatch.setattr(figures, "of_study", lambda records: {})  # they take a minute
+    monkeypatch.setattr(figures, "of_study", lambda *_: {})  # they take a minute
     records = ROOT / "results" / name / "records.jsonl.gz"
     assert report.main([str(records), "--out", str(tmp_path), *REPORTS[name]]) == 0
     (file,) = tmp_path.glob("*.md")
