@@ -90,7 +90,7 @@ def exact_match(prediction, reference):
 
 
 def bare(text):
-    """Return a text without what accuracy does not count."""
+    """Return what accuracy compares of a text."""
     text = _in_one_form(text)
     return _RIGHT_EDGE.sub("", _LEFT_EDGE.sub("", text)) or text
 

@@ -268,6 +268,7 @@ def prepare(args, accelerator, stop, seconds):
     made = identity.provenance(args)
     suite = data.load_suite(args.suite, args.data_dir)
     suite = data.select_tasks(suite, args.tasks) if args.tasks else suite
+    known = list(checks.rows_of_the_adapter(args, suite))
     suite = data.hold_out(suite, args.validation) if args.validation else suite
     suite = data.cut(suite, args.max_train_per_task, args.max_eval_per_task)
     order = data.task_order(suite.tasks, args.seed, args.task_order)
@@ -276,8 +277,7 @@ def prepare(args, accelerator, stop, seconds):
         tokenizer = models.load_tokenizer(args.model)
         encoded = data.encode_suite(suite, tokenizer, args.max_length, args.chat_template,
                                     data.SPLITS if trains else ("test",))
-    for line in (*data.describe(suite, encoded, args.max_length, args.max_new_tokens),
-                 *checks.rows_of_the_adapter(args)):
+    for line in (*data.describe(suite, encoded, args.max_length, args.max_new_tokens), *known):
         print_main(accelerator, line)
     stages = make_stages(args, accelerator, order, encoded)
     mine = identity.identity(args, accelerator, suite.tasks, made)

@@ -57,6 +57,7 @@ def find(paths):
 
 def read(path):
     """Return the Adapter in a folder. Raises InputError for none, or for a mixture of runs."""
+    path = path.resolve()
     folders = {None: path}
     if not (path / ADAPTER_CONFIG).exists() and not (path / "adapter" / ADAPTER_CONFIG).exists():
         folders = {file.parent.name: file.parent
@@ -70,7 +71,6 @@ def read(path):
                              "cannot be compared")
     results = path.parent / "results.json"
     content = formats.load(results) if results.exists() else {}
-    path = path.resolve()
     name = path.parent.name if path.name == "adapter" else path.name
     return Adapter(name, folders, *first[1], content)
 

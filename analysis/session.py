@@ -112,7 +112,7 @@ def linear_layers(model, layers, modules):
     if ALL_LINEAR in modules:
         raise InputError(f"--target_modules {ALL_LINEAR}: name the linear layers to analyse")
     names = [name for name in find_targets(model, modules) if layer_number(name) in layers]
-    for module in {*modules} - {name.rpartition(".")[2] for name in names}:
+    for module in sorted({*modules} - {name.rpartition(".")[2] for name in names}):
         raise InputError(f"--layers {' '.join(map(str, layers))}: none of these has a {module}")
     return sorted(names, key=lambda name: (modules.index(name.rpartition(".")[2]),
                                            layers.index(layer_number(name))))

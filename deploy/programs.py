@@ -12,6 +12,7 @@ from harness.arguments import refuse_odd_words
 from harness.signals import StopSignals
 from inputs.errors import InputError, exit_status
 from inputs.settings import Flag
+from inputs.task_files import listed
 from registry import MODELS
 
 MODEL = Flag("model", str | None, None, "the base model, where the adapter names none or it has "
@@ -35,8 +36,8 @@ def newest_adapter(folder=Path("runs")):
         raise InputError(f"no finished run in {folder}/ has an adapter: name one with --adapter")
     adapters = finished[max(finished, key=lambda file: file.stat().st_mtime_ns)]
     if len(adapters) > 1:
-        raise InputError(f"the newest finished run has an adapter for each task: name one with "
-                         f"--adapter: {', '.join(map(str, adapters))}")
+        raise InputError("the newest finished run has an adapter for each task: name one with "
+                         f"--adapter: {listed(list(map(str, adapters)))}")
     return adapters[0]
 
 

@@ -12,6 +12,7 @@ from data import SPLITS
 from harness.run import print_main
 from inputs import formats
 from inputs.errors import InputError
+from inputs.task_files import listed
 from quantized import check_experts, find_experts
 from registry import ALL_LINEAR
 
@@ -51,16 +52,27 @@ def check_model(setup, method):
                 print_main(setup.accelerator, f"{name} {value}")
 
 
-def rows_of_the_adapter(args):
-    """Yield a line if --validation may evaluate rows that --adapter was trained on."""
+def rows_of_the_adapter(args, suite):
+    """Yield a line if --validation may evaluate rows that the --adapter was trained on."""
     if not (args.validation and args.adapter):
         return
     files = [folder / "results.json" for folder in Path(args.adapter).resolve().parents[:2]]
-    held = [formats.load(file)["args"].get("validation") or 0 for file in files if file.is_file()]
-    if not held or held[0] < args.validation:
-        known = held[0] if held else "an unknown number"
+    content = next((formats.load(file) for file in files if file.is_file()), None)
+    run = content.get("args") if isinstance(content, dict) else None
+    if not run:
+        yield (f"--validation {args.validation}: the rows that {args.adapter} was trained on are "
+               "unknown, and may be among those that are evaluated")
+        return
+    if Path(run["suite"]).name != Path(args.suite).name:
+        return
+    known = []
+    for name, task in suite.tasks.items():
+        kept = len(task.train) - (run["validation"] or 0)
+        if min(kept, run["max_train_per_task"] or kept) > len(task.train) - args.validation:
+            known.append(name)
+    if known:
         yield (f"--validation {args.validation}: {args.adapter} may have been trained on rows that "
-               f"are evaluated; its run held out {known} of each task")
+               f"are evaluated, of {listed(known)}")
 
 
 def check_architecture(model, target_modules, quantised=False):

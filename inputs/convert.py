@@ -18,7 +18,7 @@ from inputs.errors import InputError, library_errors
 from inputs.files import atomic_folder, check_free, write_json
 from inputs.numbers import PositiveInt, stable_seed
 from inputs.settings import REQUIRED, Flag
-from inputs.task_files import METRICS, SPLITS, listed, read_task, resolve_names
+from inputs.task_files import METRICS, SPLITS, joined, listed, read_task, resolve_names
 
 SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet")
 LARGEST_CELL = 2**30  # characters; the csv module allows 131,072 by default
@@ -34,7 +34,8 @@ TEST_ITEMS = 100
 FILE_NAME = re.compile(r"(.*?)(?:(?:^|[\s._-])(train|test|dev|eval|val|valid|validation)"
                        r"(?:-\d+-of-\d+(?:-[0-9a-f]{16})?)?)?", re.DOTALL | re.IGNORECASE)
 LEFT_OUT = "left out"  # keys, columns and files
-SAVED = ("dataset_dict.json", "state.json")  # of what save_to_disk writes
+SAVED = {"dataset_dict.json"}, {"dataset_info.json", "state.json"}  # what save_to_disk writes
+PACKED = re.compile(r"(\.(jsonl?|[ct]sv|parquet|xlsx?|txt|gz|zip|zst|bz2|xz))+$", re.IGNORECASE)
 FLAGS = (
     Flag("source", str, REQUIRED, "a file, a folder, or the name of a dataset on the Hugging Face "
          "hub: OWNER/NAME, or OWNER/NAME:CONFIGURATION", "SOURCE", positional=True),
@@ -103,20 +104,21 @@ def convert(args):
 def _find_tasks(source, notes):
     """Return {task: Files} of a file, a folder or a dataset of the hub. Raises InputError."""
     place, found = Path(source), {}
-    if not place.exists() or any((place / name).exists() for name in SAVED):
+    if not place.exists() or place.is_dir() and any(
+            names <= {path.name for path in place.iterdir()} for names in SAVED):
         return _find_dataset(source, place, notes)
     if place.is_file():
         return {place.stem: Files(place.parent, {"train": place})}
     files = {}  # {path: (name, split)}
     for path in sorted(place.rglob("*")):
         hidden = any(part.startswith(".") for part in path.relative_to(place).parts)
-        if path.is_file() and not hidden:
-            name, split = FILE_NAME.fullmatch(path.name.split(".")[0]).groups()
-            if path.suffix.lower() in SUFFIXES:
-                name, split = FILE_NAME.fullmatch(path.stem).groups()
-                files[path] = name, split and split.lower()
-            elif split:
-                notes.add(LEFT_OUT, path.name)
+        if not path.is_file() or hidden:
+            continue
+        if path.suffix.lower() in SUFFIXES:
+            name, split = FILE_NAME.fullmatch(path.stem).groups()
+            files[path] = name, split and split.lower()
+        elif PACKED.search(path.name) and FILE_NAME.fullmatch(PACKED.sub("", path.name))[2]:
+            notes.add(LEFT_OUT, path.name)
     by_folder = any((name, split) == ("", "train") for name, split in files.values())
     for path, (name, split) in files.items():
         if by_folder and name or split not in (None, *SPLITS):
@@ -133,10 +135,10 @@ def _find_tasks(source, notes):
         raise InputError(f"{source} holds no file of {', '.join(SUFFIXES)} to convert{others}")
     lower = {name.lower(): name for name in found}
     for name, mine in lower.items():
-        twin = name.replace("test", "train")
-        if twin != name and twin in lower:
-            raise InputError(f"{mine} and {lower[twin]} look like the two files of one task: name "
-                             "them NAME_test and NAME_train")
+        twin = lower.get(name.replace("test", "train"), mine)
+        if twin != mine and found[mine].splits.keys() == found[twin].splits.keys() == {"train"}:
+            raise InputError(f"{mine} and {twin} look like the two files of one task: name them "
+                             "NAME_test and NAME_train")
     for files in found.values():
         if "train" not in files.splits:
             raise InputError(f"{files.splits['test']}: there is no train file beside it")
@@ -160,7 +162,7 @@ def _find_dataset(source, place, notes):
         raise InputError(f"{source} has the splits {', '.join(read)}, but no train")
     splits = {split: read[split] for split in SPLITS if split in read}
     notes.add(LEFT_OUT, *sorted(read.keys() - splits.keys()))
-    return {re.split("[/:]", source)[-1]: Files(place, splits)}
+    return {re.split("[/:]", source.rstrip("/"))[-1]: Files(place, splits)}
 
 
 # --- reading ------------------------------------------------------------------------------------
@@ -225,10 +227,12 @@ def _read_csv(path, notes):
             if len(values) != len(columns):
                 raise InputError(f"{path}, line {reader.line_num} has {len(values)} values, the "
                                  f"first line names {len(columns)} columns")
-            if separator == "\t" and any(line.count("\t") == len(columns) - 1 for value in values
-                                         for line in value.split("\n")[:-1]):
-                raise InputError(f"{path}, line {reader.line_num} ends a quotation that holds a "
-                                 "whole row: a quotation mark within a text is written twice")
+            lines = "\t".join(values).split("\n")
+            if separator == "\t" and len(lines) > 1 and all(
+                    line.count("\t") == len(columns) - 1 for line in lines):
+                raise InputError(f"{path}, line {reader.line_num} ends a text in quotation marks "
+                                 "that holds whole rows: write a quotation mark within a text "
+                                 "twice, and quote the text")
             rows.append(dict(zip(columns, values, strict=True)))
     except csv.Error as error:
         raise InputError(f"{path}, line {reader.line_num}: {error}") from None
@@ -349,6 +353,7 @@ def _make_task(name, files, args, notes):
         declared |= bool(said)
         notes.add(LEFT_OUT, *sorted(said.keys() - set(Head.__struct_fields__)))
         said = formats.convert(said, Head, source, verdict="")
+        said.Definition = joined(said.Definition)
         if head is not None and said != head:
             raise InputError(f"{source} has another Definition, Category or Metric than "
                              f"{files.splits['train']}")

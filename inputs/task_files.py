@@ -4,7 +4,7 @@ import contextlib
 import re
 from typing import NamedTuple
 
-from msgspec import UNSET, structs
+from msgspec import UNSET
 
 from inputs import formats
 from inputs.errors import InputError
@@ -81,9 +81,8 @@ def read_task(folder, about=None):
     files = {split: _find(folder, split) for split in SPLITS}
     heads, instances = {}, {}
     for split, file in files.items():
-        head, instances[split] = _read_split(file)
-        lines = [head.Definition] if isinstance(head.Definition, str) else head.Definition
-        heads[split] = structs.replace(head, Definition="\n".join(lines))
+        heads[split], instances[split] = _read_split(file)
+        heads[split].Definition = joined(heads[split].Definition)
     head, file = heads["train"], files["train"]
     for key in HEAD_KEYS:
         if getattr(heads["test"], key) != getattr(head, key):
@@ -97,6 +96,11 @@ def read_task(folder, about=None):
     if metric not in METRICS:
         raise InputError(f"{file}: Metric {metric!r} is unknown; allowed: {', '.join(METRICS)}")
     return Task(folder.name, head.Definition.strip(), category, metric, **instances)
+
+
+def joined(definition):
+    """Return a Definition, a text or a list of lines, as a text."""
+    return definition if isinstance(definition, str) else "\n".join(definition)
 
 
 def unread_files(folder):
@@ -122,7 +126,7 @@ def _read_split(file):
         if not isinstance(rows, list) or not rows:
             raise InputError(f"{file} is not an object with Definition and a list of Instances")
         for key in content:
-            if key not in HEAD_KEYS and key.capitalize() in HEAD_KEYS:
+            if key.capitalize() in set(HEAD_KEYS) - content.keys():
                 raise InputError(f"{file}: the key {key!r} must be {key.capitalize()!r}")
         head = formats.convert(content, formats.TaskHead, file, verdict="")
         return head, _instances(rows, file)
@@ -134,10 +138,10 @@ def _read_lines(file):
         rows = formats.read_lines(file, formats.TaskLine)
         if not rows:
             raise InputError(f"{file} is empty")
-        lost = {"Definition", "Metric"} & {key.capitalize() for row in rows for key in row}
-        if lost:
-            raise InputError(f"{file}: a line has instruction, input, output and id, but no "
-                             f"{' or '.join(sorted(lost))}; a file {file.stem}.json has both")
+        for key in ("Definition", "Metric"):
+            if any(key in row or row.get(key.lower()) in METRICS for row in rows):
+                raise InputError(f"{file}: a line holds instruction, input, output and id; {key} "
+                                 f"belongs in {file.stem}.json")
         instructions = {row.get("instruction", "") for row in rows}
         if len(instructions) > 1:
             raise InputError(f"{file}: its lines have {len(instructions)} different instructions, "

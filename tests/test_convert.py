@@ -98,6 +98,8 @@ LAYOUTS = {  # files, the only task: name, definition, category, metric
                                     ("constrain", "", "other", "rouge_l")),
     "FLAN": ({"t.jsonl": lines([{"inputs": f"a{i}", "targets": "b"} for i in range(2)])},
              ("t", "", "other", "rouge_l")),
+    "code in a TSV": ({"t.tsv": 'input\toutput\n"a():\n\tb\nc"\td\ne\tf\n'},
+                      ("t", "", "other", "rouge_l")),
     "TSV": ({"t.tsv": 'question\tanswer\na, "b"\t"c\td"\ne\tf\n'}, ("t", "", "other", "rouge_l")),
 }
 
@@ -318,9 +320,11 @@ def test_tasks_and_metric(tmp_path):
 BAD = {  # files, what stands in the line
     "two halves": ({"reviewsTrain.jsonl": lines(PAIR), "reviewsTest.jsonl": lines(PAIR)},
                    ("reviewsTest", "reviewsTrain", "NAME_train")),
-    "a packed file": ({"test.jsonl.gz": "?"}, ("left out: test.jsonl.gz",)),
+    "a packed file": ({"a.test.jsonl.gz": "?"}, ("left out: a.test.jsonl.gz",)),
+    "a quotation over two last columns": ({"t.tsv": 'input\toutput\nx\t"Yes\ny\tNo"\n'},
+                                          ("t.tsv", "line 3", "whole rows")),
     "a quotation over two rows": ({"t.tsv": 'input\toutput\n"A.\tb\nC."\td\n'},
-                                  ("t.tsv", "line 3", "whole row")),
+                                  ("t.tsv", "line 3", "whole rows")),
     "nothing": ({"x.md": "?"}, ("source",)),
     "test file alone": ({"test.json": PAIR}, ("source",)),
     "test file of one task": ({"a.json": PAIR, "b_test.json": PAIR}, ("source", "train")),

@@ -47,8 +47,11 @@ def log_of(folder, *stages):
 
 def test_validation_warns_of_rows_that_the_adapter_knows(first, tiny, tmp_path):
     said = succeed(*tiny, *SMALL[-4:], "--eval_only", "--adapter", first("lora") / "adapter",
-                   "--validation", 2, "--tasks", *ORDER, "--output_dir", tmp_path / "one")
-    assert any("its run held out 0 of each task" in line for line in said.out)
+                   "--validation", 6, "--tasks", *ORDER, "--output_dir", tmp_path / "one")
+    assert any("trained on rows that are evaluated" in line for line in said.out)
+    said = succeed(*tiny, *SMALL[-4:], "--eval_only", "--adapter", first("lora") / "adapter",
+                   "--validation", 2, "--tasks", ORDER[0], "--output_dir", tmp_path / "two")
+    assert not any("trained on rows" in line for line in said.out)  # it was trained on the first 8
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -68,6 +68,16 @@ def test_nf4_takes_the_nearest_value():
             torch.testing.assert_close(mine, nearest, rtol=0, atol=0)
 
 
+def test_codes_are_those_of_bitsandbytes():
+    functional = pytest.importorskip("bitsandbytes.functional")
+    weight = randn(2, 48, 192).float()
+    packed, state = functional.quantize_4bit(weight, blocksize=64, quant_type="nf4")
+    codes, scale = to_nf4(weight)
+    assert torch.equal(packed.flatten(), codes.flatten())
+    assert torch.equal(functional.dequantize_4bit(packed, state),
+                       dequantise(codes, scale, torch.float32))
+
+
 def test_int8_is_within_half_a_step():
     weight = randn(3, 5, 64).float()
     weight[1] = 0

@@ -70,7 +70,7 @@ def test_keys_of_a_task_in_a_line(file):
     lines = file.with_suffix(".jsonl")
     lines.write_text('{"Definition": "D", "Metric": "accuracy", "input": "a", "output": "b"}\n')
     file.unlink()
-    assert "but no Definition or Metric" in complaint_about(lines)
+    assert "Definition belongs in" in complaint_about(lines)
 
 
 @pytest.mark.parametrize("value", [MISSING, 5, None, [5], ["a \ud800"]], ids=ascii)
