@@ -2,7 +2,7 @@
 # Compare methods: bash scripts/compare.sh FORM [arguments of sweep.sh]. A FORM is:
 #   mini        15 short tasks, 24 rows of each, two epochs: 3 minutes a run on one CPU thread in bf16
 #   sequence    the same tasks in sequence, at rates tuned in sequence, with the Forget Rate
-#   new-seeds   the same tasks in sequence, seeds 6 to 15, at rates that three seeds prefer
+#   new-seeds   the same tasks in sequence, seeds 6 to 15, at rates that three seeds prefer (PiSSA: BADIT's)
 #   superni     the six SuperNI tasks with the shortest inputs, 64 rows of each, one epoch
 #   instrument  the same six tasks, 200 rows of each, two epochs: 36 to 50 steps a task, 10 to 17 minutes
 #               a run; in sequence, mixed, and on each task alone, for Forward; the methods that decide
@@ -30,9 +30,8 @@ case $form in
     rates=([lora-matched]=1e-3 [badit]=2e-4)
     flags=(--max_train_per_task 24 --epochs 2 --max_new_tokens 16 --eval_tasks all) ;;
   new-seeds) data=(--suite mini) often=([sequential]=3) settings=(sequential) seeds=({6..15})
-    groups=("lora-matched badit-energy half" "badit-energy-random pissa-matched badit badit-initial")
-    rates=([lora-matched]=1e-3 [badit-energy]=5e-4 [half]=5e-4 [badit-energy-random]=5e-4
-      [badit-initial]=5e-4 [badit]=2e-4)
+    groups=("lora-matched badit-energy half" "badit-energy-random pissa-matched badit")
+    rates=([lora-matched]=1e-3 [badit-energy]=5e-4 [half]=5e-4 [badit-energy-random]=5e-4 [badit]=2e-4)
     flags=(--max_train_per_task 24 --epochs 2 --max_new_tokens 16) ;;
   superni) data=("${six[@]}") often=([mixed]=12 [sequential]=4) groups=("${first[*]}")
     flags=(--max_train_per_task 64 --max_eval_per_task 25 --epochs 1 --max_length 256) ;;
