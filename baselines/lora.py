@@ -4,7 +4,6 @@ Axis names as in decomposition.py; r is the rank.
 """
 
 import math
-import os
 from dataclasses import replace
 
 import torch
@@ -127,50 +126,3 @@ class Lora(Method):
     def build_layer(self, linear, fresh):
         return LoraLinear(linear, self.settings.rank, self.settings.alpha,
                           self.settings.dropout)
-
-    spaces = {}
-
-    def start_stage(self, stage, loader):
-        super().start_stage(stage, loader)
-        self.before = {name: (layer.lora_A.detach().clone(), layer.lora_B.detach().clone())
-                       for name, layer in self.layers.items()}
-
-    @torch.no_grad()
-    def after_step(self, batch):
-        if os.environ.get("IDEA_PROJECT"):
-            from baselines.gainlora import constrain_update
-            for name, (P, Q) in self.spaces.items():
-                layer, (A, B) = self.layers[name], self.before[name]
-                layer.lora_A.copy_(constrain_update(layer.lora_A, A, P))
-                layer.lora_B.copy_(constrain_update(layer.lora_B, B, Q))
-        return super().after_step(batch)
-
-    @torch.no_grad()
-    def end_stage(self, stage, loader):
-        super().end_stage(stage, loader)
-        if not os.environ.get("IDEA_PROJECT"):
-            return
-        from baselines.gainlora import extend, free_directions, second_moment
-        from method import INPUTS, first_rows, observe
-        share = float(os.environ["IDEA_PROJECT"])
-        moments, tokens = {}, None
-
-        def add(name, x, _):
-            layer = self.layers[name]
-            x = x[tokens]  # (tokens, in)
-            h = x.to(layer.lora_A.dtype) @ layer.lora_A.T  # (tokens, r)
-            for key, v in (("x", x), ("h", h)):
-                sums = moments.setdefault((name, key), 0)
-                moments[name, key] = sums + second_moment(v)
-
-        with observe(self.model, self.layers, add):
-            for batch in first_rows(loader, 200):
-                tokens = batch["attention_mask"].bool()
-                self.model(**{key: batch[key] for key in INPUTS}, logits_to_keep=1,
-                           use_cache=False)
-        for name in self.layers:
-            old = self.spaces.get(name) or (moments[name, "x"][:, :0], moments[name, "h"][:, :0])
-            self.spaces = self.spaces | {name: tuple(
-                extend(moments[name, key], space, share) for key, space in zip("xh", old))}
-        free = [[free_directions(space) for space in pair] for pair in self.spaces.values()]
-        print("free directions, mean over layers:", torch.tensor(free).float().mean(0).tolist())
