@@ -58,8 +58,8 @@ def rows_of_the_adapter(args, suite):
         return
     files = [folder / "results.json" for folder in Path(args.adapter).resolve().parents[:2]]
     content = next((formats.load(file) for file in files if file.is_file()), None)
-    run = content.get("args") if isinstance(content, dict) else None
-    if not run:
+    run = content.get("args", {}) if isinstance(content, dict) else {}
+    if not {"suite", "validation", "max_train_per_task"} <= set(run):
         yield (f"--validation {args.validation}: the rows that {args.adapter} was trained on are "
                "unknown, and may be among those that are evaluated")
         return

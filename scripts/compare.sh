@@ -2,13 +2,15 @@
 # Compare methods: bash scripts/compare.sh FORM [arguments of sweep.sh]. A FORM is:
 #   mini        15 short tasks, 24 rows of each, two epochs: 3 minutes a run on one CPU thread in bf16
 #   sequence    the same tasks in sequence, at rates tuned in sequence, with the Forget Rate
-#   new-seeds   the same tasks in sequence, seeds 6 to 15, at rates that three seeds prefer (PiSSA: BADIT's)
+#   new-seeds   the same tasks in sequence, seeds 6 to 15, at rates that three seeds prefer; PiSSA
+#               takes BADIT's
 #   superni     the six SuperNI tasks with the shortest inputs, 64 rows of each, one epoch
 #   instrument  the same six tasks, 200 rows of each, two epochs: 36 to 50 steps a task, 10 to 17 minutes
 #               a run; in sequence, mixed, and on each task alone, for Forward; the methods that decide
 #               the claims run first
-# In each setting every method runs with the first seed, then every method with the next, and so on. Each has the
-# learning rate that was tuned for it (docs/results.md); a method that was not tuned takes badit's.
+# In each setting every method runs with the first seed, then every method with the next, and so on.
+# Each has the learning rate that was tuned for it (docs/results.md); a method that was not tuned takes
+# badit's.
 # RATE=2e-4 sets one rate for all. After a stop the same command continues.
 #   python report.py runs/compare-mini --out report
 set -euo pipefail

@@ -317,6 +317,13 @@ def test_tasks_and_metric(tmp_path):
                                                                    "task70_x": "accuracy"}
 
 
+def test_tasks_that_only_look_like_two_halves(tmp_path):
+    files = {f"{task}/{split}.jsonl": lines(PAIR) for task in ("unit_test", "unit_train")
+             for split in ("train", "test")}
+    assert set(converted(write(tmp_path / "source", files), tmp_path)) == {"unit_test",
+                                                                           "unit_train"}
+
+
 BAD = {  # files, what stands in the line
     "two halves": ({"reviewsTrain.jsonl": lines(PAIR), "reviewsTest.jsonl": lines(PAIR)},
                    ("reviewsTest", "reviewsTrain", "NAME_train")),

@@ -12,6 +12,7 @@ from harness.arguments import (
     ALL_FLAGS,
     build_parser,
     comparable,
+    names,
     parse_flags,
     trained_on,
 )
@@ -27,6 +28,23 @@ TRAINED = [*EVALUATED, *"epochs learning_rate warmup_ratio max_grad_norm max_tra
            "target_modules dropout".split()]
 
 
+@pytest.mark.parametrize("column, flags", [
+    ({"only_training": True}, "setting task_order epochs max_train_per_task batch_size "
+     "gradient_accumulation_steps learning_rate warmup_ratio max_grad_norm gradient_checkpointing "
+     "eval_tasks eval_before checkpoint_every"),
+    ({"not_identity": True}, "output_dir overwrite resume checkpoint_every allow_other report_to "
+     "shard_base"),
+    ({"is_path": True}, "model suite data_dir adapter"),
+    ({"set_by_study": True}, "method model seed setting suite tasks output_dir resume overwrite "
+     "eval_only adapter"),
+    ({"only_setting": "sequential"}, "task_order"),
+    ({"ignored_by_single": True}, "setting task_order eval_tasks eval_before"),
+], ids=str)
+def test_columns_of_the_flags(column, flags):
+    """Each column holds for these flags and for no other."""
+    assert names(**column) == set(flags.split())
+
+
 @pytest.mark.parametrize("words", [["1", "15"], ["1,15"]], ids=str)
 def test_commas_separate_numbers(words):
     """As they separate words."""
@@ -35,6 +53,15 @@ def test_commas_separate_numbers(words):
     assert parser.parse_args(["--layers", *words]).layers == [1, 15]
     with pytest.raises(InputError, match="'x' is not a whole number"):
         parser.parse_args(["--layers", "1,x"])
+
+
+def test_flags_of_methods():
+    """All settings have a flag; five of them do not tell variants apart."""
+    fields = {field.name: field for entry in METHODS.values()
+              for field in entry.settings.__dataclass_fields__.values()}
+    assert names(of_method=True) == fields.keys() - {"seed"}
+    shared = {name for name, field in fields.items() if not field.metadata["names_variant"]}
+    assert shared == {"seed", "target_modules", "dropout", "regroup_every", "svd"}
 
 
 @pytest.mark.parametrize("setting", ["mixed", "sequential", "single"])

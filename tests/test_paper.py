@@ -58,6 +58,12 @@ def test_names_are_those_of_this_project():
     assert sorted(resolved) == sorted(data.SUPERNI)
 
 
+def test_sizes():
+    """The instances add up to those of the split that the project downloads."""
+    for column, total in (("train", 11741), ("test", 1197)):
+        assert sum(value("table4", task, column) for task in PAPER["table4"]["rows"]) == total
+
+
 # --- what the tables say of themselves: the numbers of docs/results.md --------------------------
 
 
@@ -122,7 +128,7 @@ def test_numbers_are_those_of_the_text():
     rows = [line for line in TEXT.read_text(encoding="utf-8").splitlines() if line.startswith("|")]
     in_text = [float(number) for row in rows for number in re.findall(r"-?\d+\.\d\d?", row)]
     whole = {path for path, _ in cells(PAPER["table3"]["rows"]) if path[1] == "loramoe"}  # "1"
-    ours = [cell[key] for table in PAPER if table != "table4"  # whole numbers
+    ours = [cell[key] for table in PAPER if table != "table4"  # whole numbers, see test_sizes
             for path, cell in cells(PAPER[table]["rows"]) if path not in whole
             for key in ("mean", "std", "value") if key in cell]
     assert ours == in_text and len(ours) == 216 * 2 + 45 + 35 + 4 * 225

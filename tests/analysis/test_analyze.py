@@ -147,6 +147,13 @@ def test_experts(tiny, trained, tmp_path):
     assert {file.stem for file in (tmp_path / "figures").iterdir()} == {"experts", "information"}
 
 
+def test_an_adapter_is_named_after_its_run(trained, monkeypatch):
+    for folder, path in ((trained("lora"), "."), (trained("lora").parent, "adapter")):
+        monkeypatch.chdir(folder)
+        found = adapters.read(Path(path))
+        assert found.name == "lora" and found.results["args"]["method"] == "lora"
+
+
 def test_rows_that_no_run_has_seen(suite):
     """Test rows are added where training rows are too few; alone if a run's rows are unknown."""
     tiny = data.load_suite(suite)  # 12 training and 5 test rows

@@ -18,6 +18,15 @@ def model_of(architecture):
     return base_model(architecture, torch.float64).requires_grad_(False)
 
 
+def test_layers_without_a_module():
+    """Also linear layers outside the numbered blocks are in none of them."""
+    model = model_of("llama")
+    model.model.project_in = torch.nn.Linear(2, 2)
+    for layers, module in (([7], "gate_proj"), ([0, 1], "project_in")):
+        message = complaint(session.linear_layers, model, layers, [module])
+        assert message.endswith(f"none of these has a {module}")
+
+
 def naive_loss(model, row):
     """Compute the loss of one row, token by token."""
     logits = model(input_ids=torch.tensor([row["input_ids"]])).logits[0].log_softmax(-1)
