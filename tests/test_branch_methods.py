@@ -28,6 +28,7 @@ from torch.testing import assert_close
 
 import adapter
 import data
+import subspaces
 from baselines import gainlora, olora
 from inputs.errors import InputError
 from method import method_of, observe
@@ -56,7 +57,7 @@ def orthonormal(seed, d, k):
 
 def projector(space):
     """Return P P' (d, d) of a basis P or a Complement."""
-    if isinstance(space, gainlora.Complement):
+    if isinstance(space, subspaces.Complement):
         return torch.eye(len(space.N)).to(space.N) - space.N @ space.N.T
     return space @ space.T
 
@@ -234,9 +235,9 @@ def test_update_constraint_against_its_formula():
     W, W_start, Q = randn(1, 5, 12), randn(2, 5, 12), orthonormal(3, 12, 12)
     P = Q[:, :4]
     expected = W_start + (W - W_start) @ (torch.eye(12) - P @ P.T)
-    for space in (P, gainlora.Complement(Q[:, 4:])):
-        assert_close(gainlora.constrain_update(W, W_start, space), expected)
-    assert torch.equal(gainlora.project_out(W, W.new_zeros(12, 0)), W)
+    for space in (P, subspaces.Complement(Q[:, 4:])):
+        assert_close(subspaces.constrain_update(W, W_start, space), expected)
+    assert torch.equal(subspaces.project_out(W, W.new_zeros(12, 0)), W)
 
 
 # --- GainLoRA: subspaces ------------------------------------------------------------------------
@@ -271,11 +272,11 @@ def test_a_subspace_grows_by_gpms_rule(eps):
     space = M = torch.zeros(d, 0, dtype=torch.float64)
     for task in range(3):
         H, C = moment(10 * task, d)
-        space, M = gainlora.extend(C, space, eps), naive_gpm(H, M, eps)
-        held = space.N if isinstance(space, gainlora.Complement) else space
+        space, M = subspaces.extend(C, space, eps), naive_gpm(H, M, eps)
+        held = space.N if isinstance(space, subspaces.Complement) else space
         assert held.shape[1] <= d // 2
         assert_close(held.T @ held, torch.eye(held.shape[1]).double(), atol=1e-10, rtol=0)
-        assert gainlora.free_directions(space) == d - M.shape[1]
+        assert subspaces.free_directions(space) == d - M.shape[1]
         assert_close(projector(space), M @ M.T, atol=1e-8, rtol=0)
         sizes.append(M.shape[1])
     assert 1 <= sizes[0] <= sizes[1] <= sizes[2] <= d
@@ -284,7 +285,7 @@ def test_a_subspace_grows_by_gpms_rule(eps):
 
 def test_second_moments_of_bf16_are_float32():
     v = randn(1, 7, 12).bfloat16()
-    assert_close(gainlora.second_moment(v), v.float().T @ v.float())
+    assert_close(subspaces.second_moment(v), v.float().T @ v.float())
 
 
 def test_thresholds_rise_as_published():
