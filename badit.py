@@ -15,6 +15,7 @@ from decomposition import InitialBank
 from energy import EnergyLinear, measure_energies
 from experts import Bank, BankLinear, Routing, select_experts
 from inputs.errors import InputError
+from protection import ProtectedMethod
 from regrouping import ExpertMethod
 
 ALPHA_RATIO = (0.1, 10.0)  # static routing: layers with |alpha_p / alpha_q| outside do not regroup
@@ -114,7 +115,7 @@ class StaticLinear(InitialBank, BankLinear):
         return Bank(bank.lora_A * root[:, None], bank.lora_B * (rho.sign() * root), bank.expert_of)
 
 
-class Badit(ExpertMethod):
+class Badit(ProtectedMethod, ExpertMethod):
     """BADIT and its ablations: `no_bad` regroups LoRAMoE's layers, `no_dog` never regroups."""
 
     name = "badit"

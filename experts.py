@@ -168,6 +168,11 @@ class BankLinear(nn.Module):
         h = x.to(self.lora_A.dtype) @ self.lora_A.T
         return h, self.per_component(self.route(x, self.expert_of), self.expert_of)[0]
 
+    def bank_inputs(self, x):
+        """Return c * h (tokens, N), what `lora_B` reads, for x (tokens, in)."""
+        h, c = self.components(x)
+        return c * h
+
     @torch.no_grad()
     def constant_update(self, mixing):
         """Return A (N, in) and B M (out, N) in float64; M = `mixing` (N, N): M h replaces c * h."""

@@ -64,11 +64,22 @@ class Decomposed(Settings):
         names_variant=False, same_in_table=True)
 
 
+@dataclass(frozen=True)
+class Protected(Settings):
+    """The setting of protection.py."""
+
+    protect: Fraction = setting(
+        0.0, "beyond the paper: keep the adapter's effect on finished tasks; updates for later "
+        "tasks are projected out of the directions that hold this share of the energy of a "
+        "layer's inputs (0.95 removed all forgetting; default: 0, no projection)",
+        metavar="SHARE")
+
+
 # --- the methods --------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class BaditSettings(Decomposed, Experts):
+class BaditSettings(Decomposed, Protected, Experts):
     """Settings of BADIT, its ablations and controls."""
 
     routing: Literal["token", "static", "energy"] = setting(
@@ -93,6 +104,9 @@ class BaditSettings(Decomposed, Experts):
     def check(self):
         if self.routing != "static" or self.no_bad:
             super().check()
+        elif self.protect:
+            raise InputError("--protect is not supported with --routing static, whose regrouping "
+                             "rescales the experts' weights")
 
     def has_no_effect(self):
         noise = {"router_noise", "inactive"}
@@ -105,7 +119,7 @@ class BaditSettings(Decomposed, Experts):
 
 
 @dataclass(frozen=True)
-class LoraSettings(LowRank):
+class LoraSettings(Protected, LowRank):
     """Settings of LoRA."""
 
     match_parameters: Literal["badit"] | None = setting(

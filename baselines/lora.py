@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from inputs.errors import InputError
-from method import Method, find_targets, frozen
+from method import find_targets, frozen
+from protection import ProtectedMethod
 from quantized import frozen_linear
 from registry import BaditSettings
 
@@ -109,8 +110,12 @@ class LoraLinear(LowRankLinear):
     def bank(self):
         return self.lora_A, self.lora_B
 
+    def bank_inputs(self, x):
+        """Return A x (tokens, r), what `lora_B` reads, for x (tokens, in)."""
+        return F.linear(x.to(self.lora_A.dtype), self.lora_A)
 
-class Lora(Method):
+
+class Lora(ProtectedMethod):
     """Train one adapter through all tasks, never reset and never merged."""
 
     name = "lora"

@@ -7,7 +7,7 @@ from inputs.errors import InputError
 from registry import METHODS, MODELS
 
 ADAPTER_CONFIG, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
-ADAPTER_FORMATS = (1, 2, 3)  # the last is written
+ADAPTER_FORMATS = (1, 2, 3, 4)  # the last is written
 # PEFT has a file of that name too, and quotes an unknown value of this key.
 NOT_OF_PEFT = "BADIT: no adapter of PEFT's; `python export.py FOLDER --out OTHER` makes one of it"
 
@@ -32,7 +32,10 @@ def read_adapter_config(path):
     if config.method not in METHODS:
         raise InputError(f"{file}: method {config.method!r} is unknown; known: "
                          f"{', '.join(METHODS)}")
-    return config, METHODS[config.method].settings.from_values(config.settings, file)
+    cls = METHODS[config.method].settings
+    if config.format < 4 and "protect" in cls.names():  # older than this setting
+        config.settings.setdefault("protect", 0.0)
+    return config, cls.from_values(config.settings, file)
 
 
 def base_name(path, config):

@@ -21,9 +21,9 @@ PACKAGES = ("torch", "transformers", "accelerate", "numpy", "scipy", "rouge_scor
             "safetensors")
 # The files that can change a result: method, data and training loop, not reports.
 TRAINS = ("badit.py", "energy.py", "quantized.py", "decomposition.py", "experts.py", "grouping.py",
-          "regrouping.py", "method.py", "registry.py", "train.py", "data.py", "models.py",
-          "evaluation.py", "metrics.py", "adapter.py", "baselines/*.py", "inputs/*.py",
-          "harness/*.py")
+          "regrouping.py", "protection.py", "subspaces.py", "method.py", "registry.py", "train.py",
+          "data.py", "models.py", "evaluation.py", "metrics.py", "adapter.py", "baselines/*.py",
+          "inputs/*.py", "harness/*.py")
 RECORDED = ("args", "tasks", "read_files", "code_sha256", "versions", "run", "precision",
             "processes", "compiler")  # what `recorded_identity` reads of results.json
 

@@ -10,7 +10,7 @@ FILES = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix("._
          for pattern in ("*.py", "*/*.py") for path in ROOT.glob(pattern)
          if path.parent.name not in ("tests", ".venv")}
 PAPER = {"badit", "energy", "decomposition", "experts", "grouping", "regrouping", "method",
-         "registry", "quantized",
+         "registry", "quantized", "subspaces", "protection",
          *(name for name in FILES if name.startswith("baselines"))}
 BELOW = {"inputs.errors", "inputs.numbers"}  # what the paper's files may import as well
 HEAVY = ("torch", "transformers", "accelerate", "harness", "train")

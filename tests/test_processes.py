@@ -38,10 +38,10 @@ def two(forks, tmp_path):
 
 
 @pytest.mark.parametrize("method", [*(name for name in TRAINED if name not in STARTS),
-                                    "badit --routing energy"])
+                                    "badit --routing energy", "badit --protect 0.9"])
 def test_two_processes_are_one(method, flags, two, tmp_path, monkeypatch):
     """In float64, sequentially: every loss, the adapter, all groupings and all predictions."""
-    noise = QUIET if method == "badit" else QUIET[:2]
+    noise = QUIET if method in ("badit", "badit --protect 0.9") else QUIET[:2]
     argv = (*flags[:-1], tmp_path / "one", *noise, "--method", *method.split())
     real = models.load
     monkeypatch.setattr(models, "load", lambda name, dtype=None, **more: real(

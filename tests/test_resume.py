@@ -141,10 +141,12 @@ def test_a_resumed_run_is_the_undisturbed_one(method, flags, whole, tmp_path):
     ("--setting mixed --eval_before --regroup_every 1 --grouping random --no_bad", 8),
     ("--routing static --gradient_checkpointing --eval_tasks none", 8),
     ("--method gainlora --branches olora", 8),
+    ("--protect 0.9 --routing energy", 8),
+    ("--method lora --protect 0.9", 8),
     ("--method gainlora --eval_before", 1)])  # its first task then trains the first branch
 def test_variants_resume(more, step, flags, tmp_path):
     """The settings, BADIT's ablations, and a method with other parts."""
-    dog = () if "gainlora" in more else DOG
+    dog = () if "--method" in more else DOG
     assert_resumes((*flags, *dog, *more.split()), tmp_path, step)
 
 

@@ -11,7 +11,7 @@ from harness.arguments import parse_flags
 
 @pytest.mark.parametrize("change, named", [
     ("{", "adapter_config.json"), ("{}", "adapter_config.json"),
-    ({"method": "lara"}, "lara"), ({"method": ["badit"]}, "method"), ({"format": 4}, "format 4"),
+    ({"method": "lara"}, "lara"), ({"method": ["badit"]}, "method"), ({"format": 5}, "format 5"),
     ({"base": "int2"}, "base"), ({"base": None}, "base"),
     ({"settings": {}}, "'rank'"), ({"settings": {"colour": 1}}, "'colour'"),
     ({"settings": {"rank": "two"}}, "--rank"),

@@ -1,0 +1,96 @@
+"""Protect what a model learnt from old tasks: --protect (GPM, Saha et al. 2021; not in the paper).
+
+After a task every layer stores the subspaces that hold most of the energy of its inputs x and of
+the inputs h of `lora_B`. In later tasks, updates of weights that read x or h are orthogonal to
+these subspaces, so that the layer's output on old inputs stays the same.
+
+Axis names as in decomposition.py.
+"""
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import reduce
+
+from method import INPUTS, Method, first_rows, observe
+from subspaces import MAX_INSTANCES, Subspace, constrain_update, free_directions, second_moment
+
+# The trained weights of a layer, by the subspace of what they read.
+SPACE_OF = {"lora_A": "old_x", "router": "old_x", "lora_B": "old_h"}
+
+
+class ProtectedMethod(Method):
+    """Implement --protect for a method whose layers train only the weights in SPACE_OF.
+
+    A layer's `bank_inputs(x)` returns h (tokens, N) for x (tokens, in): its update is s B h. With
+    --protect 0 every hook does what the base class does. The subspaces belong to the adapter.
+    """
+
+    def wrap(self, model, fresh=True, *options):
+        super().wrap(model, fresh, *options)
+        for layer in self._protected().values():
+            A = layer.lora_A.detach()  # (N, in)
+            layer.old_x, layer.old_h = Subspace(A.shape[1], A), Subspace(len(A), A)
+
+    def _protected(self):
+        return self.layers if self.settings.protect else {}
+
+    def _weights(self):
+        """Return {name: (weight (..., d), Subspace of R^d)} of all weights in SPACE_OF."""
+        return {f"{name}.{key}": (weight, getattr(layer, SPACE_OF[key]))
+                for name, layer in self._protected().items()
+                for key, weight in layer.named_parameters(recurse=False) if key in SPACE_OF}
+
+    def start_stage(self, stage, loader):
+        super().start_stage(stage, loader)
+        self.at_start = {name: weight.detach().clone()
+                         for name, (weight, _) in self._weights().items()}
+
+    def training_state(self):
+        return super().training_state() | {f"at_start.{name}": weight
+                                           for name, weight in self.at_start.items()}
+
+    def resume_stage(self, stage, state):
+        super().resume_stage(stage, state)
+        self.at_start = {name: state[f"at_start.{name}"].to(weight)
+                         for name, (weight, _) in self._weights().items()}
+
+    @torch.no_grad()
+    def after_step(self, batch):
+        for name, (weight, subspace) in self._weights().items():
+            space = subspace.get()
+            if free_directions(space) < weight.shape[-1]:
+                weight.copy_(constrain_update(weight, self.at_start[name], space))
+        return super().after_step(batch)
+
+    @torch.no_grad()
+    def end_stage(self, stage, loader):
+        super().end_stage(stage, loader)
+        layers, tokens = self._protected(), None  # (batch, seq) of the current batch
+        if not layers:
+            return
+        sums = {name: [A.new_zeros(A.shape[1], A.shape[1]), A.new_zeros(len(A), len(A))]
+                for name, A in ((name, layer.lora_A) for name, layer in layers.items())}
+
+        def add(name, x, _):
+            x = x[tokens]  # (tokens, in)
+            for total, v in zip(sums[name], (x, layers[name].bank_inputs(x)), strict=True):
+                total += second_moment(v)
+
+        with observe(self.model, layers, add):
+            for batch in first_rows(loader, MAX_INSTANCES):
+                tokens = batch["attention_mask"].bool()
+                self.model(**{key: batch[key] for key in INPUTS}, logits_to_keep=1, use_cache=False)
+        for name, layer in layers.items():
+            for total, subspace in zip(sums[name], (layer.old_x, layer.old_h), strict=True):
+                subspace.extend(reduce(total, "sum"), self.settings.protect)
+        free = {key: sum(free_directions(getattr(layer, key).get()) for layer in layers.values())
+                / len(layers) for key in ("old_x", "old_h")}
+        PartialState().print(f"--protect {self.settings.protect:g}: inputs of tasks so far leave "
+                             f"{free['old_x']:.1f} directions free for A, {free['old_h']:.1f} for "
+                             "B (mean over layers)")
+
+    def grow(self, state):
+        super().grow(state)
+        for name, layer in self._protected().items():
+            layer.old_x.resize(state, f"{name}.old_x")
+            layer.old_h.resize(state, f"{name}.old_h")
