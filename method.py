@@ -241,8 +241,10 @@ def first_rows(loader, count):
     Accelerate's loaders must be read to their end. Fillers count as rows, so that all processes
     stop at the same batch.
     """
-    left = math.ceil(count / PartialState().num_processes)
-    for batch in loader:
+    state = PartialState()
+    left = math.ceil(count / state.num_processes)
+    for batch in tqdm(loader, desc="measure inputs", unit="batch", delay=2, leave=False,
+                      disable=not state.is_main_process):
         if left > 0:
             left -= len(batch["attention_mask"])
             yield batch

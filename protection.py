@@ -1,8 +1,9 @@
 """Protect what a model learnt from old tasks: --protect (GPM, Saha et al. 2021; not in the paper).
 
-After a task every layer stores the subspaces that hold most of the energy of its inputs x and of
-the inputs h of `lora_B`. In later tasks, updates of weights that read x or h are orthogonal to
-these subspaces, so that the layer's output on old inputs stays the same.
+After a task every layer stores the subspaces that hold the share --protect of the energy of its
+inputs x and of the inputs h of `lora_B`. In later tasks the updates of weights that read x or h are
+orthogonal to these subspaces, so they hardly change the layer's output on old inputs. A regrouping
+in a later task still changes which experts act on them; --no_dog prevents that.
 
 Axis names as in decomposition.py.
 """
@@ -10,6 +11,7 @@ Axis names as in decomposition.py.
 import torch
 from accelerate import PartialState
 from accelerate.utils import reduce
+from tqdm import tqdm
 
 from method import INPUTS, Method, first_rows, observe
 from subspaces import MAX_INSTANCES, Subspace, constrain_update, free_directions, second_moment
@@ -21,8 +23,9 @@ SPACE_OF = {"lora_A": "old_x", "router": "old_x", "lora_B": "old_h"}
 class ProtectedMethod(Method):
     """Implement --protect for a method whose layers train only the weights in SPACE_OF.
 
-    A layer's `bank_inputs(x)` returns h (tokens, N) for x (tokens, in): its update is s B h. With
-    --protect 0 every hook does what the base class does. The subspaces belong to the adapter.
+    A layer's `bank_inputs(x)` returns h (tokens, N), up to a constant factor, for x (tokens, in).
+    With --protect 0 every hook does what the base class does. The subspaces are saved with the
+    adapter. Deviation from GPM: it projects gradients; Adam's updates are projected here.
     """
 
     def wrap(self, model, fresh=True, *options):
@@ -44,6 +47,8 @@ class ProtectedMethod(Method):
         super().start_stage(stage, loader)
         self.at_start = {name: weight.detach().clone()
                          for name, (weight, _) in self._weights().items()}
+        if self._protected():
+            self._moments(loader, 1)  # a layer that cannot be measured is refused now
 
     def training_state(self):
         return super().training_state() | {f"at_start.{name}": weight
@@ -63,13 +68,11 @@ class ProtectedMethod(Method):
         return super().after_step(batch)
 
     @torch.no_grad()
-    def end_stage(self, stage, loader):
-        super().end_stage(stage, loader)
+    def _moments(self, loader, rows):
+        """Return {layer: sums of v v' for x (in, in) and h (N, N)} over `rows` of this process."""
         layers, tokens = self._protected(), None  # (batch, seq) of the current batch
-        if not layers:
-            return
-        sums = {name: [A.new_zeros(A.shape[1], A.shape[1]), A.new_zeros(len(A), len(A))]
-                for name, A in ((name, layer.lora_A) for name, layer in layers.items())}
+        sums = {name: [layer.lora_A.new_zeros(d, d) for d in layer.lora_A.shape[::-1]]
+                for name, layer in layers.items()}
 
         def add(name, x, _):
             x = x[tokens]  # (tokens, in)
@@ -77,11 +80,20 @@ class ProtectedMethod(Method):
                 total += second_moment(v)
 
         with observe(self.model, layers, add):
-            for batch in first_rows(loader, MAX_INSTANCES):
+            for batch in first_rows(loader, rows):
                 tokens = batch["attention_mask"].bool()
                 self.model(**{key: batch[key] for key in INPUTS}, logits_to_keep=1, use_cache=False)
-        for name, layer in layers.items():
-            for total, subspace in zip(sums[name], (layer.old_x, layer.old_h), strict=True):
+        return sums
+
+    def end_stage(self, stage, loader):
+        super().end_stage(stage, loader)
+        layers = self._protected()
+        if not layers:
+            return
+        sums = self._moments(loader, MAX_INSTANCES)
+        for name, layer in tqdm(layers.items(), desc="protect layers", unit="layer", delay=2,
+                                leave=False, disable=not PartialState().is_main_process):
+            for total, subspace in zip(sums.pop(name), (layer.old_x, layer.old_h), strict=True):
                 subspace.extend(reduce(total, "sum"), self.settings.protect)
         free = {key: sum(free_directions(getattr(layer, key).get()) for layer in layers.values())
                 / len(layers) for key in ("old_x", "old_h")}

@@ -69,9 +69,10 @@ def directions_outside(E, space):
 
 
 def new_directions(C, space, eps):
-    """Return GPM's directions outside `space` (d, d - k), and how many of them to add.
+    """Return GPM's directions (d, d - k) outside `space`, and how many of them to add.
 
-    The new basis must hold the share `eps` of the energy, the trace of the second moments C (d, d).
+    With them the basis holds the share `eps` of the energy, which is the trace of the second
+    moments C (d, d).
     Deviation: GainLoRA's code squares C's singular values; GPM and GainLoRA's paper, whose energy
     is ||H||_F^2, do not. As in the code, the first task keeps one direction fewer than reach the
     share, at least one; later tasks keep all that reach it.
@@ -97,7 +98,7 @@ def extend(C, space, eps):
 class Subspace(nn.Module):
     """Store a subspace of R^d as a frozen parameter: its basis `0`, or `outside_0`, its Complement.
 
-    It starts empty, with dtype and device of `like`.
+    It starts empty, with dtype and device of `like`. Saved adapters hold these names.
     """
 
     def __init__(self, d, like):

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from inputs import formats
 from inputs.errors import InputError
-from registry import METHODS, MODELS
+from registry import ADDED, METHODS, MODELS
 
 ADAPTER_CONFIG, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 ADAPTER_FORMATS = (1, 2, 3, 4)  # the last is written
@@ -32,10 +32,10 @@ def read_adapter_config(path):
     if config.method not in METHODS:
         raise InputError(f"{file}: method {config.method!r} is unknown; known: "
                          f"{', '.join(METHODS)}")
-    cls = METHODS[config.method].settings
-    if config.format < 4 and "protect" in cls.names():  # older than this setting
-        config.settings.setdefault("protect", 0.0)
-    return config, cls.from_values(config.settings, file)
+    cls, values = METHODS[config.method].settings, config.settings
+    if config.format < 4:
+        values = {name: ADDED[name] for name in ADDED.keys() & cls.names()} | values
+    return config, cls.from_values(values, file)
 
 
 def base_name(path, config):

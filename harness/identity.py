@@ -15,6 +15,7 @@ from harness.adapter_config import WEIGHTS_FILE
 from harness.arguments import OVERRIDABLE, PATH_FLAGS, recorded_args
 from inputs.errors import InputError
 from inputs.files import sha256_file
+from registry import ADDED
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("torch", "transformers", "accelerate", "numpy", "scipy", "rouge_score", "regex",
@@ -130,6 +131,7 @@ def refuse_another_run(setup, recorded, source):
     Returns the allowed differences that may change the result's last digits.
     """
     mine, free = setup.identity, set(setup.args.allow_other)
+    recorded = {f"--{name}": value for name, value in ADDED.items()} | recorded
     paths = {f"--{name}" for name in PATH_FLAGS}
     different = [name for name in sorted(mine.keys() | recorded.keys())
                  if mine.get(name) != recorded.get(name)]

@@ -38,7 +38,15 @@ from inputs.numbers import Seed  # noqa: E402
 from inputs.settings import Flag, did_you_mean, program_parser  # noqa: E402
 from inputs.suites import NAMED, suite_folder  # noqa: E402
 from inputs.task_files import resolve_names, task_folders  # noqa: E402
-from registry import EMBEDDED, METHODS, MODELS, VARIANTS, LoraSettings, present_variant  # noqa: E402
+from registry import (  # noqa: E402
+    ADDED,
+    EMBEDDED,
+    METHODS,
+    MODELS,
+    VARIANTS,
+    LoraSettings,
+    present_variant,
+)
 
 PAPER_METHODS = ("lora", "pissa", "olora_qr", "loramoe", "gainlora", "badit")
 PAPER_MODELS = tuple(name for name in MODELS if name != EMBEDDED)
@@ -257,7 +265,7 @@ def finished(run):
     if not path.exists():
         return False
     results = formats.load_keys(path, ("args", "settings", "variant"))
-    saved, wanted = formats.convert(results["args"], dict, path), vars(run.flags())
+    saved, wanted = ADDED | formats.convert(results["args"], dict, path), vars(run.flags())
     if present_variant(results) != results["variant"] and wanted["alpha"] == LoraSettings.alpha:
         saved["alpha"] = wanted["alpha"]
     # The batch size is that of one process. A record may have flags that no longer exist.

@@ -1,8 +1,10 @@
 """--protect: updates stay out of the inputs of old tasks, so that old outputs stay."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
+import study
 import torch
 from conftest import settings_of, wrapped
 from tiny import (
@@ -10,12 +12,14 @@ from tiny import (
     OUT,
     assert_same,
     base_model,
+    flattened,
     learn,
     linear,
     loader_of,
     logits_of,
     randn,
     rows_of,
+    start,
     weights_of,
 )
 from torch.testing import assert_close
@@ -26,7 +30,9 @@ from baselines.lora import LoraLinear
 from baselines.loramoe import LoraMoeLinear
 from baselines.pissa import PissaLinear
 from energy import EnergyLinear
+from harness import identity
 from harness.adapter_config import ADAPTER_CONFIG
+from harness.arguments import parse_flags, recorded_args
 from inputs.errors import InputError
 from registry import METHODS
 
@@ -206,6 +212,31 @@ def test_an_adapter_from_before_the_flag_loads(tmp_path):
         adapter.load(base_model(), tmp_path)
 
 
+def test_runs_from_before_the_flag_go_on(tmp_path):
+    """Their files lack it; another value is refused."""
+    setup = SimpleNamespace(identity={"--protect": 0.0}, args=SimpleNamespace(allow_other=()))
+    assert identity.refuse_another_run(setup, {}, "it") == set()
+    setup.identity["--protect"] = 0.9
+    with pytest.raises(InputError, match=r"--protect \(then 0.0, now 0.9\)"):
+        identity.refuse_another_run(setup, {}, "it")
+    args, _ = parse_flags(["--method", "lora", "--output_dir", str(tmp_path)])
+    old = {name: value for name, value in recorded_args(args).items() if name != "protect"}
+    (tmp_path / "results.json").write_text(json.dumps(
+        {"args": old, "settings": {"rank": 4}, "variant": "lora"}, default=str))
+    made = SimpleNamespace(folder=tmp_path, flags=lambda: SimpleNamespace(**recorded_args(args)))
+    assert study.finished(made)
+    args.protect = 0.9
+    with pytest.raises(InputError, match="another --protect"):
+        study.finished(made)
+
+
+def test_a_layer_that_cannot_be_measured_is_refused_at_once():
+    """Before the first step, not after the task."""
+    model = wrapped(flattened(base_model(), slice(1)), "lora", protect=0.7)
+    with pytest.raises(InputError, match="gets an input of shape"):
+        start(model.adapted_by, 0)
+
+
 def test_static_routing_refuses_it():
     with pytest.raises(InputError, match="--protect is not supported with --routing static"):
         METHODS["badit"].settings(routing="static", protect=0.9)
@@ -218,7 +249,11 @@ def test_padding_and_fillers_do_not_count():
     for size in (1, 5):
         model = wrapped(base_model(), "lora", protect=0.7)
         method = model.adapted_by
-        method.start_stage(None, None)
+        learn(method, 0, steps=0)
+        assert not [name for name, layer in method.layers.items() if layer.lora_B.any()]
+        for layer in method.layers.values():  # measured again, in other batches
+            layer.old_x.put(layer.lora_A.new_zeros(32, 0))
+            layer.old_h.put(layer.lora_A.new_zeros(2, 0))
         method.end_stage(None, loader_of(rows_of(0), size))
         spaces.append({name: basis(layer.old_x) for name, layer in method.layers.items()})
     for name, space in spaces[0].items():
