@@ -941,10 +941,11 @@ def test_the_committed_report_is_made_from_its_records(name, tmp_path, monkeypat
 
 
 def test_the_table_of_the_readme_is_made_from_the_records(tmp_path, monkeypatch):
-    """The command that stands above it changes nothing."""
+    """The documented command changes nothing."""
     monkeypatch.chdir(ROOT)
     text = Path("README.md").read_text()
-    (command,) = (words for code in text.split("`") for words in [code.split()]
+    (command,) = (words for code in Path("docs/reproduce.md").read_text().split("`")
+                  for words in [code.split()]
                   if words[:2] == ["python", "report.py"] and "--readme" in words)
     *words, last = command[2:]
     shutil.copy(last, tmp_path)
