@@ -925,6 +925,7 @@ ROOT = Path(report.__file__).resolve().parent
 REPORTS = {"compare-mini": ("--allow_other", "code"), "compare-superni": (),
            "compare-instrument": (), "compare-instrument-other-rates": (),
            "compare-mini-2e-4": ("--allow_other", "versions"), "compare-sequential": (),
+           "compare-new-seeds": (), "compare-new-seeds-fp32": (),
            "sensitivity-mini": ("--allow_other", "code"),
            "tuning": ("--tuning", "--allow_other", "code"),
            "tuning-instrument": ("--tuning", "--allow_other", "code")}
