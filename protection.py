@@ -69,7 +69,7 @@ class ProtectedMethod(Method):
 
     @torch.no_grad()
     def _moments(self, loader, rows):
-        """Return {layer: sums of v v' for x (in, in) and h (N, N)} over `rows` of this process."""
+        """Return this process's {layer: sums of v v' for x (in, in), h (N, N)} over `rows`."""
         layers, tokens = self._protected(), None  # (batch, seq) of the current batch
         sums = {name: [layer.lora_A.new_zeros(d, d) for d in layer.lora_A.shape[::-1]]
                 for name, layer in layers.items()}

@@ -17,6 +17,7 @@ from tiny import (
     linear,
     loader_of,
     logits_of,
+    projector,
     randn,
     rows_of,
     stage_of,
@@ -53,13 +54,6 @@ def variant(request):
 def orthonormal(seed, d, k):
     """Return a fixed basis (d, k) in float64."""
     return torch.linalg.qr(randn(seed, d, k)).Q
-
-
-def projector(space):
-    """Return P P' (d, d) of a basis P or a Complement."""
-    if isinstance(space, subspaces.Complement):
-        return torch.eye(len(space.N)).to(space.N) - space.N @ space.N.T
-    return space @ space.T
 
 
 def moment(seed, d, samples=60):

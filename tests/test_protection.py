@@ -17,6 +17,7 @@ from tiny import (
     linear,
     loader_of,
     logits_of,
+    projector,
     randn,
     rows_of,
     start,
@@ -64,12 +65,9 @@ def protected(request):
     return lambda share: wrapped(base_model(), method, protect=share, **changed)
 
 
-def basis(subspace):
+def onto(subspace):
     """Return the projector (d, d) onto a stored subspace, float64."""
-    space = subspace.get()
-    if isinstance(space, tuple):
-        return torch.eye(len(space.N), dtype=torch.float64) - space.N.double() @ space.N.double().T
-    return space.double() @ space.double().T
+    return projector(subspace.get()).double()
 
 
 def repeated(task, words=3):
@@ -82,8 +80,7 @@ def repeated(task, words=3):
 @pytest.mark.parametrize("kind", LAYERS)
 @torch.no_grad()
 def test_bank_inputs_are_what_B_reads(kind):
-    """The layer's update is B h, times s where h does not hold it; checked against the forward
-    pass."""
+    """The layer's update is B h, times s where h does not hold it."""
     layer, x = LAYERS[kind](linear()).eval(), randn(1, 30, IN)
     for weight in layer.parameters():
         if weight.requires_grad:
@@ -129,7 +126,7 @@ def test_updates_are_orthogonal_to_the_inputs_of_old_tasks(protected):
             U, S, _ = torch.linalg.svd(v.T)
             shares = S.square().cumsum(0) / S.square().sum()
             k = max(1, int((shares < 0.7).sum()))
-            assert_close(basis(subspace), U[:, :k] @ U[:, :k].T, atol=1e-4, rtol=0)
+            assert_close(onto(subspace), U[:, :k] @ U[:, :k].T, atol=1e-4, rtol=0)
     learn(method, 1)
     after, checked = weights_of(model), 0
     for name in method.layers:
@@ -163,13 +160,13 @@ def inputs_of(model, rows):
 def test_the_subspaces_grow_with_every_task(protected):
     model = protected(0.7)
     learn(model.adapted_by, 0)
-    first = {name: (basis(layer.old_x), basis(layer.old_h))
+    first = {name: (onto(layer.old_x), onto(layer.old_h))
              for name, layer in model.adapted_by.layers.items()}
     learn(model.adapted_by, 1)
     for name, layer in model.adapted_by.layers.items():
         for old, subspace in zip(first[name], (layer.old_x, layer.old_h), strict=True):
-            assert_close(basis(subspace) @ old, old, atol=1e-5, rtol=0)  # it holds the old one
-            assert basis(subspace).trace() >= old.trace() - 1e-6
+            assert_close(onto(subspace) @ old, old, atol=1e-5, rtol=0)  # it holds the old one
+            assert onto(subspace).trace() >= old.trace() - 1e-6
 
 
 def test_a_saved_adapter_goes_on_as_the_model_itself(protected, tmp_path):
@@ -255,6 +252,6 @@ def test_padding_and_fillers_do_not_count():
             layer.old_x.put(layer.lora_A.new_zeros(32, 0))
             layer.old_h.put(layer.lora_A.new_zeros(2, 0))
         method.end_stage(None, loader_of(rows_of(0), size))
-        spaces.append({name: basis(layer.old_x) for name, layer in method.layers.items()})
+        spaces.append({name: onto(layer.old_x) for name, layer in method.layers.items()})
     for name, space in spaces[0].items():
         assert_close(spaces[1][name], space, atol=1e-5, rtol=0)

@@ -7,6 +7,7 @@ from conftest import CONFIGS
 from transformers import AutoModelForCausalLM
 
 import data
+import subspaces
 from method import Stage
 
 IN, OUT = 20, 24  # of bare layers
@@ -16,6 +17,13 @@ PROMPTS = [[1, 40, 17, 5, 9, 33], [1, 8], [1, *range(30, 55)], [1, 21, 22, 21]]
 def randn(seed, *shape):
     """Return fixed float64 normal numbers."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def projector(space):
+    """Return P P' (d, d) of a basis P or a Complement."""
+    if isinstance(space, subspaces.Complement):
+        return torch.eye(len(space.N)).to(space.N) - space.N @ space.N.T
+    return space @ space.T
 
 
 def linear(seed=0, n=IN, m=OUT, bias=True, dtype=torch.float64):
