@@ -420,8 +420,8 @@ def losses_of(record, records):
         return {}
     single = on_one_task(record, records, Record.final_losses)
     found = metrics.loss_metrics(record.losses(), record.order, single, record.without)
-    bare = next((other.final_losses() for other in records if other.model == record.model
-                 and other.variant == "zero_shot" and other.losses()), None)
+    bare = next((other.final_losses() for other in records if other.variant == "zero_shot"
+                 and other.losses() and other.model == record.model), None)
     ratios = bare and [math.log(max(loss, SMALLEST) / max(bare[task], SMALLEST))
                        for task, loss in record.final_losses().items()]
     return found | {"relative": ratios and metrics.mean(ratios),
@@ -439,9 +439,9 @@ def on_one_task(record, records, measure):
         schedule = run.results["comparable"].get(f"--regroup_every, {run.setting}")
         return run.model, run.variant, run.seed, schedule
 
-    found = {}
+    found, mine = {}, alike(record)
     for other in records:
-        if other.setting == "single" and alike(other) == alike(record):
+        if other.setting == "single" and alike(other) == mine:
             found |= measure(other)
     return {task: found[task] for task in record.order if task in found}
 

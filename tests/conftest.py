@@ -40,6 +40,7 @@ from transformers.models.gemma2 import Gemma2Config  # noqa: E402
 from transformers.models.llama import LlamaConfig  # noqa: E402
 from transformers.models.qwen3 import Qwen3Config  # noqa: E402
 
+import models  # noqa: E402
 import train  # noqa: E402
 from inputs import embedded  # noqa: E402
 from inputs.errors import InputError  # noqa: E402
@@ -207,6 +208,18 @@ def smollm2():
         (CACHE / "badit" / folder).symlink_to(USER_CACHE / folder)
     embedded.embedded_folder(EMBEDDED)
     return EMBEDDED
+
+
+@pytest.fixture(scope="session")
+def six_blocks(smollm2, tmp_path_factory):
+    """A checkpoint of the first and last three blocks of the embedded model: real weights, fast."""
+    folder = tmp_path_factory.mktemp("blocks") / "six"
+    model, tokenizer = models.load(smollm2)
+    del model.model.layers[3:27]
+    model.config.num_hidden_layers = 6
+    for part in (model, tokenizer):
+        part.save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")

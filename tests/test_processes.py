@@ -134,10 +134,9 @@ def test_a_failure_of_one_process_ends_all(sabotage, flags, two, tmp_path):
     assert not (tmp_path / "out" / "results.json").exists()
 
 
-def test_two_processes_are_one_on_a_real_model(smollm2, forks, tmp_path):
-    """SmolLM2 in float32, three steps, the first two of which train: equal groupings, close losses.
-    """
-    argv = ("--model", smollm2, "--suite", "mini", "--max_train_per_task", 6, "--epochs", 1,
+def test_two_processes_are_one_on_a_real_model(six_blocks, forks, tmp_path):
+    """In float32, three steps, the first two of which train: equal groupings, close losses."""
+    argv = ("--model", six_blocks, "--suite", "mini", "--max_train_per_task", 6, "--epochs", 1,
             "--tasks", "capital_city_question", "opposite_word_question", "emotion_word_label",
             "product_review_sentiment", "--eval_tasks", "none", "--warmup_ratio", 0,
             "--regroup_every", 2, *QUIET)
