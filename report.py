@@ -2,6 +2,7 @@
 
     python report.py runs/X                           # its table, runs/X/report.html, figure.png
     python report.py runs/study --out report          # tables (Markdown, LaTeX, CSV) and figures
+    python report.py runs/study --out report --claims "mine beats lora-matched"
     python report.py runs/tune --tuning --out T       # loss against learning rate, by method
     python report.py runs/study --export S.jsonl.gz   # all runs in one file, no weights, no texts
     python report.py S.jsonl.gz --out report          # the same report from that file
@@ -34,6 +35,9 @@ FLAGS = (
          metavar="FILE"),
     Flag("tuning", bool, False, "the runs are those of scripts/tune.sh, at several learning "
          "rates and, if they differ, numbers of rows: --out says which rate suits each method"),
+    Flag("claims", tuple[str, ...] | None, None, "judge these claims and no other, for --out: "
+         '"A beats B" or "A forgets less than B", where A and B are names in the report\'s tables',
+         metavar="CLAIM"),
     Flag("allow_other", tuple[Literal[runs.FREE], ...], (), "let the runs of one report differ in "
          f"these: {', '.join(runs.FREE)}", metavar="WHAT"),
 )
@@ -108,7 +112,8 @@ def write_study(args):
         print(one_line(f"{len(records)} runs in {args.unpack}"))
     if args.out:
         from reporting import study_report, tuning  # not above: they take seconds to load
-        written = (tuning if args.tuning else study_report).make(records, left_out, args.out)
+        written = (tuning.make(records, left_out, args.out) if args.tuning else
+                   study_report.make(records, left_out, args.out, args.claims))
         print(one_line(f"{len(records)} runs, {len(left_out)} left out: {written}"))
 
 
@@ -123,6 +128,8 @@ def report(argv):
     if (args.tuning or args.allow_other) and not (outputs or args.readme):
         raise InputError("--tuning and --allow_other need --out DIR, --export FILE, --unpack "
                          "DIR or --readme FILE")
+    if args.claims and (args.tuning or not args.out):
+        raise InputError("--claims needs --out DIR, and takes no --tuning")
     if args.readme:
         write_readme(args)
     elif outputs:

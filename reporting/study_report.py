@@ -22,13 +22,19 @@ VERDICTS = ("Ours minus theirs, below zero is better for ours: the mean over tas
             "studies, before correction.")
 
 
-def make(records, left_out, out):
-    """Write report.md, tables/ and figures/ into the folder `out`; return report.md's path."""
+def make(records, left_out, out, claims=()):
+    """Write report.md, tables/ and figures/ into the folder `out`; return report.md's path.
+
+    `claims` are texts for verdicts.read_claims; without any the built-in claims are judged.
+    """
+    groups = {"The paper's claims": verdicts.PAPER, "Beyond the paper": verdicts.BEYOND}
+    if claims:
+        groups = {"Chosen claims": verdicts.read_claims(claims, records)}
     made = tables.all_tables(records)
     for table in made:
         write_text(out / "tables" / f"{table.name}.tex", table.latex())
         write_text(out / "tables" / f"{table.name}.csv", table.csv())
-    found = verdicts.verdicts(records)
+    found = verdicts.verdicts(records, sum(map(tuple, groups.values()), ()))
     for name, figure in figures.of_study(records, found).items():
         figures.save(figure, out / "figures" / name, ("png", "pdf"))
     single = sum(record.setting == "single" for record in records)
@@ -43,9 +49,8 @@ def make(records, left_out, out):
               *(table.markdown() for table in made)]
     if found:
         parts += ["## Claims", VERDICTS]
-    for title, claims in (("The paper's claims", verdicts.PAPER),
-                          ("Beyond the paper", verdicts.BEYOND)):
-        said = [verdict.sentence() for verdict in found if verdict.claim in claims]
+    for title, group in groups.items():
+        said = [verdict.sentence() for verdict in found if verdict.claim in group]
         if said:
             parts += [f"### {title}", bullets(said)]
     if not found:

@@ -14,8 +14,10 @@ import numpy as np
 from scipy import stats
 
 import metrics
+from inputs.errors import InputError
+from inputs.settings import did_you_mean
 from registry import VARIANTS
-from reporting.runs import SMALLEST, forgets, group_runs
+from reporting.runs import SMALLEST, forgets, group_runs, label
 
 RESAMPLES = 10_000
 LEVEL = 0.95  # of an interval
@@ -222,6 +224,29 @@ def places(records, study=None):
     return [Place(study, *key, runs) for key, runs in sorted(found.items())]
 
 
+def read_claims(texts, records):
+    """Return the Claims that `texts` state: "A beats B" or "A forgets less than B".
+
+    A and B are variants, by their names in the report or in full. Raises InputError for another
+    form, a name that no run has, or a pair without a common seed.
+    """
+    names = {name for _, variant, _ in group_runs(records) for name in (label(variant), variant)}
+    claims, where = [], places(records)
+    for text in texts:
+        words = " forgets less than " if " forgets less than " in text else " beats "
+        ours, found, theirs = text.partition(words)
+        if not found:
+            raise InputError(f'--claims {text!r}: write "A beats B" or "A forgets less than B"')
+        for name in {ours, theirs} - names:
+            raise InputError(f"--claims {text!r}: no run of {name!r}{did_you_mean(name, names)}; "
+                             f"allowed: {', '.join(sorted(names))}")
+        claims.append(Claim(text, ours, (theirs,), forgets=words != " beats "))
+        if not any(against_best(claims[-1], [place]) for place in where):
+            raise InputError(f"--claims {text!r}: no seed of both with --eval_loss"
+                             + " in sequence" * claims[-1].forgets)
+    return claims
+
+
 def verdicts(records, claims=PAPER + BEYOND):
     """Return a Verdict for each claim, model and setting whose runs measured losses for it."""
     found = places(records)
@@ -247,7 +272,8 @@ def against_best(claim, where):
     for name in claim.theirs:
         both = {}  # {place: (our runs, their runs)}
         for number, place in enumerate(where):
-            ours, theirs = (place.runs.get(VARIANTS[side], {}) for side in (claim.ours, name))
+            ours, theirs = (place.runs.get(VARIANTS.get(side, side), {})
+                            for side in (claim.ours, name))
             if ours.keys() & theirs.keys() and (
                     not claim.forgets or all(map(forgets, ours.values()))):
                 both[number] = ours, theirs

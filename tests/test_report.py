@@ -358,6 +358,34 @@ def test_verdicts(study):
     figures.plt.close("all")
 
 
+def test_chosen_claims(study, tmp_path):
+    """They replace the built-in ones, and the correction counts them alone."""
+    for (method, seed), (matrix, _) in TAKEN.items():
+        give_losses(study / f"{method}-sequential-{seed}", matrix)
+    kept, _ = runs.collect([study])
+    found = verdicts.verdicts(kept)
+    first, _ = sorted(found, key=lambda verdict: verdict.interval.p)
+    assert first.corrected == pytest.approx(2 * first.interval.p) and not found[0].claim.forgets
+    words = ["beats", "forgets less than"][first.claim.forgets]
+    assert report.main([str(study), "--out", str(tmp_path / "out"), "--claims",
+                        f"badit {words} lora"]) == 0
+    (said,) = [line for line in (tmp_path / "out/report.md").read_text().split("\n")
+               if line.startswith("- ") and "corrected p" in line]
+    assert f"badit {words} lora: **" in said and f"corrected p {first.interval.p:.2g};" in said
+    (turned,) = verdicts.verdicts(kept, verdicts.read_claims(["lora beats badit"], kept))
+    assert turned.interval.mean == pytest.approx(-found[0].interval.mean)
+
+
+@pytest.mark.parametrize("claim, said", [
+    ("badit < lora", 'write "A beats B" or "A forgets less than B"'),
+    ("badit beats lora", "no seed of both with --eval_loss"),
+    ("badit forgets less than lora", "no seed of both with --eval_loss in sequence"),
+    ("badit beats loar", "no run of 'loar': did you mean lora?; allowed: badit, ")])
+def test_a_claim_that_cannot_be_judged_is_refused(claim, said, study, tmp_path, capsys):
+    assert report.main([str(study), "--out", str(tmp_path / "out"), "--claims", claim]) == 2
+    assert said in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("interval, corrected, seeds, said, cell", [
     ((-0.4, -0.5, -0.2, 0.01), 0.02, 5, "**shown** (against lora -0.400",
      "-0.40 (-0.50 to -0.20) against lora"),
