@@ -147,3 +147,8 @@ class Badit(ProtectedMethod, ExpertMethod):
         if self.settings.routing == "energy" and not self.settings.no_bad:
             measure_energies(self.model, self.layers, loader)
         super().start_stage(stage, loader)
+
+    def after_step(self, batch):
+        if self.protects_old_tasks():
+            self.regrouper.grouping = "fixed"  # other groups would act on old tokens
+        return super().after_step(batch)

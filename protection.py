@@ -2,8 +2,8 @@
 
 After a task every layer stores the subspaces that hold the share --protect of the energy of its
 inputs x and of the inputs h of `lora_B`. In later tasks the updates of weights that read x or h are
-orthogonal to these subspaces, so they hardly change the layer's output on old inputs. A regrouping
-in a later task still changes which experts act on them; --no_dog prevents that.
+orthogonal to these subspaces, so they hardly change the layer's output on old inputs. BADIT
+regroups in the first task only: other groups would change which experts act on old tokens.
 
 Axis names as in decomposition.py.
 """
@@ -36,6 +36,11 @@ class ProtectedMethod(Method):
 
     def _protected(self):
         return self.layers if self.settings.protect else {}
+
+    def protects_old_tasks(self):
+        """Return whether the inputs of a finished task are stored."""
+        return any(free_directions(layer.old_x.get()) < layer.lora_A.shape[1]
+                   for layer in self._protected().values())
 
     def _weights(self):
         """Return {name: (weight (..., d), Subspace of R^d)} of all weights in SPACE_OF."""

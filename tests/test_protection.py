@@ -38,11 +38,11 @@ from inputs.errors import InputError
 from registry import METHODS
 
 CASES = {
-    "badit": ("badit", {}),
-    "drop": ("badit", {"inactive": "drop"}),
-    "initial": ("badit", {"inactive": "initial"}),
-    "energy": ("badit", {"routing": "energy"}),
-    "no_bad": ("badit", {"no_bad": True}),
+    "badit": ("badit", {"regroup_every": 2}),
+    "drop": ("badit", {"regroup_every": 2, "inactive": "drop"}),
+    "initial": ("badit", {"regroup_every": 2, "inactive": "initial"}),
+    "energy": ("badit", {"regroup_every": 2, "routing": "energy"}),
+    "no_bad": ("badit", {"regroup_every": 2, "no_bad": True}),
     "lora": ("lora", {}),
     "pissa": ("pissa", {}),
     "olora_qr": ("olora_qr", {}),
@@ -139,6 +139,29 @@ def test_updates_are_orthogonal_to_the_inputs_of_old_tasks(protected):
                 assert (change @ U).abs().max() < 1e-5
                 checked += 1
     assert checked >= 2 * len(method.layers)
+
+
+@pytest.mark.parametrize("kind", ["badit", "energy", "initial"])
+def test_only_the_first_task_regroups(kind, tmp_path):
+    """Also when an adapter goes on; without --protect later tasks regroup."""
+    method, changed = CASES[kind]
+    for share, later in ((0.0, True), (0.7, False)):
+        model = wrapped(base_model(), method, protect=share, **changed)
+        groups = [groups_of(model)]
+        learn(model.adapted_by, 0)
+        adapter.save(model, tmp_path / str(share))
+        loaded = adapter.load(base_model(), tmp_path / str(share))
+        for each in (model, loaded):
+            groups.append(groups_of(each))
+            learn(each.adapted_by, 1)
+            groups.append(groups_of(each))
+        start, first, second, again, gone_on = groups
+        assert start != first == again
+        assert (first != second) == (first != gone_on) == later
+
+
+def groups_of(model):
+    return [layer.expert_of.tolist() for layer in model.adapted_by.layers.values()]
 
 
 @torch.no_grad()
