@@ -22,10 +22,11 @@ def update(file, studies):
 
 
 def claims_table(studies):
-    """Return the table as Markdown: one row per claim; columns: all comparisons, then each setting.
+    """Return the table as Markdown: a row a claim, over all comparisons and by setting.
 
-    A comparison is a study with one model and setting. A claim is judged by the unweighted mean
-    over the comparisons that have the most seeds. Holm's correction is over the claims.
+    A comparison is a study with one model and setting; their number is in brackets. A claim is
+    judged by the unweighted mean over the comparisons that have the most seeds. Holm's correction
+    is over the claims.
     """
     places = [place for path, records in studies.items()
               for place in verdicts.places(records, study=path)]
@@ -34,10 +35,10 @@ def claims_table(studies):
               if (verdict := verdicts.judge(claim, where))]
     judged = {verdict.claim: verdict for verdict in verdicts.corrected(judged)}
     settings = sorted({place.setting for where in compared.values() for place in where})
-    rows = [[claim.text, overall(judged.get(claim), where), *(
-        in_setting(claim, where, setting) for setting in settings)]
-        for claim, where in compared.items()]
-    return markdown_table(["claim", "all", *settings], rows)
+    rows = [[claim.text, *overall(judged.get(claim), where),
+             *(in_setting(judged.get(claim), where, setting) for setting in settings)]
+            for claim, where in compared.items()]
+    return markdown_table(["claim", "against", "verdict", "all", *settings], rows)
 
 
 def complete(claim, places):
@@ -48,27 +49,25 @@ def complete(claim, places):
 
 
 def overall(verdict, where):
-    """Return the verdict over the comparisons `where`: word, corrected p, difference, counts."""
+    """Return the rival, the verdict with its corrected p, and the difference over all of `where`.
+    """
     if verdict is None:
-        return missing(where)
+        return "-", missing(where), "-"
     word = verdict.word()
     word = f"**{word}**" if word in ("shown", "the reverse") else word
-    judged = f" (p {verdict.corrected:.2g})" if verdict.seeds >= verdicts.FEWEST else ""
-    return (f"{word}{judged}: {verdict.difference()}; {comparisons(verdict)}, "
-            f"{verdicts.seeds(verdict.seeds)}")
+    p = f"p {verdict.corrected:.2g}, " if verdict.seeds >= verdicts.FEWEST else ""
+    return verdict.against, f"{word} ({p}{verdicts.seeds(verdict.seeds)})", verdict.difference()
 
 
-def in_setting(claim, places, setting):
-    """Return the difference over the places of one setting, which is not judged."""
-    mine = [place for place in places if place.setting == setting]
-    verdict = verdicts.judge(claim, mine)
-    return f"{verdict.difference()}; {comparisons(verdict)}" if verdict else missing(mine)
+def in_setting(everywhere, places, setting):
+    """Return the difference to the same rival over the places of one setting, not judged."""
+    if everywhere is None:
+        return "-"
+    claim = everywhere.claim._replace(theirs=(everywhere.against,))
+    verdict = verdicts.judge(claim, [place for place in places if place.setting == setting])
+    return verdict.difference() if verdict else "-"
 
 
 def missing(places):
     """Return the cell of a claim that could not be compared at `places`."""
     return "no seed is in all comparisons" if places else "not run"
-
-
-def comparisons(verdict):
-    return f"{verdict.places} comparison{'s' * (verdict.places > 1)}"

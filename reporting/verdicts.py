@@ -196,11 +196,10 @@ class Verdict(NamedTuple):
         return math.ceil((POWER * spread / TARGET) ** 2) + 2  # 2: Student's t is wider
 
     def difference(self):
-        """Return the difference as a table shows it: mean, interval, and the rival if chosen."""
+        """Return the mean, its interval and, in brackets, the number of places."""
         mean, low, high, _ = self.interval
-        rival = f" against {self.against}" if len(self.claim.theirs) > 1 else ""
         interval = f" ({low:+.2f} to {high:+.2f})" if self.seeds >= FEWEST else ""
-        return f"{mean:+.2f}{interval}{rival}"
+        return f"{mean:+.2f}{interval} [{self.places}]"
 
 
 def seeds(number):
