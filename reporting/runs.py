@@ -299,6 +299,9 @@ def protocol(record, free=()):
                                       f"weights of {record.model}": results["base_sha256"]}
     if RATE in values and RATE not in free:
         values[f"{RATE}, {record.variant}"] = values.pop(RATE)
+    if results["settings"].get("no_dog"):  # then it says only when angles are logged
+        values = {name: value for name, value in values.items()
+                  if not name.startswith("--regroup_every")}
     values |= {f"metric of {task}": about["metric"] for task, about in results["tasks"].items()}
     if record.setting != "single":
         values["tasks"] = sorted(results["tasks"])

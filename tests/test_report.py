@@ -548,6 +548,15 @@ def test_each_variant_has_one_learning_rate(study, tmp_path, capsys):
     assert "--learning_rate, lora 0.25, most have 0.5" in left_out[0][1]
 
 
+def test_a_schedule_counts_only_where_something_regroups(study):
+    """With --no_dog it says when angles are logged, and nothing else."""
+    other = study / "badit-sequential-2"
+    set_flags(other, regroup_every=3)
+    assert [folder for folder, _ in runs.collect([study])[1]] == [other]
+    set_flags(other, regroup_every=3, no_dog=True)
+    assert runs.collect([study])[1] == []
+
+
 @pytest.mark.parametrize("change_one", [
     lambda run: set_flags(run, learning_rate=1.0), lambda run: set_flags(run, regroup_every=3),
     lambda run: set_flags(run, seed=7), shutil.rmtree], ids=["protocol", "schedule", "seed", "no"])
