@@ -963,6 +963,7 @@ REPORTS = {"compare-mini": ("--allow_other", "code"), "compare-superni": (),
            "compare-instrument": (), "compare-instrument-other-rates": (),
            "compare-mini-2e-4": ("--allow_other", "versions"), "compare-sequential": (),
            "compare-new-seeds": (), "compare-new-seeds-fp32": (),
+           "compare-new-seeds-5e-4": ("--claims", "badit forgets less than lora-matched"),
            "sensitivity-mini": ("--allow_other", "code"),
            "tuning": ("--tuning", "--allow_other", "code"),
            "tuning-instrument": ("--tuning", "--allow_other", "code")}
