@@ -965,8 +965,9 @@ REPORTS = {"compare-mini": ("--allow_other", "code"), "compare-superni": (),
            "compare-new-seeds": (), "compare-new-seeds-fp32": (),
            "compare-new-seeds-5e-4": ("--claims", "badit forgets less than lora-matched"),
            "protect-new-seeds": (
-               "--allow_other", "code", "--claims", "badit --no_dog --protect 0.95 --routing energy "
-               "beats badit --protect 0.95 --routing energy",
+               "--allow_other", "code", "--claims",
+               "badit --no_dog --protect 0.95 --routing energy beats "
+               "badit --protect 0.95 --routing energy",
                "lora --match_parameters badit --protect 0.95 beats lora-matched"),
            "sensitivity-mini": ("--allow_other", "code"),
            "tuning": ("--tuning", "--allow_other", "code"),
