@@ -104,6 +104,10 @@ def write_study(args):
     if names - begun and not names & {"report.md", "tuning.md"}:
         raise InputError(f"--out {args.out} holds other files and no report: name a new folder")
     records, left_out = collect(args, args.runs)
+    claims = ()
+    if args.claims:  # before anything is written
+        from reporting import verdicts
+        claims = verdicts.read_claims(args.claims, records)
     if args.export:
         runs.write_records(records, args.export)
         print(one_line(f"{len(records)} records in {args.export}"))
@@ -113,7 +117,7 @@ def write_study(args):
     if args.out:
         from reporting import study_report, tuning  # not above: they take seconds to load
         written = (tuning.make(records, left_out, args.out) if args.tuning else
-                   study_report.make(records, left_out, args.out, args.claims))
+                   study_report.make(records, left_out, args.out, claims))
         print(one_line(f"{len(records)} runs, {len(left_out)} left out: {written}"))
 
 

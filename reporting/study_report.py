@@ -25,16 +25,18 @@ VERDICTS = ("Ours minus theirs, below zero is better for ours: the mean over tas
 def make(records, left_out, out, claims=()):
     """Write report.md, tables/ and figures/ into the folder `out`; return report.md's path.
 
-    `claims` are texts for verdicts.read_claims; without any the built-in claims are judged.
+    Only the Claims in `claims` are judged; without any, the built-in ones.
     """
     groups = {"The paper's claims": verdicts.PAPER, "Beyond the paper": verdicts.BEYOND}
     if claims:
-        groups = {"Chosen claims": verdicts.read_claims(claims, records)}
+        groups = {"Chosen claims": claims}
     made = tables.all_tables(records)
     for table in made:
         write_text(out / "tables" / f"{table.name}.tex", table.latex())
         write_text(out / "tables" / f"{table.name}.csv", table.csv())
-    found = verdicts.verdicts(records, sum(map(tuple, groups.values()), ()))
+    found = verdicts.verdicts(records, sum(groups.values(), ()))
+    for old in (out / "figures").glob("claims.*"):
+        old.unlink()  # of other claims
     for name, figure in figures.of_study(records, found).items():
         figures.save(figure, out / "figures" / name, ("png", "pdf"))
     single = sum(record.setting == "single" for record in records)

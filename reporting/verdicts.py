@@ -16,7 +16,7 @@ from scipy import stats
 import metrics
 from inputs.errors import InputError
 from inputs.settings import did_you_mean
-from registry import VARIANTS
+from registry import FORMER, VARIANTS
 from reporting.runs import SMALLEST, forgets, group_runs, label
 
 RESAMPLES = 10_000
@@ -227,23 +227,32 @@ def read_claims(texts, records):
     """Return the Claims that `texts` state: "A beats B" or "A forgets less than B".
 
     A and B are variants, by their names in the report or in full. Raises InputError for another
-    form, a name that no run has, or a pair without a common seed.
+    form, a name that no trained run has, a claim of a variant against itself or made before, or a
+    pair without a common seed.
     """
-    names = {name for _, variant, _ in group_runs(records) for name in (label(variant), variant)}
-    claims, where = [], places(records)
+    names = {name: label(variant) for _, variant, setting in group_runs(records)
+             if setting != "eval" for name in (label(variant), variant)}
+    claims, where = {}, places(records)
     for text in texts:
         words = " forgets less than " if " forgets less than " in text else " beats "
         ours, found, theirs = text.partition(words)
         if not found:
             raise InputError(f'--claims {text!r}: write "A beats B" or "A forgets less than B"')
-        for name in {ours, theirs} - names:
-            raise InputError(f"--claims {text!r}: no run of {name!r}{did_you_mean(name, names)}; "
-                             f"allowed: {', '.join(sorted(names))}")
-        claims.append(Claim(text, ours, (theirs,), forgets=words != " beats "))
-        if not any(against_best(claims[-1], [place]) for place in where):
+        for name in (ours, theirs):
+            if name not in names:
+                raise InputError(f"--claims {text!r}: no trained run of {name!r}"
+                                 f"{did_you_mean(name, names)}; allowed: "
+                                 f"{', '.join(sorted(names))}")
+        ours, theirs = names[ours], names[theirs]
+        key = ours, theirs, words
+        if ours == theirs or key in claims:
+            reason = "compares a variant with itself" if ours == theirs else "is given twice"
+            raise InputError(f"--claims {text!r} {reason}")
+        claims[key] = Claim(text, ours, (theirs,), forgets=words != " beats ")
+        if not any(against_best(claims[key], [place]) for place in where):
             raise InputError(f"--claims {text!r}: no seed of both with --eval_loss"
-                             + " in sequence" * claims[-1].forgets)
-    return claims
+                             + " in sequence" * claims[key].forgets)
+    return tuple(claims.values())
 
 
 def verdicts(records, claims=PAPER + BEYOND):
@@ -271,7 +280,7 @@ def against_best(claim, where):
     for name in claim.theirs:
         both = {}  # {place: (our runs, their runs)}
         for number, place in enumerate(where):
-            ours, theirs = (place.runs.get(VARIANTS.get(side, side), {})
+            ours, theirs = (place.runs.get((VARIANTS | FORMER).get(side, side), {})
                             for side in (claim.ours, name))
             if ours.keys() & theirs.keys() and (
                     not claim.forgets or all(map(forgets, ours.values()))):

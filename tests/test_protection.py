@@ -43,6 +43,7 @@ CASES = {
     "initial": ("badit", {"regroup_every": 2, "inactive": "initial"}),
     "energy": ("badit", {"regroup_every": 2, "routing": "energy"}),
     "no_bad": ("badit", {"regroup_every": 2, "no_bad": True}),
+    "random": ("badit", {"regroup_every": 1, "grouping": "random"}),
     "lora": ("lora", {}),
     "pissa": ("pissa", {}),
     "olora_qr": ("olora_qr", {}),
@@ -141,7 +142,7 @@ def test_updates_are_orthogonal_to_the_inputs_of_old_tasks(protected):
     assert checked >= 2 * len(method.layers)
 
 
-@pytest.mark.parametrize("kind", ["badit", "energy", "initial"])
+@pytest.mark.parametrize("kind", ["badit", "energy", "initial", "random"])
 def test_only_the_first_task_regroups(kind, tmp_path):
     """Also when an adapter goes on; without --protect later tasks regroup."""
     method, changed = CASES[kind]

@@ -376,11 +376,41 @@ def test_chosen_claims(study, tmp_path):
     assert turned.interval.mean == pytest.approx(-found[0].interval.mean)
 
 
+def test_several_chosen_claims_by_short_and_full_names(study, tmp_path, capsys):
+    """A variant has two names; the figure of an earlier report does not stay."""
+    for (method, seed), (matrix, _) in TAKEN.items():
+        give_losses(study / f"{method}-sequential-{seed}", matrix)
+        if method == "lora":
+            set_flags(study / f"lora-sequential-{seed}", match_parameters="badit", rank=33,
+                      alpha=264)
+    out, full = tmp_path / "out", "lora --match_parameters badit"
+    words = [str(study), "--out", str(out), "--claims"]
+    assert report.main([*words, f"badit beats {full}", "badit forgets less than lora-matched"]) == 0
+    text = (out / "report.md").read_text()
+    assert f"badit beats {full}: **" in text and "than lora-matched: **" in text
+    assert text.count("(against lora-matched ") == 2 and list(out.glob("figures/claims.*"))
+    assert report.main([*words, "badit forgets less than lora-matched"]) == 0
+    assert not list(out.glob("figures/claims.*"))
+    for claims, said in (
+            (["lora-matched beats " + full], "compares a variant with itself"),
+            (["badit beats lora-matched", f"badit beats {full}"], "is given twice"),
+            (["badit beats zero-shot"], "no trained run of 'zero-shot'")):
+        capsys.readouterr()
+        assert report.main([*words, *claims, "--unpack", str(tmp_path / "unpacked")]) == 2
+        assert said in capsys.readouterr().err and not (tmp_path / "unpacked").exists()
+
+
+def test_former_variants_can_be_claimed():
+    records = runs.read_records(ROOT / "results/compare-mini/records.jsonl.gz")
+    claims = verdicts.read_claims(["badit-energy-squared beats badit-energy"], records)
+    assert verdicts.verdicts(records, claims)
+
+
 @pytest.mark.parametrize("claim, said", [
     ("badit < lora", 'write "A beats B" or "A forgets less than B"'),
     ("badit beats lora", "no seed of both with --eval_loss"),
     ("badit forgets less than lora", "no seed of both with --eval_loss in sequence"),
-    ("badit beats loar", "no run of 'loar': did you mean lora?; allowed: badit, ")])
+    ("badit beats loar", "no trained run of 'loar': did you mean lora?; allowed: badit, ")])
 def test_a_claim_that_cannot_be_judged_is_refused(claim, said, study, tmp_path, capsys):
     assert report.main([str(study), "--out", str(tmp_path / "out"), "--claims", claim]) == 2
     assert said in capsys.readouterr().err and not (tmp_path / "out").exists()
@@ -528,6 +558,9 @@ def test_a_run_for_learning_rates_needs_held_out_rows(folder, tmp_path, capsys):
     argv = [str(tmp_path), "--tuning", "--out", str(tmp_path / "out")]
     set_flags(tmp_path / "lora-0.001-1", validation=None)
     assert "--tuning and --allow_other need --out" in refused(capsys, tmp_path, "--tuning")
+    assert "--claims needs --out DIR" in refused(capsys, tmp_path, "--claims", "a beats b")
+    assert "--claims needs --out DIR" in refused(capsys, tmp_path, "--out", tmp_path / "out",
+                                                 "--tuning", "--claims", "a beats b")
     assert report.main(argv) == 0
     assert "mixed settings: --validation null" in capsys.readouterr().err
     assert "--validation N and --eval_loss" in refused(capsys, folder / "lora-mixed-1", *argv[1:])
